@@ -1,0 +1,35 @@
+"Hand settings.ini to setuptools; every other fact of the package stands in pyproject.toml."
+import re
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import setup
+
+root = Path(__file__).parent
+ini = ConfigParser()
+ini.read(root/'settings.ini', encoding='utf-8')
+cfg = ini['DEFAULT']
+
+
+def listed(key, sep='\n'):
+    "The entries of `key`, one a line unless `sep` says otherwise."
+    return [o.strip() for o in cfg[key].split(sep) if o.strip()]
+
+
+def long_description():
+    "README.md with absolute picture addresses, since PyPI holds no pictures."
+    url = re.search(r'^Repository = "(.+)"', (root/'pyproject.toml').read_text(encoding='utf-8'), re.M)[1]
+    return (root/'README.md').read_text(encoding='utf-8').replace('](nbs/images/', f']({url}/raw/main/nbs/images/')
+
+
+setup(
+    author=cfg['author'],
+    license_expression=cfg['license'],
+    keywords=cfg['keywords'].split(),
+    classifiers=['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3 :: Only',
+                 f"Development Status :: {cfg['status']}",
+                 *(f'Intended Audience :: {o}' for o in listed('audience', ','))],
+    long_description=long_description(),
+    long_description_content_type='text/markdown',
+    install_requires=listed('requirements'),
+    extras_require={'dev': listed('dev_requirements')})
