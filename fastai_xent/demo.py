@@ -7,7 +7,8 @@ Docs: https://fastai-xent.github.io/fastai_xent/demo.html.md"""
 # %% auto #0
 __all__ = ['Digits', 'digits', 'small_cnn', 'run', 'found', 'pictures', 'main']
 
-# %% ../nbs/07_demo.ipynb #a1eaa232
+# %% ../nbs/07_demo.ipynb #6f3cb97d
+from contextlib import nullcontext
 from pathlib import Path
 
 import fastai.callback.progress # the progress bar
@@ -56,11 +57,12 @@ def small_cnn() -> nn.Module:
     return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1),
                          nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 10))
 
-# %% ../nbs/07_demo.ipynb #2dd6bf7e
+# %% ../nbs/07_demo.ipynb #93133e68
 def run(
     path: str|Path|None = 'runs/demo', # Where the record goes; None: memory
     epochs: int = 10,
     seed: int = 42,
+    show: bool = True, # Show progress?
 ) -> Learner:
     "Train on digits with planted label errors, recording every example."
     set_seed(seed, reproducible=True)
@@ -68,7 +70,7 @@ def run(
     dls = DataLoaders(TfmdDL(train, bs=64, shuffle=True, num_workers=0), TfmdDL(valid, bs=256, num_workers=0))
     dls.vocab = list('0123456789')
     learn = Learner(dls, small_cnn(), loss_func=XentLossFlat(), metrics=accuracy, cbs=XentRecorder(path, overwrite=True))
-    learn.fit_one_cycle(epochs, 1e-2)
+    with nullcontext() if show else learn.no_bar(), nullcontext() if show else learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2)
     return learn
 
 def found(learn: Learner) -> dict: # auroc, precision at k, k, and the recorder's share of the time

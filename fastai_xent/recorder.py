@@ -7,11 +7,13 @@ Docs: https://fastai-xent.github.io/fastai_xent/recorder.html.md"""
 # %% auto #0
 __all__ = ['NotRecordable', 'xent_settings', 'XentRecorder']
 
-# %% ../nbs/05_recorder.ipynb #ef5f8b86
+# %% ../nbs/05_recorder.ipynb #4daba53d
 import functools
 import time
 import traceback
 import warnings
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -124,7 +126,22 @@ class _Rows:
         floats, ints = self.floats[:, :self.n].cpu().numpy(), self.ints[:, :self.n].cpu().numpy()
         return {**dict(zip(_FLOATS, floats)), 'pred': ints[0], 'targ': ints[1]}
 
-# %% ../nbs/05_recorder.ipynb #78c34a5b
+# %% ../nbs/05_recorder.ipynb #bde0f37f
+@dataclass
+class _Listening:
+    "A pass that is being recorded."
+    split: str       # 'train' or 'valid'
+    dataset: object  # What the loader reads
+    tap: object      # Knows which item a row is
+    rows: _Rows      # The rows so far
+    loss: object     # The `XentLoss` that keeps its statistics for us, or None
+    kept: bool       # Did it keep them before?
+
+    def stop(self):
+        "Leave loader and loss as they were."
+        self.tap.remove()
+        if self.loss is not None: self.loss.keep_stats = self.kept
+
 class XentRecorder(Callback):
     "Record loss, gradient norm, EL2N, label probability, margin and prediction of every example, in train and valid, for every epoch."
     order, remove_on_fetch, _only_train_loop = 40, True, True
@@ -138,38 +155,44 @@ class XentRecorder(Callback):
     ):
         if resume and overwrite: raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
         found = path is not None and (Path(path) / 'record.json').exists()
-        self.record = XentRecord(path) if found and resume else XentRecord.new(path, overwrite=overwrite)
+        self._record = XentRecord(path) if found and resume else XentRecord.new(path, overwrite=overwrite)
         self.key_fn, self.seconds, self.fit_seconds = key_fn, 0., 0.
-        self._reset()
-        self._known, self._labels, self._told = {}, {}, set()
-
-    def _reset(self):
-        "Forget the running fit."
-        self._in_fit, self._stopped, self._now, self._fit, self._epoch, self._started = False, False, None, None, None, None
+        self._told, self._fresh = set(), dict(_known={}, _labels={}, _writer=None, _writes=[], _now=None, _in_fit=False, _stopped=False, _started=None)
+        self.__dict__.update(self._fresh)
 
     def __getstate__(self):
-        keep = {k: v for k, v in self.__dict__.items() if k not in ('learn', '_known')}
-        return {**keep, '_now': None, '_known': {}, '_in_fit': False, '_started': None, 'record': self.record if self.record.path else XentRecord()}
-    def __setstate__(self, state): self.__dict__.update(state)
+        "A pickled recorder keeps its settings and the path of its record, not a record in memory, and not a running pass."
+        kept = {k: v for k, v in self.__dict__.items() if k != 'learn' and k not in self._fresh}
+        return {**kept, '_record': self.record if self._record.path else XentRecord()}
+    def __setstate__(self, state):
+        self.__dict__.update(state)
+        self.__dict__.update(dict(_known={}, _labels={}, _writer=None, _writes=[], _now=None, _in_fit=False, _stopped=False, _started=None))
+
+    @property
+    def record(self) -> XentRecord:
+        "The record so far, all finished epochs written."
+        self._settle(wait=True)
+        return self._record
 
     @property
     def _elsewhere(self):
         "Is this pass one of `validate`, `get_preds`, `show_results`, `tta` or `lr_find`?"
-        return self.learn.lock.locked() or hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds')
+        own = vars(self.learn)
+        return 'lr_finder' in own or 'gather_preds' in own or self.learn.lock.locked()
 
     def __call__(self, event_name):
         "Call the event's method; keep its errors and its time."
-        if event_name not in _HEARD or self._elsewhere or (self._stopped and event_name != 'before_fit'): return
+        if event_name not in _HEARD or self._elsewhere or (self._stopped and event_name not in ('before_fit', 'after_fit')): return
         start = time.perf_counter()
         try: super().__call__(event_name)
-        except Exception: self._stop(event_name)
+        except Exception: self._stop(f'`{event_name}`')
         self.seconds += time.perf_counter() - start
 
-    def _stop(self, event_name):
+    def _stop(self, where):
         "An error of ours: tell it once, and leave the training alone for the rest of this fit."
         self._stopped = True
         self._drop()
-        self._tell(f"XentRecorder has stopped recording this fit after an error of its own in `{event_name}`; the training goes on, and finished epochs are kept.\n{traceback.format_exc()}")
+        self._tell(f"XentRecorder has stopped recording this fit after an error of its own in {where}; the training goes on, and finished epochs are kept.\n{traceback.format_exc()}")
 
     def _tell(self, message):
         "Warn, once for each message."
@@ -177,43 +200,38 @@ class XentRecorder(Callback):
         self._told.add(message)
 
     def _drop(self):
-        "Leave the running pass, and the loader as it was."
+        "Give up the running pass."
         now, self._now = self._now, None
-        if now is None: return
-        now['tap'].remove()
-        if now['keeps'] is not None: now['keeps'].keep_stats = now['kept']
+        if now is not None: now.stop()
 
-# %% ../nbs/05_recorder.ipynb #4f840165
+# %% ../nbs/05_recorder.ipynb #0e117bbb
 from fastcore.basics import patch
 
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss', 'after_train', 'after_validate',
           'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
 
 @patch
-def _open(self: XentRecorder, split):
-    "Start to listen to the loader that is about to run."
-    self._drop()
-    dl = self.learn.dl
-    try: tap = tap_rows(dl)
-    except NoItemIdentity as e: return self._tell(f"XentRecorder records nothing of {split!r}: {e}")
-    if self._fit is None: self._fit = self.record.n_fits
-    if self._epoch is None: self._epoch = self.record.n_epochs
-    loss = getattr(self.learn.loss_func, 'func', self.learn.loss_func)
-    loss = loss if isinstance(loss, XentLoss) else None
-    self._now = dict(split=split, tap=tap, rows=_Rows(len(dl) * (dl.bs if hasattr(dl, 'bs') and dl.bs else getattr(dl, 'batch_size', None) or 1)),
-                     dataset=dl.dataset, keeps=loss, kept=loss is not None and loss.keep_stats)
-    tap.install()
-    if loss is not None: loss.keep_stats = True
-
-@patch
 def before_fit(self: XentRecorder):
     "What an interrupted fit left behind is dropped."
     self._drop()
-    self._reset()
-    self._started = time.perf_counter()
+    record = self.record
+    self._in_fit, self._stopped, self._started = False, False, time.perf_counter()
+    self._fit, self._epoch = record.n_fits, record.n_epochs
 
 @patch
-def before_epoch(self: XentRecorder): self._in_fit, self._epoch = True, None
+def before_epoch(self: XentRecorder): self._in_fit, self._heard = True, False
+
+@patch
+def _open(self: XentRecorder, split):
+    "Start to listen to the loader that is about to run."
+    self._drop()
+    self._heard, dl, loss = True, self.learn.dl, getattr(self.learn.loss_func, 'func', self.learn.loss_func)
+    try: tap = tap_rows(dl)
+    except NoItemIdentity as e: return self._tell(f"XentRecorder records nothing of {split!r}: {e}")
+    loss = loss if isinstance(loss, XentLoss) else None
+    bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
+    self._now = _Listening(split, dl.dataset, tap.install(), _Rows(len(dl) * bs), loss, loss is not None and loss.keep_stats)
+    if loss is not None: loss.keep_stats = True
 
 @patch
 def before_train(self: XentRecorder): self._open('train')
@@ -225,13 +243,13 @@ def before_validate(self: XentRecorder):
 @patch
 def before_batch(self: XentRecorder):
     "The order of this pass is fixed when its first batch is here."
-    if self._now is not None: self._now['tap'].freeze()
+    if self._now is not None: self._now.tap.freeze()
 
-# %% ../nbs/05_recorder.ipynb #393e7b8e
-def _class_batch(learn, settings) -> tuple: # Predictions `n c`, targets `n` or `n c`
+# %% ../nbs/05_recorder.ipynb #d2e492f2
+def _class_batch(learn, settings: dict|None) -> tuple: # Predictions `n c`, targets `n` or `n c`
     "The batch as logits and classes, or `NotRecordable`."
     if not isinstance(learn.pred, Tensor): raise NotRecordable(f"the model gives a {type(learn.pred).__name__}, expected a tensor of class logits")
-    if len(learn.yb) != 1: raise NotRecordable(f"a batch has {len(learn.yb)} targets, expected one: {'the loader gives no labels' if not learn.yb else 'use a loss on one of them'}")
+    if len(learn.yb) != 1: raise NotRecordable(f"a batch has {len(learn.yb)} targets, expected one" + ('' if learn.yb else ': the loader gives no labels'))
     pred, targ = _plain(learn.pred).detach(), learn.yb[0]
     if not isinstance(targ, Tensor): raise NotRecordable(f"the target is a {type(targ).__name__}, expected a tensor of classes")
     targ = _plain(targ)
@@ -250,48 +268,60 @@ def after_loss(self: XentRecorder):
         if isinstance(getattr(learn.loss_func, '__self__', None), MixHandler): raise NotRecordable("MixUp and CutMix mix the items of a batch")
         settings = xent_settings(learn.loss_func)
         pred, targ = _class_batch(learn, settings)
-        if not now['rows'].at: self._check_classes(pred.shape[1])
+        if not now.rows.at: self._check_classes(pred.shape[1])
     except NotRecordable as e:
         self._drop()
-        return self._tell(f"XentRecorder records nothing of {now['split']!r}: {e}")
-    now['rows'].add(learn.iter, pred, targ, learn.loss_func, settings)
+        return self._tell(f"XentRecorder records nothing of {now.split!r}: {e}")
+    now.rows.add(learn.iter, pred, targ, learn.loss_func, settings)
 
 @patch
 def _check_classes(self: XentRecorder, c):
     "A record has one set of classes."
-    meta = self.record.meta
-    if meta.setdefault('classes', c) != c: raise NotRecordable(f"the model has {c} classes, the record {meta['classes']}: use a new record")
+    known = self._record.meta.setdefault('classes', c)
+    if known != c: raise NotRecordable(f"the model has {c} classes, the record {known}: use a new record")
 
-# %% ../nbs/05_recorder.ipynb #71ccef62
+# %% ../nbs/05_recorder.ipynb #a35ff1aa
 @patch
 def _close(self: XentRecorder):
     "Name the rows' items and write them."
-    if self._now is None: return
     now = self._now
+    if now is None: return
     self._drop()
-    cols = now['rows'].cols()
+    cols = now.rows.cols()
     if not cols: return
-    try: cols['item'] = now['tap'].rows(now['rows'].at, now['rows'].sizes)
-    except NoItemIdentity as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now['split']!r}: {e}")
-    split = now['split']
-    if self._known.get(split) is not now['dataset']:
-        items = items_frame(now['dataset'], self.key_fn)
-        self.record.set_items(split, items, fingerprint(items), class_names(self.learn.dls, self.record.meta['classes']))
-        self._known[split] = now['dataset']
-    self._watch_labels(split, cols)
-    self.record.add(self._fit, self._epoch, split, cols)
+    try: cols['item'] = now.tap.rows(now.rows.at, now.rows.sizes)
+    except NoItemIdentity as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now.split!r}: {e}")
+    if self._known.get(now.split) is not now.dataset:
+        items = items_frame(now.dataset, self.key_fn)
+        self._record.set_items(now.split, items, fingerprint(items), class_names(self.learn.dls, self._record.meta['classes']))
+        self._known[now.split] = now.dataset
+    self._watch_labels(now.split, cols['item'], cols['targ'])
+    self._write(self._fit, self._epoch, now.split, cols)
 
 @patch
-def _watch_labels(self: XentRecorder, split, cols):
+def _watch_labels(self: XentRecorder, split, item, targ):
     "Tell if items have other labels than an epoch ago: a sign that rows were reordered after the loader dealt them out."
-    known = self._labels.setdefault(split, np.full(self.record.meta['splits'][split]['n'], -1, dtype=np.int32))
-    item, targ = cols['item'], cols['targ']
+    known = self._labels.setdefault(split, np.full(self._record.meta['splits'][split]['n'], -1, dtype=np.int32))
     changed = (known[item] >= 0) & (targ >= 0) & (known[item] != targ)
     if changed.any():
         i = item[changed][0]
-        self._tell(f"XentRecorder: {len(np.unique(item[changed])):,} items of {split!r} have other labels than in the epoch before (item {i}: {known[i]}, now {targ[changed][0]}). "
+        self._tell(f"XentRecorder: {len(np.unique(item[changed])):,} items of {split!r} have other labels than before (item {i}: {known[i]}, now {targ[changed][0]}). "
                    "If labels are drawn at random this is as it should be. If not, a transform or collate function reorders the rows of a batch, and the record is wrong")
     known[item] = targ
+
+@patch
+def _write(self: XentRecorder, *rows):
+    "Let the writer keep these rows; a record in memory needs none."
+    self._settle()
+    if self._record.path is None: return self._record.add(*rows)
+    if self._writer is None: self._writer = ThreadPoolExecutor(1, thread_name_prefix='xent-record')
+    self._settle(at_most=4)
+    self._writes.append(self._writer.submit(self._record.add, *rows))
+
+@patch
+def _settle(self: XentRecorder, wait: bool = False, at_most: int|None = None):
+    "Look after what was handed to the writer: raise its errors, and wait for all of it, or until `at_most` writes are left."
+    while self._writes and (wait or self._writes[0].done() or (at_most is not None and len(self._writes) >= at_most)): self._writes.pop(0).result()
 
 @patch
 def after_train(self: XentRecorder): self._close()
@@ -300,8 +330,15 @@ def after_validate(self: XentRecorder): self._close()
 @patch
 def after_cancel_epoch(self: XentRecorder): self._close()
 @patch
+def after_epoch(self: XentRecorder): self._epoch += self._heard
+@patch
 def after_cancel_fit(self: XentRecorder): self._close()
 @patch
 def after_fit(self: XentRecorder):
-    if self._started is not None: self.fit_seconds += time.perf_counter() - self._started
-    self._in_fit, self._started = False, None
+    "All is written when the fit is over."
+    self._in_fit = False
+    try: self._settle(wait=True)
+    finally:
+        if self._writer is not None: self._writer.shutdown()
+        self._writer = None
+        if self._started is not None: self.fit_seconds += time.perf_counter() - self._started
