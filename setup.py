@@ -22,13 +22,14 @@ def long_description():
     return (root/'README.md').read_text(encoding='utf-8').replace('](nbs/images/', f']({url}/raw/main/nbs/images/')
 
 
+classifiers = ['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3 :: Only', f"Development Status :: {cfg['status']}"]
+classifiers += [f'Intended Audience :: {o}' for o in listed('audience', ',')]
+
 setup(
     author=cfg['author'],
     license_expression=cfg['license'],
     keywords=cfg['keywords'].split(),
-    classifiers=['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3 :: Only',
-                 f"Development Status :: {cfg['status']}",
-                 *(f'Intended Audience :: {o}' for o in listed('audience', ','))],
+    classifiers=classifiers,
     long_description=long_description(),
     long_description_content_type='text/markdown',
     install_requires=listed('requirements'),

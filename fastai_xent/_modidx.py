@@ -239,4 +239,5 @@ d = { 'settings': { 'branch': 'main',
                                    'fastai_xent.views.loss_bands': ('views.html#loss_bands', 'fastai_xent/views.py'),
                                    'fastai_xent.views.plot_data_map': ('views.html#plot_data_map', 'fastai_xent/views.py'),
                                    'fastai_xent.views.plot_losses': ('views.html#plot_losses', 'fastai_xent/views.py'),
+                                   'fastai_xent.views.save_picture': ('views.html#save_picture', 'fastai_xent/views.py'),
                                    'fastai_xent.views.show_items': ('views.html#show_items', 'fastai_xent/views.py')}}}

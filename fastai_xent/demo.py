@@ -7,12 +7,12 @@ Docs: https://fastai-xent.github.io/fastai_xent/demo.html.md"""
 # %% auto #0
 __all__ = ['Digits', 'digits', 'small_cnn', 'run', 'found', 'pictures', 'main']
 
-# %% ../nbs/07_demo.ipynb #6f3cb97d
+# %% ../nbs/07_demo.ipynb #9fc02e64
 from contextlib import nullcontext
 from pathlib import Path
 
-import fastai.callback.progress # the progress bar
-import fastai.callback.schedule # `fit_one_cycle`
+import fastai.callback.progress  # noqa: F401 the progress bar
+import fastai.callback.schedule  # noqa: F401 `fit_one_cycle`
 import numpy as np
 import torch
 from fastai.data.core import DataLoaders, TfmdDL
@@ -81,21 +81,19 @@ def found(learn: Learner) -> dict: # auroc, precision at k, k, and the recorder'
     seen = ~np.isnan(score)
     return dict(auroc=roc_auc_score(planted[seen], score[seen]), precision_at_k=planted[first].mean(), k=k, share=recorder.seconds / recorder.fit_seconds)
 
-# %% ../nbs/07_demo.ipynb #4499dac7
+# %% ../nbs/07_demo.ipynb #46b1aecb
 def pictures(learn: Learner, path: Path) -> list: # Of the files
     "Losses, data map and the suspects, as PNG files."
     from fastai_xent import views  # only this needs matplotlib
-    import matplotlib.pyplot as plt
     record, images = learn.xent_recorder.record, learn.dls.train_ds.x
     top = record.top(20)
-    figs = {'losses': views.plot_losses(record.to_df()).figure,
-            'data_map': views.plot_data_map(record.to_df('train'), mark=top['item']).figure,
+    figs = {'losses': views.plot_losses(record.to_df()),
+            'data_map': views.plot_data_map(record.to_df('train'), mark=top['item']),
             'suspects': views.show_items(top, lambda i, ax: ax.imshow(images[i, 0], cmap='gray_r'))}
     files = []
-    for name, fig in figs.items():
+    for name, drawn in figs.items():
         files.append(path / f'{name}.png')
-        fig.savefig(files[-1], dpi=110)
-        plt.close(fig)
+        views.save_picture(drawn, files[-1])
     return files
 
 def main(path: str = 'runs/demo'):

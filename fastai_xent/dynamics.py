@@ -10,7 +10,7 @@ __all__ = ['SCORES', 'Reducer', 'Mean', 'MeanColumn', 'MarginLoss', 'get_score']
 # %% ../nbs/03_dynamics.ipynb #343a978d
 import numpy as np
 
-# %% ../nbs/03_dynamics.ipynb #a20da046
+# %% ../nbs/03_dynamics.ipynb #cd63be45
 class Reducer:
     "One score an item from a stream of epochs. Subclasses say which columns they read, and what a row adds."
     columns = () # Columns that `update` reads
@@ -30,6 +30,7 @@ class Reducer:
         "The scores so far."
         raise NotImplementedError
 
+# %% ../nbs/03_dynamics.ipynb #76745ac1
 class Mean(Reducer):
     "The mean over an item's rows of `value(**cols)`. Rows where that is nan (an ignored target) are left out."
     def value(self, **cols) -> np.ndarray: raise NotImplementedError
@@ -42,6 +43,7 @@ class Mean(Reducer):
     def finalize(self, state):
         return np.divide(state['total'], state['count'], out=np.full(len(state['count']), np.nan), where=state['count'] > 0)
 
+# %% ../nbs/03_dynamics.ipynb #93da9593
 class MeanColumn(Mean):
     "The mean over an item's rows of one column."
     def __init__(self, column: str, largest_first: bool = True): self.columns, self.largest_first = (column,), largest_first
@@ -53,10 +55,11 @@ class MarginLoss(Mean):
     columns = ('margin',)
     def value(self, margin): return np.logaddexp(0, -margin.astype(np.float64))
 
-# %% ../nbs/03_dynamics.ipynb #a558d2ab
+# %% ../nbs/03_dynamics.ipynb #1bcb4bc2
 SCORES = {'margin_loss': MarginLoss(), **{o: MeanColumn(o) for o in ('loss', 'grad_norm', 'el2n')},
           **{o: MeanColumn(o, largest_first=False) for o in ('p_targ', 'margin')}}
 
+# %% ../nbs/03_dynamics.ipynb #1cadb0bb
 def get_score(
     by: str|Reducer, # A name in `SCORES`, or a reducer of your own
 ) -> Reducer:

@@ -208,7 +208,7 @@ def tap_rows(
                                     "override `get_idxs`, `create_item` or `create_batch` instead, which are followed exactly")
     return _FastaiTap(dl)
 
-# %% ../nbs/02_items.ipynb #97462fe1
+# %% ../nbs/02_items.ipynb #73add19a
 def item_names(
     ds, # A dataset, usually `dls.train_ds`
     key_fn=None, # Takes an item (a path, a row of a data frame, …) and gives its name; default: path, row label or text
@@ -222,6 +222,7 @@ def item_names(
     if len(items) and isinstance(items[0], (str, Path)): return [str(o)[:200] for o in items]
     return None
 
+# %% ../nbs/02_items.ipynb #90ff9326
 def item_source(
     ds, # A dataset, usually `dls.train_ds`
 ) -> np.ndarray|None: # For each item its position in the source, or None if the dataset was not split
@@ -231,6 +232,7 @@ def item_source(
     split = splits[idx]
     return np.asarray(split, dtype=np.int64) if hasattr(split, '__len__') and len(split) == len(ds) else None
 
+# %% ../nbs/02_items.ipynb #903813ee
 def items_frame(
     ds, # A dataset, usually `dls.train_ds`
     key_fn=None, # As for `item_names`
@@ -241,12 +243,14 @@ def items_frame(
                          'name': pd.Series([None] * len(ds) if names is None else names, dtype=object),
                          'source': pd.Series([None] * len(ds) if source is None else source, dtype='Int64')})
 
+# %% ../nbs/02_items.ipynb #4ffa547a
 def fingerprint(items: pd.DataFrame) -> str:
     "A short hash of what the indices mean: it differs if a dataset has other items, or the same in another order."
     h = hashlib.sha256(f'{len(items)}'.encode())
     for col in ('name', 'source'): h.update('\x1f'.join(map(str, items[col])).encode())
     return h.hexdigest()[:16]
 
+# %% ../nbs/02_items.ipynb #393aac68
 def class_names(
     dls, # DataLoaders
     c: int, # Number of classes the model has

@@ -1,0 +1,200 @@
+"The house rules: notebooks run, are clean, and agree with the modules and README.md; modules import downwards only."
+import ast, contextlib, gc, os, re, shutil, signal, subprocess, sys, warnings
+from pathlib import Path
+
+import matplotlib.pyplot as plt, pytest, readme
+from fastcore.nbio import mk_cell, new_nb, write_nb
+from nbdev.clean import nbdev_clean
+from nbdev.test import test_nb as run_nb  # under another name, or pytest collects it
+
+ROOT = Path(__file__).resolve().parent.parent
+NBS, LIB = ROOT/'nbs', ROOT/'fastai_xent'
+NOTEBOOKS = sorted(o for o in NBS.rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(NBS).parts))
+ORDER = [o.stem[3:] for o in NOTEBOOKS if re.match(r'\d\d_', o.name)]  # 00_numerics.ipynb writes numerics.py
+MODULES = sorted(o for o in LIB.glob('*.py') if not o.name.startswith('_'))
+
+
+def name(path): return path.relative_to(ROOT).as_posix()
+
+
+# -- notebooks run
+
+@contextlib.contextmanager
+def undone():
+    "Undo what running a notebook leaves behind in the process."
+    handler = signal.getsignal(signal.SIGINT)
+    try: yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        plt.close('all')
+
+
+def run(nb):
+    "Whether every cell of `nb` ran, in the notebook's own folder; the traceback goes to stderr."
+    with undone(): return run_nb(nb, profile=False)[0]
+
+
+def write_notebook(path, *sources):
+    "Write a notebook of code cells."
+    write_nb(new_nb([mk_cell(o) for o in sources]), path)
+    return path
+
+
+@pytest.mark.parametrize('nb', NOTEBOOKS, ids=name)
+def test_notebook_runs(nb): assert run(nb), f'{name(nb)}: see the traceback under "Captured stderr"'
+
+
+def test_failing_cell_is_noticed(tmp_path):
+    assert run(write_notebook(tmp_path/'good.ipynb', 'assert 1 + 1 == 2'))
+    assert not run(write_notebook(tmp_path/'bad.ipynb', 'x = 1', 'assert x == 2', 'x = 2'))
+
+
+# -- notebooks, modules and README.md agree
+
+@contextlib.contextmanager
+def folder(path):
+    "Work in `path`, then come back."
+    old = os.getcwd()
+    os.chdir(path)
+    try: yield path
+    finally: os.chdir(old)
+
+
+@pytest.fixture
+def house(tmp_path):
+    "A copy of what nbdev reads and writes."
+    for o in (NBS, LIB): shutil.copytree(o, tmp_path/o.name, ignore=shutil.ignore_patterns('__pycache__', '.ipynb_checkpoints'))
+    shutil.copy(ROOT/'pyproject.toml', tmp_path)
+    return tmp_path
+
+
+def contents(root): return {o.relative_to(root).as_posix(): o.read_bytes() for o in sorted(root.rglob('*')) if o.is_file()}
+
+
+def changed(old, new): return sorted(o for o in old.keys() | new.keys() if old.get(o) != new.get(o))
+
+
+def clean(root):
+    "Run nbdev-clean in `root`; what it would only warn of is an error."
+    with folder(root), warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        warnings.simplefilter('ignore', ResourceWarning)  # it leaves the notebooks to the garbage collector
+        nbdev_clean()
+        gc.collect()
+
+
+def test_notebooks_are_clean(house):
+    before = contents(house)
+    clean(house)
+    dirty = changed(before, contents(house))
+    assert not dirty, 'run `make prepare`'
+
+
+def test_unclean_notebook_is_noticed(house):
+    nb = write_notebook(house/'nbs'/'dirty.ipynb', '1')
+    nb.write_text(nb.read_text().replace('"metadata": {}', '"metadata": {"scrolled": true}', 1))
+    before = contents(house)
+    clean(house)
+    assert 'nbs/dirty.ipynb' in changed(before, contents(house))
+
+
+def nbdev(root, code):
+    "Run `code` in a process of its own, since nbdev remembers the project it saw first."
+    env = {k: v for k, v in os.environ.items() if k != 'IN_TEST'}  # with it nbdev exports nothing
+    subprocess.run([sys.executable, '-c', code], cwd=root, env=env, check=True)
+
+
+def test_modules_are_in_step(house):
+    before = contents(house)
+    for o in (house/'fastai_xent').glob('*.py'):
+        if o.name != '__init__.py': o.unlink()
+    nbdev(house, 'from nbdev.doclinks import nbdev_export; nbdev_export()')
+    stale = changed(before, contents(house))
+    assert not stale, 'run `make prepare`, and write no module by hand'
+
+
+def test_site_settings_are_in_step(house):
+    before = contents(house)
+    nbdev(house, 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; refresh_quarto_yml(); nbdev_sidebar()')
+    stale = changed(before, contents(house))
+    assert not stale, 'run `make docs`'
+
+
+@pytest.mark.skipif(not (NBS/'index.ipynb').exists(), reason='no nbs/index.ipynb yet')
+def test_readme_is_in_step(capsys):
+    with folder(ROOT): assert readme.main(['--check']) == 0, 'run `make prepare`\n' + capsys.readouterr().out
+
+
+# -- imports
+
+def imports(path):
+    "The dotted names that a module of the package imports, its own package spelt out."
+    for node in ast.walk(ast.parse(path.read_text(encoding='utf-8'))):
+        if isinstance(node, ast.Import): yield from (o.name for o in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            base = '.'.join(o for o in ('fastai_xent' if node.level else '', node.module or '') if o)
+            yield from (f'{base}.{o.name}' for o in node.names) if base == 'fastai_xent' else [base]
+
+
+def siblings(path): return {o.split('.')[1] for o in imports(path) if o.startswith('fastai_xent.')}
+
+
+def packages(path): return {o.split('.')[0] for o in imports(path)}
+
+
+def rank(module): return ORDER.index(module) if module in ORDER else len(ORDER)  # a module without a number comes last
+
+
+@pytest.mark.parametrize('path', MODULES, ids=name)
+def test_imports_go_down(path):
+    up = {o for o in siblings(path) - {'__version__'} if rank(o) >= rank(path.stem)}
+    assert not up, f'{path.name} may import only modules of a lower number'
+
+
+@pytest.mark.parametrize('path', [o for o in MODULES if o.stem == 'numerics'], ids=name)
+def test_numerics_needs_torch_alone(path):
+    extra = packages(path) - {'torch'} - sys.stdlib_module_names
+    assert not extra, 'numerics imports torch and the standard library'
+
+
+@pytest.mark.parametrize('path', [o for o in MODULES if o.stem != 'views'], ids=name)
+def test_only_views_draws(path): assert 'matplotlib' not in packages(path)
+
+
+def test_imports_are_read(tmp_path):
+    path = tmp_path/'m.py'
+    lines = 'import torch.nn as nn', 'from .store import Run', 'from . import views', 'from fastai_xent.items import *', 'def f(): import matplotlib.pyplot'
+    path.write_text('\n'.join(lines))
+    assert siblings(path) == {'store', 'views', 'items'}
+    assert packages(path) == {'torch', 'fastai_xent', 'matplotlib'}
+
+
+# -- files
+
+MACHINE = re.compile(r'(?<![\w.:~/-])/(?:work|root|home|Users|mnt)/\w|(?<![\w.:~-])/tmp/\w|/site-packages[/]')
+TEXT = {'.py', '.ipynb', '.md', '.toml', '.ini', '.in', '.yml', '.yaml', '.css', '.txt', '.html', ''}
+
+
+def kept(git_dir):
+    "Every file of the tree that .gitignore leaves, committed or not, whether or not the tree is a checkout."
+    git = ['git', f'--git-dir={git_dir}', f'--work-tree={ROOT}']
+    subprocess.run([*git, 'init', '--quiet'], cwd=ROOT, check=True)
+    out = subprocess.run([*git, 'ls-files', '-z', '--others', '--exclude-standard'], cwd=ROOT, check=True, capture_output=True, text=True)
+    return [ROOT/o for o in out.stdout.split('\0') if o]
+
+
+def test_no_machine_paths(tmp_path):
+    texts = [o for o in kept(tmp_path/'git') if o.suffix in TEXT]
+    assert Path(__file__) in texts
+    found = [f'{name(o)}: {m[0]}' for o in texts for m in MACHINE.finditer(o.read_text(encoding='utf-8'))]
+    assert not found
+
+
+@pytest.mark.parametrize('top', ['work', 'home', 'tmp'])
+def test_machine_paths_are_noticed(top): assert MACHINE.search(f'File "/{top}/a.py"')
+
+
+def test_ruff():
+    "pyflakes and syntax errors, in the notebooks too."
+    res = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--select', 'F,E9', '.'], cwd=ROOT, capture_output=True, text=True)
+    assert res.returncode == 0, res.stdout + res.stderr

@@ -1,0 +1,67 @@
+"The README writer and the link checker of the site."
+import links, pytest, readme
+
+BASE = 'https://docs.example/lib'
+
+
+@pytest.mark.parametrize('text, want', [
+    ('[a](01_losses.ipynb#x)', f'[a]({BASE}/losses.html#x)'),
+    ('[a](explain/why.ipynb)', f'[a]({BASE}/explain/why.html)'),
+    ('[a](https://pytorch.org)', '[a](https://pytorch.org)'),
+    ('![a](images/x.png)', '![a](nbs/images/x.png)'),
+    ('![a](https://pytorch.org/x.png)', '![a](https://pytorch.org/x.png)'),
+    ('[![a](images/x.png)](01_losses.ipynb)', f'[![a](nbs/images/x.png)]({BASE}/losses.html)'),
+])
+def test_relink(text, want): assert readme.relink(text, BASE) == want
+
+
+def test_code_keeps_its_text():
+    code = '```python\n[a](01_losses.ipynb)\n```'
+    assert readme.prose(f'[a](01_losses.ipynb)\n\n{code}\n', lambda o: readme.relink(o, BASE)) == f'[a]({BASE}/losses.html)\n\n{code}\n'
+
+
+def test_callout_becomes_alert():
+    text = 'before\n\n::: {.callout-tip title="One"}\n\n```\n::: in code\n```\n:::\n\nafter'
+    assert readme.undiv(text) == 'before\n\n> [!TIP]\n> **One**\n>\n> ```\n> ::: in code\n> ```\n\nafter'
+
+
+def test_open_callout_is_refused():
+    with pytest.raises(ValueError, match='not closed'): readme.undiv('::: {.callout-note}\nno end')
+
+
+@pytest.mark.parametrize('output, why', [
+    (dict(output_type='display_data', data={'image/png': 'x', 'text/plain': '<Figure>'}), 'nbs/images/'),
+    (dict(output_type='error', ename='KeyError'), 'KeyError'),
+])
+def test_output_is_refused(output, why):
+    with pytest.raises(ValueError, match=why): readme.shown(output, BASE)
+
+
+def wrong(site, body, css=''):
+    "What the checker says of a site with the page `body` and another."
+    (site/'a.html').write_text(f'<style>{css}</style>{body}')
+    (site/'b.html').write_text('<h1 id="top">b</h1>')
+    return links.check(site)
+
+
+@pytest.mark.parametrize('body', [
+    '<a href="b.html#top">', '<a href="./b.html">', '<a href="/b.html">', '<a href="https://pytorch.org">', '<a href="#x"><i id="x">',
+    '<link rel="canonical" href="https://pytorch.org">', '<img src="data:image/png;base64,AA">'])
+def test_good_link(tmp_path, body): assert wrong(tmp_path, body) == []
+
+
+@pytest.mark.parametrize('body, why', [
+    ('<a href="c.html">', 'leads nowhere: c.html'),
+    ('<img src="x.png">', 'leads nowhere: x.png'),
+    ('<a href="b.html#bottom">', 'no such anchor: b.html#bottom'),
+    ('<a href="../b.html">', 'leads out of the site: ../b.html'),
+    ('<script src="https://cdn.example/x.js"></script>', 'loads https://cdn.example/x.js'),
+    ('<link rel="stylesheet" href="//cdn.example/x.css">', 'loads //cdn.example/x.css'),
+    ('<i style="background: url(y.png)">', 'leads nowhere: y.png')])
+def test_bad_link(tmp_path, body, why): assert wrong(tmp_path, body) == [f'a.html {why}']
+
+
+def test_css_is_checked(tmp_path):
+    assert wrong(tmp_path, '', '@import "https://cdn.example/f.css"; /* url(note.png) */') == ['a.html loads https://cdn.example/f.css']
+    (tmp_path/'s.css').write_text('@font-face { src: url("f.woff2") }')
+    assert 's.css leads nowhere: f.woff2' in links.check(tmp_path)
