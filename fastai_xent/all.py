@@ -8,12 +8,14 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 __all__ = ['MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat',
            'XentRecord', 'XentRecorder', 'XentStats', 'get_score', 'softmax_jacobian', 'xent_grad', 'xent_stats']
 
-# %% ../nbs/08_all.ipynb #6c494a8f
+# %% ../nbs/08_all.ipynb #cdd98d4b
+# ruff: noqa: F401
 from .dynamics import SCORES, Mean, MarginLoss, MeanColumn, Reducer, get_score
 from .items import NoItemIdentity
 from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats, softmax_jacobian, xent_grad, xent_stats
-from .recorder import NotRecordable, XentRecorder
+from .recorder import XentRecorder
+from .rows import NotRecordable
 from .store import XentRecord
 
 # %% ../nbs/08_all.ipynb #e6e7dfdd

@@ -17,7 +17,7 @@ import pandas as pd
 import torch
 from fastai.data.load import DataLoader
 
-# %% ../nbs/02_items.ipynb #e1bf3982
+# %% ../nbs/02_items.ipynb #f409b8ba
 class NoItemIdentity(Exception):
     "It is not known which item each row is; the message says why, and what to do."
 
@@ -27,7 +27,7 @@ class _Pass:
         idxs: np.ndarray, # Item of each position
         workers: int, # Number of worker processes
     ):
-        self.idxs, self.pulled = idxs, 0
+        self.idxs, self.pulled, self.padding = idxs, 0, None
         self.alive = torch.ones(len(idxs), dtype=torch.uint8)
         if workers: self.alive.share_memory_()
 
@@ -46,10 +46,10 @@ class _Pass:
             queues.append([own[i:i + bs] for i in range(0, len(own), bs)])
         return [q[turn] for turn in range(max(map(len, queues))) for q in queues if turn < len(q)]
 
-# %% ../nbs/02_items.ipynb #d510418e
+# %% ../nbs/02_items.ipynb #34b07f51
 class RowTap:
     "Listens to a loader for one pass; `rows` then names the item of each row."
-    def __init__(self, dl): self.dl, self.passes, self.started, self.error = dl, [], None, None
+    def __init__(self, dl): self.dl, self.passes, self.started, self.error, self.padding = dl, [], None, None, None
 
     def freeze(self) -> None:
         "The first batch is here: the pass in question is among those started so far."
@@ -69,13 +69,17 @@ class RowTap:
     ) -> np.ndarray: # The item of each row of these batches, one after the other
         "Name the item of each row, or raise `NoItemIdentity`."
         if not at: return np.empty(0, dtype=np.int64)
-        given = self._batches(self._running(max(at) + 1))
+        running = self._running(max(at) + 1)
+        given = self._batches(running)
         if max(at) >= len(given): raise NoItemIdentity(f"batch {max(at)} arrived, but by the loader's order there are only {len(given)}")
         for i, n in zip(at, sizes):
             if len(given[i]) != n:
                 raise NoItemIdentity(f"batch {i} has {n} rows, but the loader put {len(given[i])} items into it; a transform or a `before_batch` "
                                      "callback has added or removed rows, and which ones is not known")
+        self.padding = self._padding(running, at)
         return np.concatenate([given[i] for i in at])
+
+    def _padding(self, running, at): return None      # which rows only fill up a batch: a distributed loader has some
 
 _METHODS = ('get_idxs', 'create_batches', 'do_item')
 
@@ -119,7 +123,11 @@ class _FastaiTap(RowTap):
                     idxs = chain(head, idxs)
                     raise NoItemIdentity(f"`get_idxs` gives more than the loader's {self.dl.n} items")
                 idxs = head
-            self.passes.append(_Pass(np.array(list(idxs), dtype=np.int64), self.workers))
+            p = _Pass(np.array(list(idxs), dtype=np.int64), self.workers)
+            if self.inner is not self.dl:             # DistributedDL starts again from its first items to give each rank as many
+                share = self.dl.n_padded // self.dl.world_size
+                p.padding = np.arange(len(p.idxs)) + self.dl.rank * share >= self.dl.n
+            self.passes.append(p)
         except Exception as e: self.error = e
         return idxs
 
@@ -145,7 +153,12 @@ class _FastaiTap(RowTap):
         if self.workers: return p.pulled == 0        # the others were read in this process: one_batch() uses no workers
         return p.pulled >= min(len(p.idxs), (n_batches - 1) * (self.dl.bs or 1) + 1)
 
-    def _batches(self, p): return [p.idxs[b] for b in p.batches(self.dl.bs, self.dl.drop_last, self.workers)]
+    def _positions(self, p): return p.batches(self.dl.bs, self.dl.drop_last, self.workers)
+    def _batches(self, p): return [p.idxs[b] for b in self._positions(p)]
+    def _padding(self, p, at):
+        if p.padding is None: return None
+        given = self._positions(p)
+        return np.concatenate([p.padding[given[i]] for i in at])
     def __getstate__(self): return {**self.__dict__, 'passes': self.passes[-1:], 'started': None, 'error': None}
 
 # %% ../nbs/02_items.ipynb #c9b63062

@@ -164,7 +164,7 @@ def xent_grad(
     else: g = _soft_grad(z, _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis), axis)
     return g.masked_fill(ignored.unsqueeze(axis), 0.)
 
-# %% ../nbs/00_numerics.ipynb #1d7477e5
+# %% ../nbs/00_numerics.ipynb #11433bc4
 class XentStats(NamedTuple):
     """What cross-entropy knows of each row. One number a row, in the shape of the targets, `n d…`; float32, or float64 for float64 logits.
 
@@ -176,6 +176,12 @@ class XentStats(NamedTuple):
     p_targ: Tensor    # Probability of the label
     margin: Tensor    # Logit of the label − largest other logit (Pleiss et al. 2020); positive where the label wins
     pred: Tensor      # The class with the largest logit, int64; −1 where ignored
+
+def _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis) -> Tensor:
+    "λ t + (1 − λ) t', where t' belongs to the other item; an ignored one adds nothing."
+    _, y, ignored, probs, _ = _read(z, mix[0], weight, ignore_index, label_smoothing, axis)
+    other = _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis).masked_fill(ignored.unsqueeze(axis), 0.)
+    return torch.lerp(other, t, mix[1].to(z).view(-1, *[1] * (z.ndim - 1)))
 
 def _argmax(z: Tensor, axis: int) -> Tensor:
     "The class with the largest logit. On a CPU numpy's argmax is up to seven times faster than torch's."
@@ -189,16 +195,18 @@ def xent_stats(
     ignore_index: int = -100, # Rows with this target are marked, and scored as nan
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     axis: int = 1, # The class axis
+    mix: tuple|None = None, # For rows mixed from two items, as MixUp does: the other item's target `n d…`, and the share of the row's own item, `n`
 ) -> XentStats:
     "Loss, gradient norm, EL2N, probability of the label, margin and predicted class of every row, without a graph."
     z, y, ignored, probs, axis = _read(pred, targ, weight, ignore_index, label_smoothing, axis)
     r = _versus_rest(z, y, axis)
     el2n, d = _rest_norm(r, axis), r.d.squeeze(axis)
-    if probs is None and not label_smoothing:
+    if probs is None and not label_smoothing and mix is None:
         w = 1. if weight is None else weight.to(z)[y]
         loss, grad_norm = w * _rest_loss(d), w * el2n
     else:
         t = _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis)
+        if mix is not None: t = _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis)
         loss, grad_norm = _soft_loss(z, t, axis), torch.linalg.vector_norm(_soft_grad(z, t, axis), dim=axis)
     fs = [loss, grad_norm, el2n, torch.sigmoid(d), r.margin.squeeze(axis)]
     return XentStats(*(f.masked_fill(ignored, math.nan) for f in fs), _argmax(z, axis).masked_fill(ignored, -1))

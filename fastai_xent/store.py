@@ -7,150 +7,235 @@ Docs: https://fastai-xent.github.io/fastai_xent/store.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'XentRecord']
 
-# %% ../nbs/04_store.ipynb #58971dcf
+# %% ../nbs/04_store.ipynb #bdf14740
+import io
 import json
 import os
-import shutil
+import re
 import time
 from importlib.metadata import version
 from pathlib import Path
 
 import duckdb
+import fsspec
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import pyarrow.dataset
 import pyarrow.parquet as pq
 from fastcore.basics import patch
+from fsspec.implementations.local import LocalFileSystem
 
-from .dynamics import get_score
+from .dynamics import get_score, row_weight
 
-# %% ../nbs/04_store.ipynb #c6aca548
+# %% ../nbs/04_store.ipynb #2f50c17e
 FORMAT = 1
 _FLOATS = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin')
-_COLUMNS = ('fit', 'epoch', 'split', 'item', *_FLOATS, 'pred', 'targ')
 _PARTITIONS = pa.schema([('fit', pa.int32()), ('split', pa.string()), ('epoch', pa.int32())])
-_SCHEMA = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in _FLOATS), ('pred', pa.int32()), ('targ', pa.int32())])
+_SCHEMA = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in _FLOATS), ('pred', pa.int32()), ('targ', pa.int32()),
+                     ('occurrence', pa.int16()), ('n_pos', pa.int32()), ('lam', pa.float32()), ('partner', pa.int32()), ('step', pa.int32())])
+_COLUMNS = ('fit', 'epoch', 'split', *_SCHEMA.names)
+_ITEMS = pa.schema([('item', pa.int32()), ('name', pa.string()), ('source', pa.int64())])
 
-def _sync_dir(path: Path) -> None:
-    "Make a rename in directory `path` last."
-    if os.name != 'posix': return
-    fd = os.open(path, os.O_RDONLY)
-    try: os.fsync(fd)
-    finally: os.close(fd)
-
-def _write_whole(path: Path, write) -> None:
-    "Let `write` fill a file that appears as `path` only when it is complete and on the disk."
-    path.parent.mkdir(parents=True, exist_ok=True)
-    tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-    try:
-        with open(tmp, 'wb') as f:
-            write(f)
-            f.flush()
-            os.fsync(f.fileno())
-        os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
-    _sync_dir(path.parent)
+def _occurrence(item: np.ndarray) -> np.ndarray:
+    "Which of its item's rows each row is, from 0; `item` is sorted."
+    first = np.r_[True, item[1:] != item[:-1]] if len(item) else np.zeros(0, dtype=bool)
+    at = np.arange(len(item))
+    return at - np.maximum.accumulate(np.where(first, at, 0)) if len(item) else at
 
 def _epoch_table(cols: dict) -> pa.Table:
-    "Rows of one epoch in item order. Where `pred` is −1 the target was ignored: no numbers, no predicted class."
+    "Rows of one epoch in item order. Numbers of a row without a valid target, and columns that do not apply, are null."
     order = np.argsort(cols['item'], kind='stable')
-    ignored = (np.asarray(cols['pred']) < 0)[order]
-    arrays = []
-    for f in _SCHEMA:
-        a = np.asarray(cols[f.name])[order]
-        arrays.append(pa.array(a.astype(f.type.to_pandas_dtype()), type=f.type, mask=None if f.name == 'item' else ignored))
+    cols = {k: None if v is None else np.asarray(v)[order] for k, v in cols.items()}
+    unlabelled = cols['pred'] < 0
+    empty = unlabelled if cols.get('n_pos') is None else cols['n_pos'] == 0
+    nulls = {**{o: empty for o in _FLOATS}, 'pred': unlabelled, 'targ': unlabelled}
+    if cols.get('lam') is not None: nulls.update(dict.fromkeys(('lam', 'partner'), np.isnan(cols['lam'])))
+    repeats = _occurrence(cols['item'])
+    cols['occurrence'] = repeats if cols.get('padding') is None else np.where(cols['padding'], -1, repeats)
+    arrays = [pa.nulls(len(order), f.type) if cols.get(f.name) is None else
+              pa.array(cols[f.name].astype(f.type.to_pandas_dtype()), type=f.type, mask=nulls.get(f.name)) for f in _SCHEMA]
     return pa.Table.from_arrays(arrays, schema=_SCHEMA)
 
-# %% ../nbs/04_store.ipynb #2344f2ff
+# %% ../nbs/04_store.ipynb #e983d157
+class _Place:
+    "A directory, on a local disk or on any file system that fsspec knows."
+    def __init__(self, path: str|Path):
+        self.fs, self.root = fsspec.core.url_to_fs(str(path))
+        self.local = isinstance(self.fs, LocalFileSystem)
+
+    def at(self, name: str) -> str: return f'{self.root}/{name}'
+    def exists(self, name: str) -> bool: return self.fs.exists(self.at(name))
+    def files(self, name: str) -> list: # Names relative to the directory, sorted
+        "All files below `name`."
+        self.fs.invalidate_cache()
+        if not self.fs.exists(self.at(name)): return []
+        return sorted(o[len(self.root) + 1:] for o in self.fs.find(self.at(name)))
+    def read(self, name: str) -> bytes: return self.fs.cat_file(self.at(name))
+    def table(self, name: str) -> pa.Table: return pq.read_table(io.BytesIO(self.read(name)))
+    def remove(self, name: str) -> None:
+        if self.exists(name): self.fs.rm(self.at(name), recursive=True)
+
+    def write(self, name: str, fill) -> None:
+        "Let `fill` write a file that appears as `name` only when it is complete and on the disk."
+        if not self.local:
+            buffer = io.BytesIO()
+            fill(buffer)
+            return self.fs.pipe_file(self.at(name), buffer.getvalue())
+        path = Path(self.at(name))
+        path.parent.mkdir(parents=True, exist_ok=True)
+        tmp = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+        try:
+            with open(tmp, 'wb') as f:
+                fill(f)
+                f.flush()
+                os.fsync(f.fileno())
+            os.replace(tmp, path)
+        finally: tmp.unlink(missing_ok=True)
+        if os.name == 'posix': self._sync(path.parent)
+
+    @staticmethod
+    def _sync(directory: Path) -> None:
+        "Make a rename last."
+        fd = os.open(directory, os.O_RDONLY)
+        try: os.fsync(fd)
+        finally: os.close(fd)
+
+# %% ../nbs/04_store.ipynb #90b8749c
 class XentRecord:
     "What happened to every example of a run, epoch by epoch: opened from its directory, or kept in memory."
     def __init__(self,
-        path: str|Path|None = None, # Directory of an existing record; None: a new one in memory
+        path: str|Path|None = None, # Directory or URL of an existing record; None: a new one in memory
     ):
-        self.path = None if path is None else Path(path)
-        self._tables, self._items, self.meta = {}, {}, dict(format=FORMAT, vocab=None, splits={})
-        if self.path is not None: self._open()
+        self._start(path)
+        if path is not None: self._open()
+
+    def _start(self, path):
+        self.path = path if path is None or '://' in str(path) else Path(path)
+        self._place = None if path is None else _Place(path)
+        self._tables, self._maps, self._items, self.meta = {}, {}, {}, dict(format=FORMAT, vocab=None, splits={})
 
     @classmethod
     def new(cls,
-        path: str|Path|None = None, # Directory to be written; None: keep the record in memory
+        path: str|Path|None = None, # Directory or URL to be written; None: keep the record in memory
         overwrite: bool = False, # Replace the record that is there?
     ):
         "A record without rows. Nothing is written before there is something to keep."
         self = cls()
+        self._start(path)
         if path is None: return self
-        self.path = Path(path)
-        if (self.path / 'record.json').exists():
-            if not overwrite: raise FileExistsError(f"{self.path} holds a record already; use another path, `resume=True` to go on with it, or `overwrite=True` to replace it")
-            for o in ('epochs', 'items'): shutil.rmtree(self.path / o, ignore_errors=True)
-            (self.path / 'record.json').unlink()
-        elif self.path.exists() and (not self.path.is_dir() or any(self.path.iterdir())) and not overwrite:
-            raise FileExistsError(f"{self.path} exists and is not a record of fastai_xent; use a path that does not exist, or an empty directory")
+        if self._place.exists('record.json'):
+            if not overwrite: raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on with it, or `overwrite=True` to replace it")
+            for o in ('epochs', 'maps', 'items', 'record.json'): self._place.remove(o)
+        elif not overwrite and (self._place.fs.isfile(self._place.root) or self._place.files('.')):
+            raise FileExistsError(f"{path} exists and is not a record of fastai_xent; use a path that does not exist, or an empty directory")
         return self
 
     def _open(self):
-        try: meta = json.loads((self.path / 'record.json').read_text(encoding='utf-8'))
-        except FileNotFoundError: raise FileNotFoundError(f"{self.path} is not a record: it has no record.json; a run that ended before its first epoch leaves none") from None
+        if not self._place.exists('record.json'):
+            raise FileNotFoundError(f"{self.path} is not a record: it has no record.json; a run that ended before its first epoch leaves none")
+        meta = json.loads(self._place.read('record.json'))
         if meta.get('format', 0) > FORMAT: raise ValueError(f"{self.path} has format {meta['format']}, this version of fastai_xent reads up to {FORMAT}; update fastai_xent")
         self.meta = meta
 
-    def __getstate__(self): return dict(path=self.path, meta=self.meta, _tables={}, _items={})
+    def __getstate__(self): return dict(path=self.path, meta=self.meta)
+    def __setstate__(self, state):
+        self._start(state['path'])
+        self.meta = state['meta']
 
-# %% ../nbs/04_store.ipynb #37c12488
+# %% ../nbs/04_store.ipynb #7137b3c9
 @patch
 def _save_meta(self: XentRecord) -> None:
     if self.path is None: return
     self.meta = {**self.meta, 'fastai_xent': version('fastai_xent'), 'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
-    _write_whole(self.path / 'record.json', lambda f: f.write(json.dumps(self.meta, indent=1, ensure_ascii=False).encode()))
+    self._place.write('record.json', lambda f: f.write(json.dumps(self.meta, indent=1, ensure_ascii=False).encode()))
 
+# %% ../nbs/04_store.ipynb #d5f31ae2
 @patch
 def set_items(self: XentRecord,
     split: str, # 'train' or 'valid'
     items: pd.DataFrame, # Columns `item` (0, 1, …), `name`, `source`
     fingerprint: str, # Hash of what the indices mean
     vocab: list|None = None, # Names of the classes
-) -> None:
-    "Say what the items of a split are. A split keeps the meaning of its indices: other items need another record."
-    known = self.meta['splits'].get(split)
-    if known is not None and known['fingerprint'] != fingerprint:
-        raise ValueError(f"split {split!r} of this record has {known['n']} items with fingerprint {known['fingerprint']}, the dataset has {len(items)} "
-                         f"with {fingerprint}: index i would mean two different items; use a new record for the new dataset")
-    if known is not None: return
-    table = pa.table({'item': pa.array(items['item'], pa.int32()), 'name': pa.array(items['name'], pa.string()),
-                      'source': pa.array(items['source'].astype('Int64'), pa.int64())})
-    if self.path is None: self._items[split] = table
+    epoch: int = 0, # The first epoch with these items
+) -> int: # Number of the segment
+    "Say what the items of a split are from `epoch` on."
+    known = self.meta['splits'].setdefault(split, dict(segments=[], starts=[]))
+    prints = [o['fingerprint'] for o in known['segments']]
+    if fingerprint in prints:
+        k = prints.index(fingerprint)
+        if known['starts'][-1][1] == k: return k
     else:
-        if not (self.path / 'record.json').exists(): self._save_meta()   # from here on the directory is known as a record
-        _write_whole(self.path / 'items' / f'{split}.parquet', lambda f: pq.write_table(table, f, compression='zstd'))
-    self.meta['splits'][split] = dict(n=len(items), fingerprint=fingerprint)
+        k, table = len(prints), pa.table([pa.array(items[f.name].astype('Int64') if f.name == 'source' else items[f.name], f.type) for f in _ITEMS], schema=_ITEMS)
+        if self.path is None: self._items[split, k] = table
+        else:
+            if not self._place.exists('record.json'): self._save_meta()   # from here on the directory is known as a record
+            self._place.write(f'items/{split}-{k}.parquet', lambda f: pq.write_table(table, f, compression='zstd'))
+        known['segments'].append(dict(n=len(items), fingerprint=fingerprint))
+    known['starts'].append([epoch, k])
     if vocab is not None: self.meta['vocab'] = list(vocab)
     self._save_meta()
+    return k
 
+# %% ../nbs/04_store.ipynb #d573cafd
+@patch
+def _segment(self: XentRecord, split, segment=-1) -> int:
+    "The number of a segment, counted from the last if negative."
+    if split not in self.meta['splits']:
+        raise KeyError(f"no split {split!r} in this record; " + (f"it has {', '.join(self.meta['splits'])}" if self.meta['splits'] else "nothing was recorded yet"))
+    known = self.meta['splits'][split]
+    if segment == -1: return known['starts'][-1][1]
+    if not 0 <= segment < len(known['segments']): raise IndexError(f"segment {segment} of split {split!r} does not exist; it has {len(known['segments'])}")
+    return segment
+
+@patch
+def _segment_of(self: XentRecord, split, epoch) -> int:
+    "The segment that an epoch of a split belongs to."
+    return [k for start, k in self.meta['splits'][split]['starts'] if start <= epoch][-1]
+
+@patch
+def items(self: XentRecord,
+    split: str = 'train',
+    segment: int = -1, # Which list of items; −1: that of the last epoch
+) -> pd.DataFrame: # Columns item, name, source
+    "What the items of a split are called, and where they stood in their source."
+    k = self._segment(split, segment)
+    return self._items_table(split, k).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+@patch
+def _items_table(self: XentRecord, split, k): return self._items[split, k] if self.path is None else self._place.table(f'items/{split}-{k}.parquet')
+
+# %% ../nbs/04_store.ipynb #dcfb7f01
 @patch
 def add(self: XentRecord,
     fit: int, # Number of the fit
     epoch: int, # Number of the epoch, counted over all fits
     split: str, # 'train' or 'valid'
-    cols: dict, # Arrays of one length: item, loss, grad_norm, el2n, p_targ, margin, pred, targ
+    cols: dict, # Arrays of one length: item, loss, grad_norm, el2n, p_targ, margin, pred, targ; perhaps padding, n_pos, lam, partner, step
+    rank: int = 0, # Rank of the process in a distributed training
 ) -> None:
-    "Keep the rows of one epoch and split."
+    "Keep the rows of one epoch and split, in any order."
     table = _epoch_table(cols)
     if self.path is None: self._tables[fit, split, epoch] = table
-    else:
-        file = self.path / 'epochs' / f'fit={fit}' / f'split={split}' / f'epoch={epoch}' / 'part-0.parquet'
-        _write_whole(file, lambda f: pq.write_table(table, f, compression='zstd', use_dictionary=['pred', 'targ']))
+    else: self._place.write(f'epochs/fit={fit}/split={split}/epoch={epoch}/part-{rank}.parquet',
+                            lambda f: pq.write_table(table, f, compression='zstd', use_dictionary=['pred', 'targ', 'occurrence']))
 
-# %% ../nbs/04_store.ipynb #2ccbd9f2
-def _key(part: Path) -> tuple:
-    "(fit, split, epoch) from a file's path."
-    return tuple(o.split('=', 1)[1] if i == 1 else int(o.split('=', 1)[1]) for i, o in enumerate(part.parts[-4:-1]))
+# %% ../nbs/04_store.ipynb #127c48c2
+_PART = re.compile(r'(?:epochs|maps)/fit=(\d+)/split=([^/]+)/epoch=(\d+)/part-\d+\.parquet')
+
+@patch
+def _parts(self: XentRecord, kind: str = 'epochs') -> dict: # (fit, split, epoch) → names of files
+    "The files of each recorded epoch."
+    parts = {}
+    for name in self._place.files(kind):
+        m = _PART.fullmatch(name)
+        if m: parts.setdefault((int(m[1]), m[2], int(m[3])), []).append(name)
+    return parts
 
 @patch(as_prop=True)
 def keys(self: XentRecord) -> list: # Of (fit, split, epoch)
     "The recorded epochs of each split, in the order of training."
-    found = self._tables if self.path is None else map(_key, (self.path / 'epochs').glob('fit=*/split=*/epoch=*/part-*.parquet'))
-    return sorted(set(found), key=lambda k: (k[2], k[1], k[0]))
+    return sorted(self._tables if self.path is None else self._parts(), key=lambda k: (k[2], k[1], k[0]))
 
 @patch(as_prop=True)
 def n_epochs(self: XentRecord) -> int:
@@ -162,98 +247,132 @@ def n_fits(self: XentRecord) -> int:
     "One more than the last fit's number; the number of the next."
     return max((k[0] + 1 for k in self.keys), default=0)
 
-@patch
-def items(self: XentRecord, split: str = 'train') -> pd.DataFrame: # Columns item, name, source
-    "What the items of a split are called, and where they stood in their source."
-    self._check_split(split)
-    table = self._items[split] if self.path is None else pq.read_table(self.path / 'items' / f'{split}.parquet', partitioning=None)
-    return table.to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
-
-@patch
-def _check_split(self: XentRecord, split):
-    if split not in self.meta['splits']:
-        raise KeyError(f"no split {split!r} in this record; " + (f"it has {', '.join(self.meta['splits'])}" if self.meta['splits'] else "nothing was recorded yet"))
-
+# %% ../nbs/04_store.ipynb #01240ee4
 @patch
 def _arrow(self: XentRecord, keys: list|None = None):
     "The rows of the epochs `keys` (default: all) as something Arrow and DuckDB can scan."
     keys = self.keys if keys is None else keys
-    schema = pa.schema([*_SCHEMA, *_PARTITIONS])
     if self.path is None or not keys:
         parts = []
         for k in keys:
             t = self._tables[k]
             for f, v in zip(_PARTITIONS, k): t = t.append_column(f, pa.array([v] * len(t), f.type))
             parts.append(t)
-        return pa.concat_tables(parts) if parts else schema.empty_table()
-    files = [str(f) for fit, split, epoch in keys for f in sorted((self.path / 'epochs' / f'fit={fit}' / f'split={split}' / f'epoch={epoch}').glob('part-*.parquet'))]
-    return pa.dataset.dataset(files, schema=schema, format='parquet', partitioning=pa.dataset.partitioning(_PARTITIONS, flavor='hive'), partition_base_dir=str(self.path / 'epochs'))
+        return pa.concat_tables(parts) if parts else pa.schema([*_SCHEMA, *_PARTITIONS]).empty_table()
+    parts = self._parts()
+    return pa.dataset.dataset([self._place.at(o) for k in keys for o in parts[k]], schema=pa.schema([*_SCHEMA, *_PARTITIONS]), format='parquet',
+                              partitioning=pa.dataset.partitioning(_PARTITIONS, flavor='hive'), partition_base_dir=self._place.at('epochs'),
+                              filesystem=None if self._place.local else self._place.fs)
 
+def _read(found, columns=None, filter=None) -> pa.Table:
+    "A table from what `_arrow` gives."
+    if not isinstance(found, pa.Table): return found.to_table(columns=columns, filter=filter)
+    found = found if filter is None else found.filter(filter)
+    return found if columns is None else found.select(columns)
+
+@patch
+def _keys_of(self: XentRecord, split, segment=-1) -> list:
+    "The epochs of a split's segment."
+    k = self._segment(split, segment)
+    return [o for o in self.keys if o[1] == split and self._segment_of(split, o[2]) == k]
+
+# %% ../nbs/04_store.ipynb #44c1a26c
 @patch
 def to_df(self: XentRecord,
     split: str|None = None, # 'train' or 'valid'; None: all
     epoch: int|None = None, # Number of an epoch, −1 for the last; None: all
 ) -> pd.DataFrame:
     "The rows, ordered by epoch, split and item."
-    if split is not None: self._check_split(split)
+    if split is not None: self._segment(split)
     keys = [k for k in self.keys if split in (None, k[1])]
     if epoch is not None:
         last = max((k[2] for k in keys), default=-1)
-        want = last + 1 + epoch if epoch < 0 else epoch
-        keys = [k for k in keys if k[2] == want]
+        keys = [k for k in keys if k[2] == (last + 1 + epoch if epoch < 0 else epoch)]
         if not keys: raise KeyError(f"no epoch {epoch} in this record; the last one is {last}")
-    found = self._arrow(keys)
-    table = found if isinstance(found, pa.Table) else found.to_table()
-    df = table.to_pandas(types_mapper={pa.int32(): pd.Int32Dtype()}.get)[list(_COLUMNS)]
+    df = _read(self._arrow(keys)).to_pandas(types_mapper={pa.int32(): pd.Int32Dtype()}.get)[list(_COLUMNS)]
     for o in ('fit', 'epoch', 'item'): df[o] = df[o].astype('int32')
     df['split'] = df['split'].astype('category')
-    return df
+    return df.sort_values(['epoch', 'split', 'item'], kind='stable', ignore_index=True)
 
+# %% ../nbs/04_store.ipynb #4834897c
 @patch
 def item(self: XentRecord,
     i: int, # Index in the split's dataset
     split: str = 'train',
+    segment: int = -1, # Which list of items; −1: that of the last epoch
 ) -> pd.DataFrame: # One row for each time the item was seen
-    "One item's history."
-    self._check_split(split)
-    n = self.meta['splits'][split]['n']
+    "One item's history. Columns that do not apply are left out."
+    n = self.meta['splits'][split]['segments'][self._segment(split, segment)]['n'] if split in self.meta['splits'] else self._segment(split)
     if not 0 <= i < n: raise IndexError(f"item {i} is not in split {split!r}, which has items 0 to {n - 1}")
-    found = self._arrow([k for k in self.keys if k[1] == split])
-    only = pa.compute.field('item') == i
-    table = found.filter(only) if isinstance(found, pa.Table) else found.to_table(filter=only)
-    return table.to_pandas()[[o for o in _COLUMNS if o not in ('split', 'item')]].sort_values('epoch', kind='stable', ignore_index=True)
+    df = _read(self._arrow(self._keys_of(split, segment)), filter=pa.compute.field('item') == i).to_pandas()
+    df = df[[o for o in _COLUMNS if o not in ('split', 'item')]].sort_values(['epoch', 'occurrence'], kind='stable', ignore_index=True)
+    idle = [o for o in ('n_pos', 'lam', 'partner', 'step') if df[o].isna().all()] + ['occurrence'] * bool((df['occurrence'] == 0).all())
+    return df.drop(columns=idle)
 
+# %% ../nbs/04_store.ipynb #e51cd110
 @patch
 def sql(self: XentRecord,
-    query: str, # May use the tables `record` (all rows), and `items` (columns split, item, name, source)
+    query: str, # May use the tables `record` (all rows) and `items` (columns split, segment, item, name, source)
 ) -> pd.DataFrame:
     "Ask in SQL, answered by DuckDB."
-    parts = [self._items[s] if self.path is None else pq.read_table(self.path / 'items' / f'{s}.parquet', partitioning=None) for s in self.meta['splits']]
-    names = [t.append_column('split', pa.array([s] * len(t), pa.string())) for s, t in zip(self.meta['splits'], parts)]
-    empty = pa.table({'item': pa.array([], pa.int32()), 'name': pa.array([], pa.string()), 'source': pa.array([], pa.int64()), 'split': pa.array([], pa.string())})
+    names = [_ITEMS.append(pa.field('split', pa.string())).append(pa.field('segment', pa.int32())).empty_table()]
+    for split, d in self.meta['splits'].items():
+        for k in range(len(d['segments'])):
+            t = self._items_table(split, k)
+            names.append(t.append_column('split', pa.array([split] * len(t), pa.string())).append_column('segment', pa.array([k] * len(t), pa.int32())))
     with duckdb.connect() as con:
         con.register('record', self._arrow())
-        con.register('items', pa.concat_tables(names) if names else empty)
+        con.register('items', pa.concat_tables(names))
         return con.execute(query).df()
 
-# %% ../nbs/04_store.ipynb #f94c97ba
+# %% ../nbs/04_store.ipynb #01cc12ef
+@patch
+def add_maps(self: XentRecord,
+    fit: int, # Number of the fit
+    epoch: int, # Number of the epoch, counted over all fits
+    split: str, # 'train' or 'valid'
+    maps: dict, # item → column → array `d…`
+    rank: int = 0, # Rank of the process in a distributed training
+) -> None:
+    "Keep the numbers of every position of some items."
+    names = list(next(iter(maps.values())))
+    table = pa.table({'item': pa.array(list(maps), pa.int32()), 'shape': pa.array([list(m[names[0]].shape) for m in maps.values()], pa.list_(pa.int32())),
+                      **{o: pa.array([m[o].ravel() for m in maps.values()], pa.list_(pa.int32() if o == 'pred' else pa.float32())) for o in names}})
+    if self.path is None: self._maps[fit, split, epoch] = table
+    else: self._place.write(f'maps/fit={fit}/split={split}/epoch={epoch}/part-{rank}.parquet', lambda f: pq.write_table(table, f, compression='zstd'))
+
+# %% ../nbs/04_store.ipynb #3e68aee0
+@patch
+def map(self: XentRecord,
+    i: int, # Index in the split's dataset
+    epoch: int = -1, # Number of an epoch; −1: the last that has a map of this item
+    split: str = 'train',
+) -> dict: # column → array `d…`
+    "The numbers of every position of item `i` in one epoch. Ignored positions are nan."
+    found = self._maps if self.path is None else {k: o for k, o in self._parts('maps').items()}
+    for k in sorted((k for k in found if k[1] == split and epoch in (-1, k[2])), key=lambda k: -k[2]):
+        for t in ([found[k]] if self.path is None else [self._place.table(o) for o in found[k]]):
+            for row in t.filter(pa.compute.field('item') == i).to_pylist():
+                return {o: np.array(v, dtype=np.int64 if o == 'pred' else np.float32).reshape(row['shape']) for o, v in row.items() if o not in ('item', 'shape')}
+    raise KeyError(f"no map of item {i} of {split!r}" + (f" in epoch {epoch}" if epoch >= 0 else '') + "; choose items before training, with `XentRecorder(maps=[…])`")
+
+# %% ../nbs/04_store.ipynb #807c3503
 @patch
 def score(self: XentRecord,
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
+    segment: int = -1, # Which list of items; −1: that of the last epoch
 ) -> np.ndarray: # One score an item, nan where it was never seen
     "The score of every item of a split."
-    self._check_split(split)
     reducer = get_score(by)
-    state = reducer.init(self.meta['splits'][split]['n'])
-    for k in self.keys:
-        if k[1] != split: continue
-        found = self._arrow([k])
-        cols = list(dict.fromkeys(['item', *reducer.columns]))
-        table = found.select(cols) if isinstance(found, pa.Table) else found.to_table(columns=cols)
-        reducer.update(state, **{o: table[o].to_numpy() for o in cols})
+    state = reducer.init(self.meta['splits'][split]['segments'][self._segment(split, segment)]['n'] if split in self.meta['splits'] else self._segment(split))
+    cols = list(dict.fromkeys(['item', 'lam', 'occurrence', *reducer.columns]))
+    for k in self._keys_of(split, segment):
+        t = {o: c.to_numpy() for o, c in zip(cols, _read(self._arrow([k]), cols).columns)}
+        reducer.update(state, item=t['item'], weight=row_weight(t['lam'].astype(float), t['occurrence']), **{o: t[o] for o in reducer.columns})
     return reducer.finalize(state)
 
+# %% ../nbs/04_store.ipynb #ba097817
 @patch
 def class_name(self: XentRecord, c) -> str|int|None:
     "What class `c` is called; its number if the record has no names; None if there is no class."
@@ -261,31 +380,51 @@ def class_name(self: XentRecord, c) -> str|int|None:
     return self.meta['vocab'][int(c)] if self.meta['vocab'] else int(c)
 
 @patch
+def _classes(self: XentRecord, split, items, segment) -> pd.DataFrame: # Index item; columns targ, likely
+    "The last label of each of `items`, and the class that was predicted for it most often."
+    t = _read(self._arrow(self._keys_of(split, segment)), ['item', 'epoch', 'pred', 'targ'], pa.compute.field('item').isin(pa.array(items, pa.int32())))
+    g = t.to_pandas().sort_values('epoch', kind='stable').groupby('item')
+    return pd.DataFrame({'targ': g['targ'].last(), 'likely': g['pred'].agg(lambda o: o.mode().iloc[0] if o.notna().any() else None)}).reindex(items)
+
+# %% ../nbs/04_store.ipynb #cdc09e09
+@patch
 def top(self: XentRecord,
     k: int = 20, # Number of items
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
-) -> pd.DataFrame: # Columns item, name, targ (the label), likely (the class predicted most often), score
+    segment: int = -1, # Which list of items; −1: that of the last epoch
+) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (the class predicted most often), score
     "The items a person should look at first."
-    score = self.score(by, split)
-    keyed = score if get_score(by).largest_first else -score
-    order = np.argsort(-keyed, kind='stable')[:k]                     # nan, never seen, comes last
+    score = self.score(by, split, segment)
+    order = np.argsort(-score if get_score(by).largest_first else score, kind='stable')[:k]    # nan, never seen, comes last
     order = order[~np.isnan(score[order])]
-    df = self.items(split).iloc[order].reset_index(drop=True)
-    seen = self.sql(f"select item, last(targ order by epoch) targ, mode(pred) likely from record where split = '{split}' group by item").set_index('item')
-    classes = seen.reindex(order)
-    df['targ'], df['likely'] = [[self.class_name(c) for c in classes[o]] for o in ('targ', 'likely')]
-    return df.assign(score=score[order])
+    classes = self._classes(split, order, segment)
+    df = self.items(split, segment).iloc[order].reset_index(drop=True)
+    return df.assign(**{o: pd.Series([self.class_name(c) for c in classes[o]], dtype=object) for o in ('targ', 'likely')}, score=score[order])
 
-# %% ../nbs/04_store.ipynb #bedc3c16
+# %% ../nbs/04_store.ipynb #e71fc7f9
+@patch
+def seen(self: XentRecord,
+    split: str = 'train',
+    segment: int = -1, # Which list of items; −1: that of the last epoch
+) -> pd.DataFrame: # Columns item, name, rows (how often seen), last_epoch, last_step (null if never, or not in training)
+    "How often each item was seen, and when last."
+    t = _read(self._arrow(self._keys_of(split, segment)), ['item', 'epoch', 'step', 'occurrence']).to_pandas()
+    g = t[t['occurrence'] >= 0].sort_values('epoch', kind='stable').groupby('item')
+    items = self.items(split, segment)
+    return items[['item', 'name']].assign(rows=g.size().reindex(items['item'], fill_value=0).to_numpy(),
+                                          **{f'last_{o}': g[o].last().reindex(items['item']).astype('Int64').array for o in ('epoch', 'step')})
+
+# %% ../nbs/04_store.ipynb #ffee21b2
+def _count(n: int, what: str) -> str: return f"{n:,} {what}{'' if n == 1 else 's'}"
+
 @patch
 def __repr__(self: XentRecord):
     keys, lines = self.keys, []
-    for s, d in self.meta['splits'].items():
-        epochs = sorted({k[2] for k in keys if k[1] == s})
-        lines.append(f"{s}: {d['n']:,} items, {len(epochs)} epoch{'s' if len(epochs) != 1 else ''}" + (f" ({epochs[0]} to {epochs[-1]})" if len(epochs) > 1 else ""))
-    head = f"XentRecord {self.path if self.path is not None else 'in memory'}: {self.n_fits} fit{'s' if self.n_fits != 1 else ''}"
+    for split, d in self.meta['splits'].items():
+        epochs = sorted({k[2] for k in keys if k[1] == split})
+        lines.append(f"{split}: {' and '.join(_count(o['n'], 'item') for o in d['segments'])}, {_count(len(epochs), 'epoch')}" + (f" ({epochs[0]} to {epochs[-1]})" if len(epochs) > 1 else ""))
     vocab = self.meta['vocab']
     if vocab: lines.append(f"{len(vocab)} classes: {', '.join(vocab[:6])}{', …' if len(vocab) > 6 else ''}")
     lines.append(f"columns: {', '.join(_COLUMNS)}")
-    return '\n  '.join([head, *(lines if self.meta['splits'] else ['nothing recorded yet'])])
+    return '\n  '.join([f"XentRecord {self.path if self.path is not None else 'in memory'}: {_count(self.n_fits, 'fit')}", *(lines if self.meta['splits'] else ['nothing recorded yet'])])
