@@ -1,0 +1,131 @@
+"Two ranks under gloo: each writes its own part, padding is told apart, and rank 0 reads the whole."
+import os
+import socket
+from pathlib import Path
+
+import fsspec
+import numpy as np
+import pytest
+import torch
+import torch.multiprocessing as mp
+from fsspec.implementations.dirfs import DirFileSystem
+from fsspec.implementations.local import LocalFileSystem
+
+from fastai_xent.all import XentRecord
+
+N, C, EPOCHS = 21, 5, 2
+
+
+class Bucket(DirFileSystem):
+    "An object store: a directory that only fsspec can reach, and in which nothing is renamed."
+    protocol = 'bucket'
+    def __init__(self, **kw): super().__init__(path=os.environ['XENT_TEST_BUCKET'], fs=LocalFileSystem(auto_mkdir=True), **kw)
+    def mv(self, *args, **kw): raise NotImplementedError('an object store has no rename')
+
+
+class Encoded:
+    "Item i is the row of logits (i, 0, …, 0), with label i % C; `skip` cannot be read."
+    def __init__(self, n, skip=()): self.n, self.skip = n, set(skip)
+    def __len__(self): return self.n
+    def __getitem__(self, i):
+        from fastai.data.load import SkipItemException
+        if i in self.skip: raise SkipItemException
+        x = torch.zeros(C)
+        x[0] = i / 8
+        return x, torch.tensor(i % C)
+
+
+class PassOn(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.zeros(1))
+    def forward(self, x): return x + 0 * self.w
+
+
+SKIP = (0, 7)
+SCENARIOS = [('plain', {}), ('plain', dict(resume=True)), ('skips', dict(skip=SKIP)), ('bucket://runs/shared', {}), ('own', dict(own=True))]
+
+
+def train(rank, port, folder):
+    "One rank: it trains for two epochs in each scenario, one after the other."
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), XENT_TEST_BUCKET=folder)
+    fsspec.register_implementation('bucket', Bucket, clobber=True)
+    torch.set_num_threads(1)
+    import fastai.distributed as fd
+    from fastai.data.core import DataLoaders, TfmdDL
+    from fastai.learner import Learner
+
+    from fastai_xent.all import XentLossFlat, XentRecorder
+
+    def broadcast(self, t, rank):    # fastai's own goes by CUDA
+        t = torch.LongTensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    fd.DistributedDL._broadcast = broadcast
+    torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
+    torch.manual_seed(rank)
+    for name, how in SCENARIOS:
+        path = name if '://' in name else f"{folder}/{name}{f'-{rank}' if 'own' in how else ''}"
+        dls = DataLoaders(TfmdDL(Encoded(N, how.get('skip', ())), bs=4, shuffle=True, num_workers=0), TfmdDL(Encoded(8), bs=4, num_workers=0), device='cpu')
+        recorder = XentRecorder(path, resume='resume' in how, check=True)
+        learn = Learner(dls, PassOn(), loss_func=XentLossFlat(), cbs=recorder)
+        with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(EPOCHS)
+        torch.distributed.barrier()
+        if rank == 0: recorder.record.top(3)
+    torch.distributed.destroy_process_group()
+
+
+@pytest.fixture(scope='module')
+def folder(tmp_path_factory):
+    "Where two ranks have trained in every scenario."
+    folder = tmp_path_factory.mktemp('ranks')
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        port = s.getsockname()[1]
+    mp.spawn(train, args=(port, str(folder)), nprocs=2)
+    return folder
+
+
+def check(df, fits=1):
+    "Every item once an epoch, with its own numbers, and the repeats marked."
+    train_rows = df[df['split'] == 'train']
+    assert sorted(train_rows['epoch'].unique()) == list(range(EPOCHS * fits))
+    for _, e in train_rows.groupby('epoch'):
+        own = e[e['occurrence'] >= 0]
+        assert sorted(own['item']) == list(range(N))
+        assert len(e) - len(own) <= 1                  # 22 rows for 21 items
+    for split in ('train', 'valid'):
+        rows = df[df['split'] == split]
+        item = rows['item'].to_numpy()
+        np.testing.assert_array_equal(rows['targ'], item % C)
+        z = np.where(item % C == 0, item / 8, -item / 8)
+        np.testing.assert_allclose(rows['margin'], np.where((item % C != 0) | (item > 0), z, 0), rtol=1e-6)
+    assert (df[df['split'] == 'valid'].groupby('epoch')['item'].nunique() == 8).all()
+
+
+def test_two_ranks_write_one_record_and_resume_it(folder):
+    record = XentRecord(folder / 'plain')
+    check(record.to_df(), fits=2)
+    assert record.n_fits == 2
+    assert {Path(o).name for o in (folder / 'plain/epochs').rglob('*.parquet')} == {'part-0.parquet', 'part-1.parquet'}
+    assert (record.to_df('train')['occurrence'] == -1).sum() == 2 * EPOCHS      # 22 rows for 21 items, in each epoch
+    assert (record.seen().rows == 2 * EPOCHS).all()
+
+
+def test_items_skipped_by_a_rank_are_followed(folder):
+    df = XentRecord(folder / 'skips').to_df()
+    rows = df[(df['split'] == 'train') & (df['occurrence'] >= 0)]
+    assert len(rows) > EPOCHS * (N - len(SKIP)) - 8 and not rows['item'].isin(SKIP).any()
+    np.testing.assert_array_equal(rows['targ'], rows['item'] % C)
+
+
+def test_two_ranks_that_share_only_an_object_store(folder, monkeypatch):
+    monkeypatch.setenv('XENT_TEST_BUCKET', str(folder))
+    fsspec.register_implementation('bucket', Bucket, clobber=True)
+    check(XentRecord('bucket://runs/shared').to_df())
+
+
+def test_two_ranks_with_a_path_each(folder):
+    rows = [XentRecord(folder / f'own-{r}').to_df('train', 0) for r in (0, 1)]
+    own = sorted(i for df in rows for i in df.loc[df['occurrence'] >= 0, 'item'])
+    assert own == list(range(N))
