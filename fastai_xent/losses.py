@@ -19,11 +19,16 @@ from torch import Tensor, nn
 from .numerics import (XentStats, _argmax, _bad_targ, _check_smoothing, _check_targ, _check_weight, _class_axis,
                                   _plain, _raise_bad_targ, _rest_loss, _rest_norm, _rows, _versus_rest, xent_stats)
 
-# %% ../nbs/01_losses.ipynb #dc9d52c5
+# %% ../nbs/01_losses.ipynb #bcd649b5
 def _keeps_graph() -> bool:
     "Will the running backward pass be followed by another one through the same graph? Yes, unless autograd says no."
     ask = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', None)
     return ask is None or ask()
+
+def _may_reuse(grad: Tensor) -> bool:
+    "May the backward pass write its result into what the forward pass saved? Not if it is read again, nor for many gradients at once (vmap)."
+    many = torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
+    return not (many or _keeps_graph())
 
 class _RestLoss(torch.autograd.Function):
     "−ln p_y of each row; the forward pass leaves the unscaled gradient behind, and in `facts` what the statistics need."
@@ -45,8 +50,7 @@ class _RestLoss(torch.autograd.Function):
         if torch.is_grad_enabled():                   # create_graph: a gradient that can be derived again
             p = pred.to(u.dtype).softmax(ctx.axis)
             res = (p - torch.zeros_like(p).scatter_(ctx.axis, y.unsqueeze(ctx.axis), 1.)) * grad
-        elif _keeps_graph(): res = u * (k * grad)
-        else: res = u.mul_(k * grad)
+        else: res = u.mul_(k * grad) if _may_reuse(grad) else u * (k * grad)
         return res.to(pred.dtype), None, None, None
 
 # %% ../nbs/01_losses.ipynb #7f828120
@@ -72,9 +76,13 @@ class _LateCheck:
                 f"in an earlier batch with targets of shape {shape}, the one at flat position {row} was {value}, expected a class from 0 to {c - 1} "
                 f"or ignore_index={ignore_index}; {n} row{'s were' if n > 1 else ' was'} out of range, and that batch's loss was nan")
 
-# %% ../nbs/01_losses.ipynb #2d3da106
+# %% ../nbs/01_losses.ipynb #9934a992
 _REDUCTIONS = ('mean', 'sum', 'none')
 _ONE_PASS = 2**15 # logits in a batch, from which one pass of several operations beats torch's two fused kernels
+
+def _version(x: Tensor|None) -> int|None:
+    "Counts the edits of `x`; None where torch does not count."
+    return None if x is None or x.is_inference() else x._version
 
 class XentLoss(nn.CrossEntropyLoss):
     "`nn.CrossEntropyLoss` that also knows each row's loss, gradient norm, EL2N, label probability, margin and predicted class."
@@ -87,16 +95,19 @@ class XentLoss(nn.CrossEntropyLoss):
         label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
         *,
         axis: int = 1, # The class axis
-        keep_stats: bool = False, # Compute the statistics in the pass that gives the loss, not when asked for?
+        keep_stats: bool = False, # Compute the statistics with each loss, not when asked for?
     ):
-        weight = None if weight is None else torch.as_tensor(weight, dtype=getattr(weight, 'dtype', torch.float32))
-        if weight is not None: _check_weight(weight)
+        weight = None if weight is None else torch.as_tensor(weight)
+        if weight is not None:
+            _check_weight(weight)
+            weight = weight if weight.is_floating_point() else weight.float()
         super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
         _check_smoothing(label_smoothing)
         self.axis, self.keep_stats = axis, keep_stats
-        self._last, self._late = None, _LateCheck()
+        self._listening = False       # a recorder is here: compute the statistics where they come with the loss, in one pass
+        self._last, self._checked, self._late = None, self.weight, _LateCheck()
 
-    def __getstate__(self): return {**self.__dict__, '_last': None, '_late': _LateCheck()}
+    def __getstate__(self): return {**self.__dict__, '_last': None, '_checked': None, '_late': _LateCheck()}
 
     def forward(self,
         pred: Tensor, # Logits, `n c d…`
@@ -107,18 +118,20 @@ class XentLoss(nn.CrossEntropyLoss):
         pred, targ = _plain(pred), _plain(targ)
         axis = _class_axis(pred, self.axis)
         probs, c = _check_targ(pred, targ, axis), pred.shape[axis]
-        if self.weight is not None and len(self.weight) != c: _check_weight(self.weight, c)
+        if self.weight is not None and (self.weight is not self._checked or len(self.weight) != c): _check_weight(self.weight, c)
+        self._checked = self.weight
         weight = None if self.weight is None else self.weight.to(pred.device, pred.dtype if pred.dtype == torch.float64 else torch.float32)
         y = targ if probs else targ.long()
-        self._last = dict(pred=pred.detach(), targ=y, version=pred._version, weight=weight, ignore_index=self.ignore_index,
-                          label_smoothing=self.label_smoothing, axis=axis)
-        if probs or self.label_smoothing or pred.numel() < _ONE_PASS or pred.device.type != 'cpu':
-            return self._torch_loss(pred, y, weight, axis, probs)
-        return self._one_pass(pred, y, weight, axis)
+        self._last = dict(args=dict(pred=pred.detach(), targ=targ.detach(), weight=weight), settings=dict(ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, axis=axis))
+        self._last['versions'] = [_version(o) for o in self._last['args'].values()]
+        one_pass = not (probs or self.label_smoothing or pred.numel() < _ONE_PASS or pred.device.type != 'cpu')
+        loss = self._one_pass(pred, y, weight, axis) if one_pass else self._torch_loss(pred, y, weight, axis, probs)
+        if self.keep_stats: self.stats
+        return loss
 
     def extra_repr(self): return ', '.join(f'{o}={getattr(self, o)!r}' for o in ('reduction', 'ignore_index', 'label_smoothing', 'axis'))
 
-# %% ../nbs/01_losses.ipynb #aa31ada1
+# %% ../nbs/01_losses.ipynb #7922d73f
 from fastcore.basics import patch
 
 def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
@@ -131,8 +144,8 @@ def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
 
 @patch
 def _one_pass(self: XentLoss, pred, y, weight, axis):
-    "Loss by `_RestLoss`; with `keep_stats` the statistics too."
-    ignored, facts = y == self.ignore_index, {} if self.keep_stats else None
+    "Loss by `_RestLoss`; if someone listens the statistics too."
+    ignored, facts = y == self.ignore_index, {} if self.keep_stats or self._listening else None
     safe = y.masked_fill(ignored, 0)
     try: rows = _RestLoss.apply(pred, safe, axis, facts)
     except RuntimeError:
@@ -186,19 +199,19 @@ def _mean_or_nothing(self: XentLoss, z, y, weight, kw):
     counts = ok if weight is None else weight[y.masked_fill(~ok, 0)] * ok
     return _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts, 'mean')
 
-# %% ../nbs/01_losses.ipynb #65c74fa7
+# %% ../nbs/01_losses.ipynb #710c810b
 @patch(as_prop=True)
 def stats(self: XentLoss) -> XentStats:
     "The statistics of the last call's rows, in the shape of its targets, without a graph."
     if self._last is None: raise RuntimeError("no statistics yet: call the loss first")
     if 'stats' not in self._last:
-        last = {k: v for k, v in self._last.items() if k != 'version'}
-        if last['pred']._version != self._last['version']:
-            raise RuntimeError("the logits were changed in place after the loss was called; ask for `stats` before, or set `keep_stats=True`")
-        self._last['stats'] = xent_stats(**last)
+        args = self._last['args']
+        for name, x, then in zip(('logits', 'targets', 'weights'), args.values(), self._last['versions']):
+            if _version(x) != then: raise RuntimeError(f"the {name} were changed in place after the loss was called; ask for `stats` before, or set `keep_stats=True`")
+        self._last['stats'] = xent_stats(**args, **self._last['settings'])
     return self._last['stats']
 
-# %% ../nbs/01_losses.ipynb #c3f74dec
+# %% ../nbs/01_losses.ipynb #01d53fea
 class XentLossFlat(BaseLoss):
     "`CrossEntropyLossFlat` that also knows each row's loss, gradient norm, EL2N, label probability, margin and predicted class."
     y_int = True # MixUp may mix losses instead of targets
@@ -211,8 +224,8 @@ class XentLossFlat(BaseLoss):
         compat: bool = False, # Accept targets of another shape but the right count, and return flat losses for 'none', as fastai does?
         **kwargs # `weight, ignore_index, reduction, label_smoothing, keep_stats`, as for `XentLoss`
     ):
-        self.axis, self.flatten, self.floatify, self.is_2d, self.compat = axis, flatten, floatify, is_2d, compat
         self.func = XentLoss(*args, axis=axis, **kwargs)
+        self.flatten, self.floatify, self.is_2d, self.compat = flatten, floatify, is_2d, compat
 
     def __repr__(self): return f"XentLossFlat({self.func.extra_repr()})"
     def decodes(self, x: Tensor) -> Tensor:
@@ -246,14 +259,15 @@ class XentLossFlat(BaseLoss):
         if self.compat and targ.numel() == math.prod(rows): return targ.reshape(rows)
         return targ
 
-# %% ../nbs/01_losses.ipynb #3b51cbff
+# %% ../nbs/01_losses.ipynb #c5e7c7f6
 def _of_func(name: str, doc: str) -> property:
     "An attribute of `XentLossFlat` that is read from and written to its `func`."
     return property(lambda self: getattr(self.func, name), lambda self, v: setattr(self.func, name, v), doc=doc)
 
+XentLossFlat.axis = _of_func('axis', "The class axis")
 XentLossFlat.reduction = _of_func('reduction', "'mean', 'sum' or 'none'")
 XentLossFlat.ignore_index = _of_func('ignore_index', "Rows with this target add nothing")
 XentLossFlat.label_smoothing = _of_func('label_smoothing', "Share of the target that is spread evenly over the classes")
 XentLossFlat.weight = _of_func('weight', "A weight for each class, or None")
-XentLossFlat.keep_stats = _of_func('keep_stats', "Compute the statistics in the pass that gives the loss?")
+XentLossFlat.keep_stats = _of_func('keep_stats', "Compute the statistics with each loss?")
 XentLossFlat.stats = property(lambda self: self.func.stats, doc="The statistics of the last call's rows, in the shape of its targets")

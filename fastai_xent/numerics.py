@@ -52,7 +52,7 @@ def _rest_norm(r: _Rest, axis: int) -> Tensor:
     norm = torch.linalg.vector_norm(r.e, dim=axis, keepdim=True) / S
     return (torch.sigmoid(-r.d) * norm.square().add_(1).sqrt_()).squeeze(axis)
 
-# %% ../nbs/00_numerics.ipynb #b4df857b
+# %% ../nbs/00_numerics.ipynb #6995678d
 _INT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 
 def _plain(x: Tensor) -> Tensor:
@@ -63,9 +63,8 @@ def _class_axis(pred: Tensor, axis: int) -> int:
     "`axis` of `pred` as a number from 0; a single row has its classes in axis 0."
     if not pred.is_floating_point(): raise TypeError(f"pred has dtype {pred.dtype}, expected floating-point logits; use `pred.float()`")
     if pred.ndim == 0: raise ValueError("pred is a scalar, expected logits of shape [n, c] or [n, c, d…]")
-    if pred.ndim == 1: return 0
-    if not -pred.ndim <= axis < pred.ndim: raise IndexError(f"axis is {axis}, but pred of shape {list(pred.shape)} has axes 0 to {pred.ndim - 1}")
-    axis = axis % pred.ndim
+    if pred.ndim > 1 and not -pred.ndim <= axis < pred.ndim: raise IndexError(f"axis is {axis}, but pred of shape {list(pred.shape)} has axes 0 to {pred.ndim - 1}")
+    axis = axis % pred.ndim if pred.ndim > 1 else 0
     if pred.shape[axis] == 0: raise ValueError(f"pred has shape {list(pred.shape)}: no class in axis {axis}")
     return axis
 
@@ -164,7 +163,7 @@ def xent_grad(
     else: g = _soft_grad(z, _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis), axis)
     return g.masked_fill(ignored.unsqueeze(axis), 0.)
 
-# %% ../nbs/00_numerics.ipynb #11433bc4
+# %% ../nbs/00_numerics.ipynb #f95520f1
 class XentStats(NamedTuple):
     """What cross-entropy knows of each row. One number a row, in the shape of the targets, `n d…`; float32, or float64 for float64 logits.
 
@@ -186,7 +185,7 @@ def _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis) -> Tensor:
 def _argmax(z: Tensor, axis: int) -> Tensor:
     "The class with the largest logit. On a CPU numpy's argmax is up to seven times faster than torch's."
     if z.device.type != 'cpu': return z.argmax(axis)
-    return torch.from_numpy(z.movedim(axis, -1).contiguous().numpy().argmax(-1)).view(_rows(z, axis))
+    return torch.as_tensor(z.movedim(axis, -1).contiguous().numpy().argmax(-1))
 
 def xent_stats(
     pred: Tensor, # Logits, `n c d…` with the classes in `axis`; half precision is computed in float32

@@ -31,7 +31,7 @@ from .losses import XentLoss
 from .rows import Batch, MixTap, NotRecordable, RowBuffer, expected_loss, put_back, read_batch, row_stats
 from .store import XentRecord
 
-# %% ../nbs/05_recorder.ipynb #bb49762e
+# %% ../nbs/05_recorder.ipynb #c7cb7eae
 @dataclass
 class _Listening:
     "A pass that is being recorded."
@@ -39,8 +39,7 @@ class _Listening:
     dataset: object  # What the loader reads
     tap: object      # Knows which item a row is
     rows: RowBuffer  # The rows so far
-    loss: object = None     # The `XentLoss` that keeps its statistics for us, if there is one
-    kept: bool = False      # Did it keep them before?
+    loss: object = None     # The `XentLoss` that computes its statistics in one pass for us, if there is one
     mix: MixTap|None = None # Looks on while rows are mixed
     maps: list = field(default_factory=list) # Positions of chosen items: (item, columns)
 
@@ -48,7 +47,7 @@ class _Listening:
         "Leave loader, loss and mixing callback as they were."
         self.tap.remove()
         if self.mix is not None: self.mix.remove()
-        if self.loss is not None: self.loss.keep_stats = self.kept
+        if self.loss is not None: self.loss._listening = False
 
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss', 'after_train', 'after_validate',
           'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
@@ -172,7 +171,7 @@ def after_fit(self: XentRecorder):
         if self._started is not None: self.fit_seconds += time.perf_counter() - self._started
         self._started = None
 
-# %% ../nbs/05_recorder.ipynb #3336e6e7
+# %% ../nbs/05_recorder.ipynb #63f4d490
 @patch
 def _open(self: XentRecorder, split):
     "Start to listen to the loader that is about to run."
@@ -181,7 +180,7 @@ def _open(self: XentRecorder, split):
     now = self._listen(split, learn.dl)
     if now is None: return
     self._now, loss = now, getattr(learn.loss_func, 'func', learn.loss_func)
-    if isinstance(loss, XentLoss): now.loss, now.kept, loss.keep_stats = loss, loss.keep_stats, True
+    if isinstance(loss, XentLoss): now.loss, loss._listening = loss, True
     mixers = [cb for cb in learn.cbs if isinstance(cb, MixHandler) and cb.run] if split == 'train' else []
     if mixers: now.mix = MixTap(mixers[0]).install()
     if len(mixers) > 1: raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: what they make of them is not known")

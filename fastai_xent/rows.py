@@ -154,7 +154,7 @@ def per_item(
     means = [torch.where(valid, f.flatten(1), 0.).sum(1) / n_pos for f in stats[:5]]
     return XentStats(*means, torch.full_like(n_pos, -1)), n_pos
 
-# %% ../nbs/04a_rows.ipynb #884a47d9
+# %% ../nbs/04a_rows.ipynb #b1b1c51e
 _FLOATS = XentStats._fields[:5]
 _WAITING = 2**20 # logits that are kept until their statistics are computed
 
@@ -241,7 +241,7 @@ def _kept_stats(b: Batch) -> XentStats|None:
     "The statistics that the loss has computed for this very batch in the pass of the loss."
     func = getattr(b.loss_func, 'func', b.loss_func)
     last = getattr(func, '_last', None) if isinstance(func, XentLoss) and b.mix is None else None
-    fits = last is not None and 'stats' in last and last['pred'].data_ptr() == b.pred.data_ptr() and last['pred'].shape == b.pred.shape
+    fits = last is not None and 'stats' in last and last['args']['pred'].data_ptr() == b.pred.data_ptr() and last['args']['pred'].shape == b.pred.shape
     return last['stats'] if fits else None
 
 # %% ../nbs/04a_rows.ipynb #fdde6e04

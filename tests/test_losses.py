@@ -348,6 +348,15 @@ def test_an_impossible_label_is_an_infinite_loss_and_a_masked_class_is_absent(wa
     assert_close(grad, torch.tensor([[0., 0., 0.], [.5, 0., -.5]]) * down(ignored), **F32)
 
 
+@each_loss
+@each_reduction
+@pytest.mark.parametrize('pred', [torch.tensor([[1., -inf, -inf], [-5., -inf, -inf]]), torch.tensor([[3.], [-50.]])], ids=['all rivals masked', 'one class'])
+def test_a_label_without_a_rival_is_always_right(way, Loss, reduction, pred):
+    loss, grad = run(Loss(reduction=reduction), pred, torch.tensor([0, 0]))
+    assert_close(loss, torch.zeros(2 if reduction == 'none' else ()), **EXACT)
+    assert_close(grad, torch.zeros_like(pred), **EXACT)
+
+
 # -- what autograd may ask
 
 def grads(loss_func, use, pred=Z, targ=Y):
@@ -393,6 +402,16 @@ def test_gradients_accumulate_in_a_leaf_and_stay_their_own(way, Loss):
     loss_func(leaf, other).backward()
     assert_close(first, ONCE, **F32)
     assert_close(leaf.grad, ONCE + run(nn.CrossEntropyLoss(), Z, other)[1] / .5, **F32)
+
+
+def test_the_buffer_of_the_one_pass_becomes_the_gradient_unless_the_graph_is_kept(monkeypatch):
+    monkeypatch.setattr(losses, '_ONE_PASS', 0)
+    saved, leaf = [], Z.clone().requires_grad_()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t): loss = XentLoss()(leaf, Y)
+    kept, = torch.autograd.grad(loss, leaf, retain_graph=True)
+    last, = torch.autograd.grad(loss, leaf)
+    assert kept.data_ptr() not in saved and last.data_ptr() in saved
+    assert_close(kept, last, **F32)
 
 
 @each_loss
@@ -1070,6 +1089,24 @@ def test_refuses(way, error, message, args, axis):
     with pytest.raises(error, match=message): XentLoss(axis=axis)(*args)
     if '6, 1' not in message:
         with pytest.raises(error, match=message): XentLossFlat(axis=axis)(*args)
+
+
+class Arrival:
+    "Stands in for a CUDA event."
+    def __init__(self, done): self.done = done
+    def query(self): return self.done
+
+
+def test_a_message_of_a_bad_target_raises_when_it_has_arrived_and_only_once():
+    late, none, bad = losses._LateCheck(), torch.tensor([0, 0, 3]), torch.tensor([2, 7, 99])
+    late.look()
+    late.queue.extend([(Arrival(True), none, [8], 10, -100), (Arrival(False), bad, [4, 2], 10, -100)])
+    late.look()
+    assert len(late.queue) == 1
+    late.queue[0][0].done = True
+    with pytest.raises(IndexError, match=r'targets of shape \[4, 2\], the one at flat position 7 was 99, expected a class from 0 to 9.*; 2 rows were'): late.look()
+    late.look()
+    assert not late.queue
 
 
 # -- copies
