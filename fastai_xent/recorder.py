@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/recorder.html.md"""
 # %% auto #0
 __all__ = ['XentRecorder']
 
-# %% ../nbs/05_recorder.ipynb #f90aff05
+# %% ../nbs/05_recorder.ipynb #a1c5a205
 import random
 import time
 import traceback
@@ -15,6 +15,7 @@ import warnings
 import weakref
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
+from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -53,7 +54,7 @@ _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'befo
           'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
 _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes to a path
 
-# %% ../nbs/05_recorder.ipynb #07c53765
+# %% ../nbs/05_recorder.ipynb #3e36ea07
 class XentRecorder(Callback):
     "Record loss, gradient norm, EL2N, label probability, margin and prediction of every example, in train and valid, for every epoch."
     order, remove_on_fetch, _only_train_loop = 40, True, True
@@ -85,11 +86,17 @@ class XentRecorder(Callback):
 
     def __getstate__(self):
         "A pickled recorder keeps its settings and the path of its record; not a record in memory, nor a running pass."
-        own = ('learn', '_now', '_writer', '_started', '_known', '_labels', '_writes', '_in_fit', '_stopped')
+        own = ('_now', '_writer', '_started', '_known', '_labels', '_writes', '_in_fit', '_stopped')
         return {**{k: v for k, v in self.__dict__.items() if k not in own}, '_record': XentRecord() if self._record.path is None else self.record}
     def __setstate__(self, state):
         self.__dict__.update(state)
         self._fresh()
+    def __deepcopy__(self, memo):
+        "A copied Learner gets its own recorder; a recorder copied alone leaves the Learner behind."
+        res = memo[id(self)] = type(self).__new__(type(self))
+        res.__setstate__({k: deepcopy(v, memo) for k, v in self.__getstate__().items() if k != 'learn'})
+        res.learn = memo.get(id(self.learn))
+        return res
 
     @property
     def record(self) -> XentRecord:
@@ -113,9 +120,11 @@ class XentRecorder(Callback):
 
     def _stop(self, where):
         "An error of ours: tell it once, and leave the training alone for the rest of this fit."
-        self._stopped = True
+        self._stopped, error = True, traceback.format_exc()
         self._drop()
-        self._tell(f"XentRecorder has stopped recording this fit after an error of its own in {where}; the training goes on, and finished epochs are kept.\n{traceback.format_exc()}")
+        for w in self._writes: w.exception()          # what was handed in before is kept, if it can be
+        self._writes = []
+        self._tell(f"XentRecorder has stopped recording this fit after an error of its own in {where}; the training goes on, and finished epochs are kept.\n{error}")
 
     def _tell(self, message):
         "Warn, once for each message."

@@ -42,18 +42,18 @@ def xent_settings(
     if isinstance(func, functools.partial): func, given = func.func, func.keywords
     return dict(axis=axis, **{**kw, **{k: v for k, v in given.items() if k in kw}}) if func is F.cross_entropy else None
 
-# %% ../nbs/04a_rows.ipynb #f3a228e9
+# %% ../nbs/04a_rows.ipynb #15f15a2c
 def _asked_loss(loss_func, pred: Tensor, targ: Tensor, axis: int, mix=None) -> tuple:
     "Each row's own loss and the norm of its gradient, by asking `loss_func`; nan where it should not be asked, or gives no loss a row."
     inner = loss_func.func if isinstance(loss_func, BaseLoss) else loss_func
     nothing = torch.full(targ.shape, torch.nan, device=pred.device)
     if not (type(inner).__module__.startswith(('fastai.', 'torch.')) and hasattr(loss_func, 'reduction')): return nothing, nothing
-    z = pred.float().requires_grad_()
+    z = pred.detach().float().requires_grad_()
     with torch.enable_grad(), NoneReduce(loss_func) as lf:
         rows = _plain(lf(z, targ))
         if mix is not None: rows = torch.lerp(_plain(lf(z, mix[0])), rows, mix[1])
-    if rows.shape != targ.shape: return nothing, nothing
-    grad, = torch.autograd.grad(rows.sum(), z)
+        if rows.shape != targ.shape: return nothing, nothing
+        grad, = torch.autograd.grad(rows.sum(), z)
     return rows.detach(), torch.linalg.vector_norm(grad, dim=axis)
 
 # %% ../nbs/04a_rows.ipynb #f307c963
