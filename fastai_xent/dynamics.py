@@ -58,11 +58,12 @@ class MeanColumn(Mean):
     def __init__(self, column: str, largest_first: bool = True): self.columns, self.largest_first = (column,), largest_first
     def value(self, **cols): return cols[self.columns[0]]
 
-# %% ../nbs/03_dynamics.ipynb #4938ab9e
+# %% ../nbs/03_dynamics.ipynb #76aa3207
 class MarginLoss(Mean):
     "Mean over epochs of softplus(−margin), in nats: the logistic loss of the label against its strongest rival. For label errors."
     columns = ('margin',)
-    def value(self, margin): return np.logaddexp(0, -margin.astype(np.float64))
+    def value(self, margin):
+        with np.errstate(invalid='ignore'): return np.logaddexp(0, -margin.astype(np.float64))
 
 # %% ../nbs/03_dynamics.ipynb #1bcb4bc2
 SCORES = {'margin_loss': MarginLoss(), **{o: MeanColumn(o) for o in ('loss', 'grad_norm', 'el2n')},

@@ -76,7 +76,7 @@ class _LateCheck:
                 f"in an earlier batch with targets of shape {shape}, the one at flat position {row} was {value}, expected a class from 0 to {c - 1} "
                 f"or ignore_index={ignore_index}; {n} row{'s were' if n > 1 else ' was'} out of range, and that batch's loss was nan")
 
-# %% ../nbs/01_losses.ipynb #9934a992
+# %% ../nbs/01_losses.ipynb #89ebc440
 _REDUCTIONS = ('mean', 'sum', 'none')
 _ONE_PASS = 2**15 # logits in a batch, from which one pass of several operations beats torch's two fused kernels
 
@@ -124,7 +124,7 @@ class XentLoss(nn.CrossEntropyLoss):
         y = targ if probs else targ.long()
         self._last = dict(args=dict(pred=pred.detach(), targ=targ.detach(), weight=weight), settings=dict(ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, axis=axis))
         self._last['versions'] = [_version(o) for o in self._last['args'].values()]
-        one_pass = not (probs or self.label_smoothing or pred.numel() < _ONE_PASS or pred.device.type != 'cpu')
+        one_pass = not (probs or self.label_smoothing or pred.numel() < _ONE_PASS or pred.device.type != 'cpu' or torch._C._functorch.is_functorch_wrapped_tensor(pred))
         loss = self._one_pass(pred, y, weight, axis) if one_pass else self._torch_loss(pred, y, weight, axis, probs)
         if self.keep_stats: self.stats
         return loss
@@ -211,7 +211,7 @@ def stats(self: XentLoss) -> XentStats:
         self._last['stats'] = xent_stats(**args, **self._last['settings'])
     return self._last['stats']
 
-# %% ../nbs/01_losses.ipynb #01d53fea
+# %% ../nbs/01_losses.ipynb #1e50edbb
 class XentLossFlat(BaseLoss):
     "`CrossEntropyLossFlat` that also knows each row's loss, gradient norm, EL2N, label probability, margin and predicted class."
     y_int = True # MixUp may mix losses instead of targets
@@ -239,7 +239,7 @@ class XentLossFlat(BaseLoss):
         inp: Tensor, # Logits, with the classes in `axis`
         targ: Tensor, # Classes, in the shape of `inp` without `axis`, or probabilities in the shape of `inp`
         reduction: str|None = None, # In place of the loss's own, for this call
-    ) -> Tensor: # A scalar, or one loss a row in the shape of the targets
+    ) -> Tensor: # A scalar, or one loss a row in the shape of the targets; float32, as fastai's metrics expect
         "The cross-entropy of `inp` and `targ`. The rows' statistics are in `stats` until the next call."
         inp, targ = _plain(inp), _plain(targ)
         if self.floatify: targ = targ.float()
@@ -249,7 +249,12 @@ class XentLossFlat(BaseLoss):
             old, self.func.reduction = self.func.reduction, reduction
             try: res = self.func(inp, targ)
             finally: self.func.reduction = old
-        return res.flatten() if self.compat and res.ndim else res
+        res = res.float()
+        return self._as_fastai(res) if self.compat and res.ndim else res
+
+    def _as_fastai(self, rows):
+        "Flat, in the order in which fastai's transposition leaves the rows."
+        return (rows.transpose(self.axis, -1) if -rows.ndim <= self.axis < rows.ndim else rows).flatten()
 
     def _fit(self, inp, targ):
         "`targ` without an axis of length one, if that is all that keeps it from fitting `inp`."

@@ -163,7 +163,7 @@ def xent_grad(
     else: g = _soft_grad(z, _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis), axis)
     return g.masked_fill(ignored.unsqueeze(axis), 0.)
 
-# %% ../nbs/00_numerics.ipynb #f95520f1
+# %% ../nbs/00_numerics.ipynb #38ad6dbc
 class XentStats(NamedTuple):
     """What cross-entropy knows of each row. One number a row, in the shape of the targets, `n d…`; float32, or float64 for float64 logits.
 
@@ -205,7 +205,8 @@ def xent_stats(
         loss, grad_norm = w * _rest_loss(d), w * el2n
     else:
         t = _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis)
-        if mix is not None: t = _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis)
+        if mix is not None: t = _mixed(z, t.masked_fill(ignored.unsqueeze(axis), 0.), mix, weight, ignore_index, label_smoothing, axis)
         loss, grad_norm = _soft_loss(z, t, axis), torch.linalg.vector_norm(_soft_grad(z, t, axis), dim=axis)
-    fs = [loss, grad_norm, el2n, torch.sigmoid(d), r.margin.squeeze(axis)]
-    return XentStats(*(f.masked_fill(ignored, math.nan) for f in fs), _argmax(z, axis).masked_fill(ignored, -1))
+    trained = [loss, grad_norm] if mix is not None else [f.masked_fill(ignored, math.nan) for f in (loss, grad_norm)]
+    of_label = [f.masked_fill(ignored, math.nan) for f in (el2n, torch.sigmoid(d), r.margin.squeeze(axis))]
+    return XentStats(*trained, *of_label, _argmax(z, axis).masked_fill(ignored, -1))

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/recorder.html.md"""
 # %% auto #0
 __all__ = ['XentRecorder']
 
-# %% ../nbs/05_recorder.ipynb #a1c5a205
+# %% ../nbs/05_recorder.ipynb #fcb936c5
 import random
 import time
 import traceback
@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
-from fastai.torch_core import rank_distrib, to_device
+from fastai.torch_core import num_distrib, rank_distrib, to_device
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
@@ -54,7 +54,7 @@ _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'befo
           'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
 _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes to a path
 
-# %% ../nbs/05_recorder.ipynb #3e36ea07
+# %% ../nbs/05_recorder.ipynb #b9b43749
 class XentRecorder(Callback):
     "Record loss, gradient norm, EL2N, label probability, margin and prediction of every example, in train and valid, for every epoch."
     order, remove_on_fetch, _only_train_loop = 40, True, True
@@ -82,11 +82,11 @@ class XentRecorder(Callback):
     def _fresh(self):
         "The state that belongs to this process."
         self._now = self._writer = self._started = None
-        self._known, self._labels, self._writes, self._in_fit, self._stopped = {}, {}, [], False, False
+        self._known, self._labels, self._writes, self._in_fit, self._stopped, self._wrote = {}, {}, [], False, False, False
 
     def __getstate__(self):
         "A pickled recorder keeps its settings and the path of its record; not a record in memory, nor a running pass."
-        own = ('_now', '_writer', '_started', '_known', '_labels', '_writes', '_in_fit', '_stopped')
+        own = ('_now', '_writer', '_started', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote')
         return {**{k: v for k, v in self.__dict__.items() if k not in own}, '_record': XentRecord() if self._record.path is None else self.record}
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -136,7 +136,7 @@ class XentRecorder(Callback):
         now, self._now = self._now, None
         if now is not None: now.stop()
 
-# %% ../nbs/05_recorder.ipynb #10f3f8a5
+# %% ../nbs/05_recorder.ipynb #5188c19a
 @patch
 def before_fit(self: XentRecorder):
     "What an interrupted fit left behind is dropped."
@@ -144,12 +144,14 @@ def before_fit(self: XentRecorder):
     put_back(self.learn)
     others = [cb for cb in self.learn.cbs if isinstance(cb, XentRecorder)]
     if others[0] is not self: return self._refuse("this Learner has another XentRecorder already, and one is enough; remove this one with `learn.remove_cb`")
-    self._stopped, self._in_fit, self._started = False, False, time.perf_counter()
+    self._stopped, self._in_fit, self._wrote, self._started = False, False, False, time.perf_counter()
     if self._record.path is not None:
         other = _WRITERS.get(str(self._record.path))
         if other is not None and other is not self and other._in_fit: other._refuse(f"another recorder writes to {self._record.path} now")
         _WRITERS[str(self._record.path)] = self
     record = self.record
+    if num_distrib() <= 1 and not record.in_step():
+        return self._refuse(f"someone else has written to {record.path} since this recorder did; use another path, or a recorder with `resume=True` to go on with what is there")
     self._fit, self._epoch, self._heard = record.n_fits, record.n_epochs, False
 
 @patch
@@ -157,7 +159,7 @@ def _refuse(self: XentRecorder, why):
     "Record nothing more in this fit, and say why."
     self._stopped = True
     self._drop()
-    self._tell(f"XentRecorder records nothing of this fit: {why}")
+    self._tell(f"XentRecorder records nothing {'more ' * self._wrote}of this fit: {why}")
 
 @patch
 def before_epoch(self: XentRecorder): self._in_fit, self._heard = True, False
@@ -180,7 +182,7 @@ def after_fit(self: XentRecorder):
         if self._started is not None: self.fit_seconds += time.perf_counter() - self._started
         self._started = None
 
-# %% ../nbs/05_recorder.ipynb #63f4d490
+# %% ../nbs/05_recorder.ipynb #d62c1202
 @patch
 def _open(self: XentRecorder, split):
     "Start to listen to the loader that is about to run."
@@ -204,8 +206,19 @@ def _listen(self: XentRecorder, split, dl):
 
 @patch
 def before_train(self: XentRecorder):
+    if self._resumed and not self._known: self._compare_items()
+    if self._stopped: return
     try: self._open('train')
     except NotRecordable as e: self._leave(e)
+
+@patch
+def _compare_items(self: XentRecorder):
+    "Before a resumed record gets its first row: are these the items that it knows?"
+    for split, dl in zip(('train', 'valid'), self.learn.dls.loaders):
+        dataset = getattr(dl, 'dataset', None)
+        if split not in self._record.meta['splits'] or not hasattr(dataset, '__len__'): continue
+        why = _difference(self._record.items(split), items_frame(dataset, self.key_fn))
+        if why: return self._refuse(f"{split!r} of the record at {self._record.path} has other items: {why}; resume with the same dataset and split, or use a new path")
 
 @patch
 def before_validate(self: XentRecorder):
@@ -250,7 +263,7 @@ def _compare(self: XentRecorder, batch):
     if not np.isclose(got, want, rtol=1e-3 if batch.pred.dtype in (torch.float16, torch.bfloat16) else 1e-4, atol=1e-6, equal_nan=True):
         raise RuntimeError(f"the rows of batch {self.learn.iter} have the loss {got}, the Learner has {want}")
 
-# %% ../nbs/05_recorder.ipynb #6b73113f
+# %% ../nbs/05_recorder.ipynb #99b5f32d
 @patch
 def _close(self: XentRecorder):
     "Name the rows' items and write them."
@@ -265,47 +278,58 @@ def _close(self: XentRecorder):
     if 'partner' in cols: cols['partner'] = cols['item'][cols['partner']]
     if np.isnan(cols['loss']).all() and not np.isnan(cols['margin']).all(): cols['loss'] = cols['grad_norm'] = None   # a loss that cannot be asked
     self._meet(now.split, now.dataset, cols)
-    if not self._stopped: self._write(self._fit, self._epoch, now.split, cols, now.maps)
+    if self._stopped: return
+    self._wrote = True
+    self._write(self._fit, self._epoch, now.split, cols, now.maps)
 
 @patch
 def _meet(self: XentRecorder, split, dataset, cols):
-    "Make sure that the record and this dataset mean the same by an index."
+    "Make sure that the record and this dataset mean the same by an index, and by a class."
     if self._known.get(split) is not dataset:
-        items = items_frame(dataset, self.key_fn)
-        mark, meta = fingerprint(items), self._record.meta
-        if items['name'].isna().all() and not self._same_labels(split, len(items), cols): mark += f'-{self._epoch}'
-        if split in meta['splits'] and self._known.get(split) is None and self._resumed:
-            k = self._record._segment(split)
-            old = meta['splits'][split]['segments'][k]
-            if not mark == old['fingerprint'].split('-')[0]: return self._refuse(f"{split!r} of the record at {self._record.path} has other items: {_difference(self._record.items(split), items)}; resume with the same dataset and split, or use a new path")
-            mark = old['fingerprint']
-        before = len(meta['splits'].get(split, dict(segments=[]))['segments'])
-        k = self._record.set_items(split, items, mark, class_names(self.learn.dls, meta['classes']), self._epoch)
+        items, meta = items_frame(dataset, self.key_fn), self._record.meta
+        vocab, old = class_names(self.learn.dls, meta['classes']), meta['vocab']
+        if vocab and old and vocab != old:
+            k = next(k for k, (a, b) in enumerate(zip(old, vocab)) if a != b)
+            return self._refuse(f"class {k} of the record is {old[k]!r}, of the dataset {vocab[k]!r}: use a new record, or the same vocab")
+        segments = meta['splits'].get(split, dict(segments=[]))['segments']
+        mark, before = self._mark(split, items, cols, segments), len(segments)
+        if before and self._resumed and split not in self._known and mark not in [o['fingerprint'] for o in segments]:
+            return self._refuse(f"{split!r} of the record at {self._record.path} has items with other labels; resume with the same dataset and split, or use a new path")
+        k = self._record.set_items(split, items, mark, vocab, self._epoch)
         if before and k == before: self._tell(f"XentRecorder: the dataset of {split!r} is another one from epoch {self._epoch} on; its rows go to segment {k} of the record, apart from the earlier ones")
         self._known[split] = dataset
         self._labels.pop(split, None)
-    self._watch_labels(split, cols['item'], cols['targ'], self._n_items(split))
+    n = self._record.meta['splits'][split]['segments'][self._record._segment(split)]['n']
+    self._watch_labels(split, cols['item'], cols['targ'], n)
 
 @patch
-def _n_items(self: XentRecorder, split): return self._record.meta['splits'][split]['segments'][self._record._segment(split)]['n']
+def _mark(self: XentRecorder, split, items, cols, segments) -> str:
+    "The fingerprint of these items. Items without names are told apart by their labels, against each segment that could be theirs."
+    mark = fingerprint(items)
+    if not items['name'].isna().all(): return mark
+    alike = [(k, o['fingerprint']) for k, o in enumerate(segments) if o['fingerprint'].split('-')[0] == mark]
+    for k, known in alike:
+        if self._same_labels(split, k, cols): return known
+    return f'{mark}-{self._epoch}' if alike else mark
 
 @patch
-def _same_labels(self: XentRecorder, split, n, cols):
-    "Are the labels of a dataset without names those that the record has?"
-    if split not in self._record.meta['splits'] or self._n_items(split) != n: return True    # nothing to compare: the fingerprint decides
-    old = self.record.to_df(split, max(k[2] for k in self._record.keys if k[1] == split))
-    known = np.full(n, -1)
+def _same_labels(self: XentRecorder, split, segment, cols):
+    "Are the labels of these rows those that the segment's last epoch has?"
+    record = self.record
+    old = record.to_df(split, max((k[2] for k in record._keys_of(split, segment)), default=None))
+    known = np.full(record.meta['splits'][split]['segments'][segment]['n'], -1)
     known[old['item']] = old['targ'].fillna(-1)
     was, now = known[cols['item']], cols['targ']
     return not ((was >= 0) & (now >= 0) & (was != now)).any()
 
 def _difference(old, new) -> str:
-    "How two lists of items differ, in words."
+    "How two lists of items differ, in words; empty if they do not."
     if len(old) != len(new): return f"{len(old):,} items then, {len(new):,} now"
     for what in ('name', 'source'):
-        other = (old[what].fillna('').astype(str) != new[what].fillna('').astype(str)).to_numpy()
+        a, b = (o[what].astype(object).where(o[what].notna(), '').astype(str) for o in (old, new))
+        other = (a != b).to_numpy()
         if other.any(): return f"{other.sum():,} of {len(old):,} differ, the first is item {other.argmax()}, {old[what][other.argmax()]!r} then and {new[what][other.argmax()]!r} now"
-    return "their labels differ"
+    return ''
 
 @patch
 def _watch_labels(self: XentRecorder, split, item, targ, n):
@@ -365,7 +389,7 @@ def _by_item(maps: list) -> dict: # item → column → array
     names = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'pred')
     return {item: {k: v.cpu().numpy() for k, v in zip(names, cols)} for item, cols in maps}
 
-# %% ../nbs/05_recorder.ipynb #739d3231
+# %% ../nbs/05_recorder.ipynb #d3fe0a94
 @contextmanager
 def _untouched(model):
     "Leave random states and the modes of all modules as they were."
@@ -402,12 +426,13 @@ def _evaluate(self: XentRecorder, epoch):
         if now is None: return
         self._now = now
         model.eval()
-        device, n_inp = next(model.parameters()).device, getattr(learn.dls, 'n_inp', 1)
+        device = next(model.parameters()).device
         try:
             with as_valid:
                 for i, b in enumerate(dl if bar is None else progress_bar(dl, parent=getattr(bar, 'mbar', None), leave=False)):
                     now.tap.freeze()
                     b = to_device(b, device)
+                    n_inp = getattr(learn.dls, 'n_inp', max(1, len(b) - 1))
                     seen = _Seen(model(*b[:n_inp]), b[n_inp:], learn.loss_func)
                     self._take(read_batch(seen), i, -1)
         except NotRecordable as e: return self._leave(e)

@@ -70,7 +70,7 @@ def row_stats(
     loss, grad_norm = _asked_loss(loss_func, pred, targ, axis, mix)
     return xent_stats(pred, targ, axis=axis)._replace(loss=loss, grad_norm=grad_norm)
 
-# %% ../nbs/04a_rows.ipynb #2968a0e2
+# %% ../nbs/04a_rows.ipynb #0ff3db6b
 class _Partners(TorchFunctionMode):
     "Remembers the last permutation that is drawn inside."
     perm = None
@@ -83,12 +83,13 @@ class MixTap:
     "Looks on while a `MixHandler` mixes a batch."
     def __init__(self, cb: MixHandler): self.cb, self.seen = cb, _Partners()
     def install(self):
+        "Look on from now."
         vars(self.cb)['before_batch'] = self._before_batch
         return self
     def remove(self):
         if getattr(vars(self.cb).get('before_batch'), '__self__', None) is self: del vars(self.cb)['before_batch']
     def _before_batch(self):
-        self.seen.perm = None
+        self.seen.perm, self.own = None, self.cb.learn.yb
         with self.seen: type(self.cb).before_batch(self.cb)
 
     def mixed(self, n: int) -> tuple: # The partner of each row as its place in the batch, targets of the partners, share of the row's own item
@@ -116,13 +117,13 @@ class Batch:
     @property
     def dense(self) -> bool: return self.pred.ndim > 2
 
-# %% ../nbs/04a_rows.ipynb #3077488c
+# %% ../nbs/04a_rows.ipynb #f9331eab
 def read_batch(
     learn, # A Learner after its loss
     mix_tap: MixTap|None = None, # Looks on, if a callback mixes
 ) -> Batch:
     "Logits and classes of the current batch, or `NotRecordable`."
-    pred, yb, loss_func = learn.pred, learn.yb, learn.loss_func
+    pred, yb, loss_func = learn.pred, learn.yb if mix_tap is None else mix_tap.own, learn.loss_func
     if isinstance(getattr(loss_func, '__self__', None), MixHandler): loss_func = loss_func.__self__.old_lf
     if not isinstance(pred, Tensor): raise NotRecordable(f"the model gives a {type(pred).__name__}, expected a tensor of class logits")
     if len(yb) != 1 or not isinstance(yb[0], Tensor):
@@ -138,6 +139,7 @@ def read_batch(
     elif list(targ.shape) != rows:
         if [s for s in targ.shape if s != 1] != [s for s in rows if s != 1]: raise NotRecordable(f"{what}; expected targets of shape {rows}")
         targ = targ.view(rows)
+    if settings is None and pred.shape[axis] == 1: raise NotRecordable(f"{what}: a regression, or one logit for two classes; expected a logit for each class")
     batch = Batch(pred, targ, loss_func, axis)
     if mix_tap is not None:
         batch.partner, other, lam = mix_tap.mixed(len(pred))
@@ -154,7 +156,7 @@ def per_item(
     means = [torch.where(valid, f.flatten(1), 0.).sum(1) / n_pos for f in stats[:5]]
     return XentStats(*means, torch.full_like(n_pos, -1)), n_pos
 
-# %% ../nbs/04a_rows.ipynb #b1b1c51e
+# %% ../nbs/04a_rows.ipynb #1af713a1
 _FLOATS = XentStats._fields[:5]
 _WAITING = 2**20 # logits that are kept until their statistics are computed
 
@@ -183,7 +185,8 @@ class RowBuffer:
     def _keep_now(self, b):
         self._flush()
         stats = _kept_stats(b)
-        if stats is None: stats = row_stats(b.loss_func, b.pred, b.targ, b.mix)
+        try: stats = row_stats(b.loss_func, b.pred, b.targ, b.mix) if stats is None else stats
+        except IndexError as e: raise NotRecordable(str(e)) from None     # a target that is no class, and a loss that does not mind
         extra = {} if b.mix is None else dict(lam=b.mix[1], partner=b.partner + self.n)
         if b.dense: stats, extra['n_pos'] = per_item(stats)
         targ = stats.pred if b.dense else b.targ.argmax(b.axis) if b.targ.is_floating_point() else b.targ

@@ -7,12 +7,13 @@ Docs: https://fastai-xent.github.io/fastai_xent/store.html.md"""
 # %% auto #0
 __all__ = ['FORMAT', 'XentRecord']
 
-# %% ../nbs/04_store.ipynb #bdf14740
+# %% ../nbs/04_store.ipynb #2edbeb9f
 import io
 import json
 import os
 import re
 import time
+import uuid
 from importlib.metadata import version
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from fsspec.implementations.local import LocalFileSystem
 
 from .dynamics import get_score, row_weight
 
-# %% ../nbs/04_store.ipynb #2f50c17e
+# %% ../nbs/04_store.ipynb #d0531d9e
 FORMAT = 1
 _FLOATS = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin')
 _PARTITIONS = pa.schema([('fit', pa.int32()), ('split', pa.string()), ('epoch', pa.int32())])
@@ -50,7 +51,9 @@ def _epoch_table(cols: dict) -> pa.Table:
     unlabelled = cols['pred'] < 0
     empty = unlabelled if cols.get('n_pos') is None else cols['n_pos'] == 0
     nulls = {**{o: empty for o in _FLOATS}, 'pred': unlabelled, 'targ': unlabelled}
-    if cols.get('lam') is not None: nulls.update(dict.fromkeys(('lam', 'partner'), np.isnan(cols['lam'])))
+    if cols.get('lam') is not None:
+        plain = np.isnan(cols['lam'])
+        nulls.update(lam=plain, partner=plain, loss=empty & plain, grad_norm=empty & plain)   # a mixed row without a label is trained with its partner's
     repeats = _occurrence(cols['item'])
     cols['occurrence'] = repeats if cols.get('padding') is None else np.where(cols['padding'], -1, repeats)
     arrays = [pa.nulls(len(order), f.type) if cols.get(f.name) is None else
@@ -143,12 +146,19 @@ class XentRecord:
         self._start(state['path'])
         self.meta = state['meta']
 
-# %% ../nbs/04_store.ipynb #7137b3c9
+# %% ../nbs/04_store.ipynb #e7b84217
 @patch
 def _save_meta(self: XentRecord) -> None:
     if self.path is None: return
-    self.meta = {**self.meta, 'fastai_xent': version('fastai_xent'), 'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
+    self.meta = {**self.meta, 'fastai_xent': version('fastai_xent'), 'id': self.meta.get('id') or uuid.uuid4().hex, 'revision': self.meta.get('revision', 0) + 1, 'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
     self._place.write('record.json', lambda f: f.write(json.dumps(self.meta, indent=1, ensure_ascii=False).encode()))
+
+@patch
+def in_step(self: XentRecord) -> bool:
+    "Is the record on disk the one that this object last wrote or read?"
+    if self.path is None or not self._place.exists('record.json'): return True
+    disk = json.loads(self._place.read('record.json'))
+    return all(disk.get(o) == self.meta.get(o) for o in ('id', 'revision'))
 
 # %% ../nbs/04_store.ipynb #d5f31ae2
 @patch
