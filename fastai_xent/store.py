@@ -60,14 +60,14 @@ def _epoch_table(cols: dict) -> pa.Table:
               pa.array(cols[f.name].astype(f.type.to_pandas_dtype()), type=f.type, mask=nulls.get(f.name)) for f in _SCHEMA]
     return pa.Table.from_arrays(arrays, schema=_SCHEMA)
 
-# %% ../nbs/04_store.ipynb #e983d157
+# %% ../nbs/04_store.ipynb #272accbf
 class _Place:
     "A directory, on a local disk or on any file system that fsspec knows."
     def __init__(self, path: str|Path):
-        self.fs, self.root = fsspec.core.url_to_fs(str(path))
+        self.fs, self.root = fsspec.core.url_to_fs(str(path)) if '://' in str(path) else (LocalFileSystem(), str(Path(path).absolute()))
         self.local = isinstance(self.fs, LocalFileSystem)
 
-    def at(self, name: str) -> str: return f'{self.root}/{name}'
+    def at(self, name: str) -> str: return f'{self.root}/{name}' if name else self.root
     def exists(self, name: str) -> bool: return self.fs.exists(self.at(name))
     def files(self, name: str) -> list: # Names relative to the directory, sorted
         "All files below `name`."
@@ -103,8 +103,9 @@ class _Place:
         fd = os.open(directory, os.O_RDONLY)
         try: os.fsync(fd)
         finally: os.close(fd)
+_UNFINISHED = re.compile(r'(.*/)?\.[^/]+\.\d+\.tmp')   # what a process leaves that dies while it writes
 
-# %% ../nbs/04_store.ipynb #90b8749c
+# %% ../nbs/04_store.ipynb #00a6b968
 class XentRecord:
     "What happened to every example of a run, epoch by epoch: opened from its directory, or kept in memory."
     def __init__(self,
@@ -116,6 +117,7 @@ class XentRecord:
     def _start(self, path):
         self.path = path if path is None or '://' in str(path) else Path(path)
         self._place = None if path is None else _Place(path)
+        self._me = uuid.uuid4().hex                       # who writes; to notice when it is somebody else
         self._tables, self._maps, self._items, self.meta = {}, {}, {}, dict(format=FORMAT, vocab=None, splits={})
 
     @classmethod
@@ -129,38 +131,50 @@ class XentRecord:
         if path is None: return self
         if self._place.exists('record.json'):
             if not overwrite: raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on with it, or `overwrite=True` to replace it")
+            self._read_meta()                             # somebody else's record.json stays
             for o in ('epochs', 'maps', 'items', 'record.json'): self._place.remove(o)
-        elif not overwrite and (self._place.fs.isfile(self._place.root) or self._place.files('.')):
+        elif not overwrite and (self._place.fs.isfile(self._place.root) or any(not _UNFINISHED.fullmatch(o) for o in self._place.files(''))):
             raise FileExistsError(f"{path} exists and is not a record of fastai_xent; use a path that does not exist, or an empty directory")
         return self
 
     def _open(self):
         if not self._place.exists('record.json'):
             raise FileNotFoundError(f"{self.path} is not a record: it has no record.json; a run that ended before its first epoch leaves none")
-        meta = json.loads(self._place.read('record.json'))
-        if meta.get('format', 0) > FORMAT: raise ValueError(f"{self.path} has format {meta['format']}, this version of fastai_xent reads up to {FORMAT}; update fastai_xent")
+        meta = self._read_meta()
+        if meta['format'] > FORMAT: raise ValueError(f"{self.path} has format {meta['format']}, this version of fastai_xent reads up to {FORMAT}; update fastai_xent")
         self.meta = meta
+
+    def _read_meta(self) -> dict:
+        try: meta = json.loads(self._place.read('record.json'))
+        except ValueError: meta = None
+        if not isinstance(meta, dict) or not {'format', 'splits'} <= meta.keys():
+            raise ValueError(f"{self.path} has a record.json that fastai_xent did not write; use another path")
+        return meta
 
     def __getstate__(self): return dict(path=self.path, meta=self.meta)
     def __setstate__(self, state):
         self._start(state['path'])
         self.meta = state['meta']
 
-# %% ../nbs/04_store.ipynb #e7b84217
+# %% ../nbs/04_store.ipynb #f6ec380d
 @patch
-def _save_meta(self: XentRecord) -> None:
-    if self.path is None: return
-    self.meta = {**self.meta, 'fastai_xent': version('fastai_xent'), 'id': self.meta.get('id') or uuid.uuid4().hex, 'revision': self.meta.get('revision', 0) + 1, 'saved': time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime())}
-    self._place.write('record.json', lambda f: f.write(json.dumps(self.meta, indent=1, ensure_ascii=False).encode()))
+def _save_meta(self: XentRecord, **new) -> None:
+    "Change the record's facts; they hold once they are on the disk."
+    meta = {**self.meta, **new}
+    if self.path is not None:
+        meta.update(fastai_xent=version('fastai_xent'), id=meta.get('id') or uuid.uuid4().hex, revision=meta.get('revision', 0) + 1, writer=self._me,
+                    saved=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+        self._place.write('record.json', lambda f: f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode()))
+    self.meta = meta
 
 @patch
 def in_step(self: XentRecord) -> bool:
     "Is the record on disk the one that this object last wrote or read?"
     if self.path is None or not self._place.exists('record.json'): return True
-    disk = json.loads(self._place.read('record.json'))
-    return all(disk.get(o) == self.meta.get(o) for o in ('id', 'revision'))
+    disk = self._read_meta()
+    return disk.get('writer') == self._me or all(disk.get(o) == self.meta.get(o) for o in ('id', 'revision', 'writer'))
 
-# %% ../nbs/04_store.ipynb #d5f31ae2
+# %% ../nbs/04_store.ipynb #efcfdfd0
 @patch
 def set_items(self: XentRecord,
     split: str, # 'train' or 'valid'
@@ -170,8 +184,8 @@ def set_items(self: XentRecord,
     epoch: int = 0, # The first epoch with these items
 ) -> int: # Number of the segment
     "Say what the items of a split are from `epoch` on."
-    known = self.meta['splits'].setdefault(split, dict(segments=[], starts=[]))
-    prints = [o['fingerprint'] for o in known['segments']]
+    known = self.meta['splits'].get(split, dict(segments=[], starts=[]))
+    segments, prints = known['segments'], [o['fingerprint'] for o in known['segments']]
     if fingerprint in prints:
         k = prints.index(fingerprint)
         if known['starts'][-1][1] == k: return k
@@ -181,10 +195,9 @@ def set_items(self: XentRecord,
         else:
             if not self._place.exists('record.json'): self._save_meta()   # from here on the directory is known as a record
             self._place.write(f'items/{split}-{k}.parquet', lambda f: pq.write_table(table, f, compression='zstd'))
-        known['segments'].append(dict(n=len(items), fingerprint=fingerprint))
-    known['starts'].append([epoch, k])
-    if vocab is not None: self.meta['vocab'] = list(vocab)
-    self._save_meta()
+        segments = [*segments, dict(n=len(items), fingerprint=fingerprint)]
+    self._save_meta(splits={**self.meta['splits'], split: dict(segments=segments, starts=[*known['starts'], [epoch, k]])},
+                    vocab=self.meta['vocab'] if vocab is None else list(vocab))
     return k
 
 # %% ../nbs/04_store.ipynb #d573cafd

@@ -1,4 +1,5 @@
 "Datasets, models, probes and guards that more than one test file uses. Picklable by name, for workers that are spawned."
+import copy
 import random
 import signal
 import warnings
@@ -15,6 +16,7 @@ from fastai.torch_core import set_seed
 from torch import nn
 
 from fastai_xent.losses import XentLossFlat
+from fastai_xent.recorder import XentRecorder
 
 FLOATS = ['loss', 'grad_norm', 'el2n', 'p_targ', 'margin']
 COLUMNS = ['fit', 'epoch', 'split', 'item', *FLOATS, 'pred', 'targ']
@@ -53,6 +55,7 @@ def decoded(x, y) -> np.ndarray:
 
 class Coded:
     "`n` items as `coded` makes them; some cannot be read."
+    n_inp = 1                                         # as fastai's Datasets have it; otherwise fastai asks item 0, which must not be a skip then
     def __init__(self, n, skip=()): self.n, self.skip = n, frozenset(skip)
     def __len__(self): return self.n
     def __getitem__(self, i):
@@ -60,6 +63,10 @@ class Coded:
         if not 0 <= i < self.n: raise IndexError(i)
         if i in self.skip: raise SkipItemException
         return coded(i)
+
+class OneRow(Coded):
+    "Each item is a batch of one row."
+    def __getitem__(self, i): return tuple(o[None] for o in super().__getitem__(i))
 
 class Through(nn.Module):
     "The identity, with a parameter for the optimizer. Of a table's batch it takes the numbers."
@@ -92,6 +99,34 @@ class Saw(Callback):
         "(split, items in order of arrival) of each pass."
         return [(s, np.concatenate(b) if b else np.empty(0, dtype=np.int64)) for s, b in self.passes]
 
+CHECKED = dict(rows=0, bulk=False)
+
+def through_learner(train, valid=None, cbs=None, **kw):
+    "A learner whose model gives back its input."
+    dls = DataLoaders(train, valid if valid is not None else TfmdDL(Coded(7), bs=4, num_workers=0))
+    return quiet(Learner(dls, Through(), loss_func=XentLossFlat(), cbs=cbs, lr=.1, **kw))
+
+def check(train, valid=None, epochs=2, cbs=(), learn=None, said_none=True) -> Learner:
+    "Train on `Coded` items, and check every recorded row: against its item's own numbers, and against what the model saw."
+    saw, recorder = Saw(), XentRecorder()
+    with warned() as said:
+        learn = through_learner(train, valid)
+        learn.add_cbs([recorder, saw, *cbs])
+        learn.fit(epochs)
+    assert not said, said
+    df = recorder.record.to_df()
+    wrong = wrong_rows(df)
+    assert not wrong.any(), f"{wrong.sum()} of {len(df)} rows are on the wrong item:\n{df[wrong].head()}"
+    groups = {(s, e): g['item'].to_numpy() for (s, e), g in df.groupby(['split', 'epoch'], observed=True)}
+    passes = [(s, i // 2, items) for i, (s, items) in enumerate(saw.seen())]
+    assert len(passes) == 2 * epochs
+    for split, epoch, items in passes:
+        np.testing.assert_array_equal(groups.get((split, epoch), []), np.sort(items), err_msg=f"{split}, epoch {epoch}")
+    assert sum(len(o[2]) for o in passes) == len(df)
+    CHECKED['rows'] += len(df)
+    learn.seen = saw.seen()
+    return learn
+
 
 # -- a training whose items can be told apart
 
@@ -121,24 +156,28 @@ def learner(cbs=None, loss_func=None, n=36, bs=8, workers=0, seed=0, model=None,
     dls = DataLoaders(TfmdDL(train, bs=bs, shuffle=True, num_workers=workers), TfmdDL(valid, bs=bs, num_workers=0))
     return quiet(Learner(dls, model or Net(), loss_func=loss_func or XentLossFlat(), lr=.05, cbs=cbs, **kw))
 
+def say_nothing(*_): pass
+
 def quiet(learn):
     "Without printing and progress bars."
     learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
-    learn.logger = lambda *_: None
+    learn.logger = say_nothing
     return learn
 
 class Truth(Callback):
     """Each batch as it was in `after_loss`, just before the recorder sees it, computed with torch's own functions.
 
-    `passes` has one dict a pass: fit, epoch (fastai's own numbers), split, `done` (did the pass end as a pass does?), `rows`."""
+    `passes` has one dict a pass: fit, epoch, split, `done` (did the pass end as a pass does?), `rows`."""
     order = 39
-    def __init__(self, own_loss=None): self.own_loss, self.passes, self.fit, self.now = own_loss, [], -1, None
+    def __init__(self, own_loss=None, ignore_index=-100): self.own_loss, self.ignore_index, self.passes, self.fit, self.now = own_loss, ignore_index, [], -1, None
     def _hears(self): return not (self.learn.lock.locked() or hasattr(self.learn, 'lr_finder') or hasattr(self.learn, 'gather_preds'))
     def before_fit(self):
-        if self._hears(): self.fit, self.now = self.fit + 1, None
+        if self._hears(): self.fit, self.epoch, self.now = self.fit + 1, -1, None
+    def before_epoch(self):                           # fastai's own number goes back to 0 when somebody calls validate()
+        if self._hears(): self.epoch += 1
     def _begin(self, split):
         if not self._hears(): return
-        self.now = dict(fit=self.fit, epoch=self.learn.epoch, split=split, done=False, rows=[])
+        self.now = dict(fit=self.fit, epoch=self.epoch, split=split, done=False, rows=[])
         self.passes.append(self.now)
     def before_train(self): self._begin('train')
     def before_validate(self): self._begin('valid')
@@ -149,7 +188,7 @@ class Truth(Callback):
     def after_loss(self):
         if not self._hears(): return
         z, y = self.learn.pred.detach().clone().as_subclass(torch.Tensor), self.learn.yb[0].clone().as_subclass(torch.Tensor)
-        item = self.learn.xb[0][:, -1].long()
+        item = self.learn.xb[0][:, -1].round().long()
         self.now['rows'].append(self.rows(z, y, item))
     def rows(self, z, y, item):
         "float64, item by item"
@@ -159,7 +198,7 @@ class Truth(Callback):
             grad, = torch.autograd.grad(loss.sum(), z)
         z = z.detach()
         label = y.argmax(1) if y.is_floating_point() else y
-        ok = (label >= 0) & (label < z.shape[1])
+        ok = (label >= 0) & (label < z.shape[1]) & (y.is_floating_point() | (label != self.ignore_index))
         l = label.clamp(0, z.shape[1] - 1)
         p, hot = z.softmax(1), F.one_hot(l, z.shape[1])
         other = z.masked_fill(hot.bool(), -torch.inf).amax(1)
@@ -222,11 +261,16 @@ def check_against_truth(record, passes) -> None:
 def rng_state():
     return torch.get_rng_state(), np.random.get_state()[1].tolist(), np.random.get_state()[2], random.getstate()
 
+def ended(learn):
+    "Note what a training has left behind, before anything else happens."
+    learn.end = copy.deepcopy(state(learn))
+    return learn
+
 def state(learn) -> dict:
     "Everything that a training leaves behind, to be compared bit by bit."
-    opt = learn.opt.state_dict() if learn.opt is not None else {}
-    return dict(model=learn.model.state_dict(), opt=opt, values=[list(map(float, [x for x in v if x is not None])) for v in learn.recorder.values] if hasattr(learn.recorder, 'values') else None,
-                losses=getattr(learn.recorder, 'losses', []), rng=rng_state())
+    opt, shown = learn.opt.state_dict() if learn.opt is not None else {}, getattr(learn, 'recorder', None)
+    return dict(model=learn.model.state_dict(), opt=opt, values=[[float(x) for x in v if x is not None] for v in getattr(shown, 'values', [])],
+                losses=getattr(shown, 'losses', []), rng=rng_state())
 
 def same_bits(a, b, at='') -> None:
     "Assert equality down to the last bit, whatever is nested in whatever."

@@ -335,6 +335,7 @@ def test_nan_in_an_ignored_row_does_not_reach_the_loss(way, Loss):
     pred[1] = nan
     keep = torch.arange(6) != 1
     assert_close(Loss()(pred, Y.masked_fill(~keep, -100)), F.cross_entropy(Z[keep], Y[keep]), **F32)
+    assert_close(Loss()(pred, torch.full_like(Y, -100)), torch.tensor(0.), **EXACT)
 
 
 @each_loss
