@@ -163,7 +163,7 @@ def xent_grad(
     else: g = _soft_grad(z, _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis), axis)
     return g.masked_fill(ignored.unsqueeze(axis), 0.)
 
-# %% ../nbs/00_numerics.ipynb #38ad6dbc
+# %% ../nbs/00_numerics.ipynb #5c516d0a
 class XentStats(NamedTuple):
     """What cross-entropy knows of each row. One number a row, in the shape of the targets, `n d…`; float32, or float64 for float64 logits.
 
@@ -183,9 +183,13 @@ def _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis) -> Tensor:
     return torch.lerp(other, t, mix[1].to(z).view(-1, *[1] * (z.ndim - 1)))
 
 def _argmax(z: Tensor, axis: int) -> Tensor:
-    "The class with the largest logit. On a CPU numpy's argmax is up to seven times faster than torch's."
+    "The class with the largest logit, the first of equals. On a CPU torch's argmax is the slowest way to it."
     if z.device.type != 'cpu': return z.argmax(axis)
-    return torch.as_tensor(z.movedim(axis, -1).contiguous().numpy().argmax(-1))
+    if axis == z.ndim - 1: return torch.as_tensor(z.numpy().argmax(-1))
+    c = z.shape[axis]
+    k = torch.arange(c, dtype=torch.int32).view([-1 if i == axis else 1 for i in range(z.ndim)])
+    first = torch.where(z == z.amax(axis, keepdim=True), k, c).amin(axis).long()
+    return z.argmax(axis) if (first == c).any() else first     # a row with a nan equals no largest logit
 
 def xent_stats(
     pred: Tensor, # Logits, `n c d…` with the classes in `axis`; half precision is computed in float32

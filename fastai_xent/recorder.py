@@ -236,7 +236,7 @@ def before_batch(self: XentRecorder):
     "The order of this pass is fixed when its first batch is here."
     if self._now is not None: self._now.tap.freeze()
 
-# %% ../nbs/05_recorder.ipynb #194a27c1
+# %% ../nbs/05_recorder.ipynb #5b7de880
 @patch
 def after_loss(self: XentRecorder):
     "Take the batch's rows."
@@ -250,10 +250,10 @@ def after_loss(self: XentRecorder):
 def _take(self: XentRecorder, batch: Batch, i, step):
     now = self._now
     if not now.rows.at:
-        c = batch.pred.shape[batch.axis]
+        c = batch.n_classes
         known = self._record.meta.setdefault('classes', c)
         if known != c: raise NotRecordable(f"the model has {c} classes, the record {known}; use a new record")
-    if batch.dense and self.maps: self._take_maps(batch, i)
+    if batch.dense and self.maps and batch.stats is None: self._take_maps(batch, i)
     now.rows.add(i, batch, step)
 
 @patch

@@ -8,7 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/rows.html.md"""
 __all__ = ['NotRecordable', 'xent_settings', 'row_stats', 'MixTap', 'put_back', 'Batch', 'read_batch', 'per_item', 'RowBuffer',
            'expected_loss']
 
-# %% ../nbs/04a_rows.ipynb #40f5986f
+# %% ../nbs/04a_rows.ipynb #4ee2d8f0
 import functools
 from dataclasses import dataclass
 
@@ -21,6 +21,7 @@ from fastai.losses import BaseLoss
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .linear import Features
 from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats, _plain, _rows, xent_stats
 
@@ -103,7 +104,7 @@ def put_back(learn) -> None:
     cb = getattr(learn.loss_func, '__self__', None)
     if isinstance(cb, MixHandler): learn.loss_func = cb.old_lf
 
-# %% ../nbs/04a_rows.ipynb #400116ea
+# %% ../nbs/04a_rows.ipynb #dc2d39c3
 @dataclass
 class Batch:
     "A batch that can be recorded."
@@ -113,11 +114,14 @@ class Batch:
     axis: int           # The class axis
     mix: tuple|None = None      # Targets of the partners, and shares of the rows' own items
     partner: Tensor|None = None # The partner of each row, as its place in the batch
+    stats: XentStats|None = None # The rows' statistics, where the loss has them and `pred` holds features instead of logits
 
     @property
     def dense(self) -> bool: return self.pred.ndim > 2
+    @property
+    def n_classes(self) -> int: return self.pred.shape[self.axis] if self.stats is None else self.loss_func.n_classes
 
-# %% ../nbs/04a_rows.ipynb #f9331eab
+# %% ../nbs/04a_rows.ipynb #3199a879
 def read_batch(
     learn, # A Learner after its loss
     mix_tap: MixTap|None = None, # Looks on, if a callback mixes
@@ -128,6 +132,7 @@ def read_batch(
     if not isinstance(pred, Tensor): raise NotRecordable(f"the model gives a {type(pred).__name__}, expected a tensor of class logits")
     if len(yb) != 1 or not isinstance(yb[0], Tensor):
         raise NotRecordable(f"a batch has {len(yb)} targets ({', '.join(type(o).__name__ for o in yb) or 'no labels'}), expected one tensor of classes")
+    if isinstance(pred, Features): return _features_batch(pred, _plain(yb[0]), loss_func, mix_tap)
     pred, targ, settings = _plain(pred).detach(), _plain(yb[0]), xent_settings(loss_func)
     axis = getattr(loss_func, 'axis', 1) if settings is None else settings['axis']
     if pred.ndim < 2 or not pred.is_floating_point() or not -pred.ndim <= axis < pred.ndim:
@@ -146,6 +151,12 @@ def read_batch(
         batch.mix = (_plain(other[0]).view(targ.shape), lam.to(pred.device))
     return batch
 
+def _features_batch(pred, targ, loss_func, mix_tap):
+    "A batch whose logits only the loss has seen, a chunk at a time."
+    if mix_tap is not None: raise NotRecordable("the head is in the loss (`head_in_loss`), and a callback mixes rows: whose statistics the loss has is not known")
+    stats = loss_func.stats
+    return Batch(pred.plain().detach(), targ.view(stats.loss.shape), loss_func, pred.ndim - 1, stats=stats)
+
 # %% ../nbs/04a_rows.ipynb #4c96727f
 def per_item(
     stats: XentStats, # Of every position, `n d…`
@@ -156,7 +167,7 @@ def per_item(
     means = [torch.where(valid, f.flatten(1), 0.).sum(1) / n_pos for f in stats[:5]]
     return XentStats(*means, torch.full_like(n_pos, -1)), n_pos
 
-# %% ../nbs/04a_rows.ipynb #1af713a1
+# %% ../nbs/04a_rows.ipynb #798668e6
 _FLOATS = XentStats._fields[:5]
 _WAITING = 2**20 # logits that are kept until their statistics are computed
 
@@ -242,16 +253,17 @@ class RowBuffer:
 
 def _kept_stats(b: Batch) -> XentStats|None:
     "The statistics that the loss has computed for this very batch in the pass of the loss."
+    if b.stats is not None: return b.stats
     func = getattr(b.loss_func, 'func', b.loss_func)
     last = getattr(func, '_last', None) if isinstance(func, XentLoss) and b.mix is None else None
     fits = last is not None and 'stats' in last and last['args']['pred'].data_ptr() == b.pred.data_ptr() and last['args']['pred'].shape == b.pred.shape
     return last['stats'] if fits else None
 
-# %% ../nbs/04a_rows.ipynb #fdde6e04
+# %% ../nbs/04a_rows.ipynb #f4304465
 def expected_loss(batch: Batch) -> Tensor: # A scalar
     "The batch's loss, from the losses of its rows."
     settings, reduction = xent_settings(batch.loss_func), getattr(batch.loss_func, 'reduction', 'mean')
-    loss = row_stats(batch.loss_func, batch.pred, batch.targ, batch.mix).loss
+    loss = (row_stats(batch.loss_func, batch.pred, batch.targ, batch.mix) if batch.stats is None else batch.stats).loss
     total = loss.nan_to_num(nan=0.).sum() if reduction != 'none' else None
     if reduction == 'sum': return total
     if reduction == 'none': return loss.nan_to_num(nan=0.).mean()

@@ -10,7 +10,7 @@ from nbdev.test import test_nb as run_nb  # under another name, or pytest collec
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT/'nbs', ROOT/'fastai_xent'
 NOTEBOOKS = sorted(o for o in NBS.rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(NBS).parts))
-ORDER = [o.stem[3:] for o in NOTEBOOKS if re.match(r'\d\d_', o.name)]  # 00_numerics.ipynb writes numerics.py
+ORDER = [o.stem.split('_', 1)[1] for o in NOTEBOOKS if re.match(r'\d\d[a-z]?_', o.name)]  # 00_numerics.ipynb writes numerics.py, 04a_rows.ipynb rows.py
 MODULES = sorted(o for o in LIB.glob('*.py') if not o.name.startswith('_'))
 
 

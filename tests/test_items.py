@@ -16,11 +16,11 @@ from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader
 from fastai.data.block import CategoryBlock
-from fastai.learner import Learner, load_learner
+from fastai.learner import Learner
 from fastai.tabular.core import TabDataLoader, TabularPandas
 from fastai.text.data import LMDataLoader, SortedDL
 from fastai.torch_core import set_seed
-from helpers import C, CHECKED, MIDDLE, UNIT, Coded, OneRow, Saw, Through, at_most, check, coded, decoded, ended, quiet, same_bits, through_learner, warned, wrong_rows
+from helpers import C, CHECKED, MIDDLE, UNIT, Coded, OneRow, Saw, Through, at_most, check, coded, ended, little_memory, quiet, same_bits, through_learner, warned, wrong_rows
 
 import fastai_xent
 from fastai_xent.items import NoItemIdentity, tap_rows
@@ -223,7 +223,9 @@ def test_others_begin_a_pass(name, workers):
     with warned() as said: learn.fit(2)
     df = recorder.record.to_df()
     assert not wrong_rows(df).any()
-    assert len(df[df['split'] == 'train']) == 38 or any('passes over the loader were started' in o for o in said)
+    unclear = workers and name in ('before_train, last', 'batch 0, first')
+    assert not said or (unclear and all('passes over the loader were started' in o for o in said))
+    assert len(df[df['split'] == 'train']) == 38 or unclear
     CHECKED['rows'] += len(df)
 
 def test_two_recorders():
@@ -391,7 +393,7 @@ def test_no_answer(kind):
         return ended(learn), saw
     plain, saw_plain = run([])
     recorder = XentRecorder()
-    with at_most(30), warned() as said: learn, saw = run([recorder])
+    with at_most(60), little_memory(), warned() as said: learn, saw = run([recorder])
     assert said and all(word in o and "'train'" in o for o in said), said
     assert [s for s, e in {(k[1], k[2]) for k in recorder.record.keys}] == ['valid'] * 2
     assert not wrong_rows(recorder.record.to_df()).any()
@@ -405,7 +407,7 @@ def cancel_train(learn):
 def test_no_length():
     "fastai's Learner wants to know a length; a loader without is refused for itself, without asking for its order."
     for dl in (DataLoader(Endless(), bs=4), TfmdDL(Endless(), bs=4, num_workers=0), DataLoader(Stream(), bs=4)):
-        with at_most(10), pytest.raises(NoItemIdentity, match='stream'): tap_rows(dl)
+        with at_most(30), little_memory(), pytest.raises(NoItemIdentity, match='stream'): tap_rows(dl)
     for o in (object(), [1, 2]):
         with pytest.raises(NoItemIdentity, match='how it orders its items is not known'): tap_rows(o)
 

@@ -7,14 +7,13 @@ import random
 import sys
 import time
 
-import fastai.callback.schedule  # fit_one_cycle, fine_tune, lr_find
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelStepException, CancelTrainException, CancelValidException)
-from fastai.callback.hook import *  # learn.summary
+import fastai.callback.hook  # noqa: F401 learn.summary
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.training import GradientAccumulation
@@ -26,11 +25,10 @@ from fastai.losses import (BaseLoss, BCEWithLogitsLossFlat, CrossEntropyLossFlat
                            LabelSmoothingCrossEntropyFlat, MSELossFlat)
 from fastai.metrics import accuracy
 from fastai.torch_core import TensorImage, set_seed
-from helpers import COLUMNS, FLOATS, Net, Points, Truth, at_most, check_against_truth, ended, halves, learner, quiet, same_bits, same_rows, warned
+from helpers import COLUMNS, Net, Points, Truth, at_most, check_against_truth, ended, halves, learner, quiet, same_bits, same_rows, warned
 from torch import nn
 
-import fastai_xent
-from fastai_xent import items, losses, recorder, store
+from fastai_xent import items, losses, recorder
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.recorder import XentRecorder
 from fastai_xent.store import XentRecord

@@ -23,6 +23,7 @@ from fastai.callback.core import CancelBatchException, CancelEpochException, Can
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.callback.fp16 import MixedPrecision
 from fastai.callback.mixup import CutMix, MixUp
+from fastai.callback.progress import ProgressCallback
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation, GradientClip
 from fastai.collab import CollabDataLoaders, TabularCollab, collab_learner
@@ -31,7 +32,7 @@ from fastai.data.core import DataLoaders, Datasets, TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.data.transforms import ColReader, IndexSplitter, ItemGetter, RandomSplitter, ToTensor
 from fastai.learner import Learner
-from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, MSELossFlat
+from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat, MSELossFlat
 from fastai.tabular.core import Categorify, TabularPandas
 from fastai.tabular.learner import tabular_learner
 from fastai.text.data import SortedDL, TensorText, pad_input
@@ -335,6 +336,21 @@ def test_scores_weigh_mixed_rows():
     valid = rec.record.to_df('valid')
     np.testing.assert_allclose(rec.record.score('loss', 'valid'), valid.astype({'loss': float}).groupby('item')['loss'].mean(), rtol=1e-5)
 
+@pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
+def test_mixed_fastai_tensors(kind):
+    "TensorImage and TensorCategory, as vision loaders give them, and a loss that fastai flattens."
+    class Typed(Marked if kind == 'mixup' else Tiles):
+        def __getitem__(self, i): return TensorImage(self.x[i]), TensorCategory(self.y[i])
+    learn, rec, batches = spied(lambda cbs: learner([*cbs, MixUp(.8) if kind == 'mixup' else CutMix()], LabelSmoothingCrossEntropyFlat(eps=.2), bs=6, model=Net() if kind == 'mixup' else TileNet(), train=Typed(N), valid=Typed(12, seed=1)), eval_every=1)
+    fit(learn, 1)
+    got, saw = rec.record.to_df('train'), {k: v.as_subclass(torch.Tensor) for k, v in gathered(batches, 'train', 0).items()}
+    own, other, _ = unmix(kind, saw['raw'], saw['x'])
+    order = own.argsort()
+    y, y1, z = learn.dls.train_ds.y[own[order]], learn.dls.train_ds.y[other[order]], saw['z'][order]
+    lam = torch.tensor(got['lam'].to_numpy(dtype=np.float64))
+    assert_cols(got, truth(z, y, lambda z: lam * rows_loss(z, y, label_smoothing=.2) + (1 - lam) * rows_loss(z, y1, label_smoothing=.2)))
+    assert len(rec.record.to_df('train_eval')) == N
+
 def test_two_mixers_are_refused():
     def run(cbs):
         learn = mixer('mixup', [*cbs, MixUp(.4)], soft=True)
@@ -432,7 +448,9 @@ def test_dense(kind, Loss, option, one_pass, monkeypatch):
             assert got['targ'].isna().all() and got['pred'].isna().all()
     if 'ignore' in (option, 'all') or option == 'all':
         assert got['n_pos'].iloc[0] == 0 and got[FLOATS].iloc[0].isna().all() and got[FLOATS].iloc[1:].notna().sum().sum() > 0
-        assert np.isnan(rec.record.score('loss')[0]) and 0 not in rec.record.top(14)['item'].tolist()
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')                                  # nan is no surprise here
+            assert np.isnan(rec.record.score('loss')[0]) and 0 not in rec.record.top(14)['item'].tolist()
     else: assert (got['n_pos'] == np.prod(shape)).all()
 
 def test_dense_probabilities():
@@ -992,6 +1010,82 @@ def test_train_eval_with_mixup_weights_and_torch_loaders():
     fit(learn, 1)
     with torch.no_grad(): z = learn.model.eval()(Points().x)
     assert_cols(rec.record.to_df('train_eval'), truth(z, Points().y, lambda z: rows_loss(z, Points().y)))
+
+WHOLE = {'partial': lambda ds: PartialDL(ds, bs=4, partial_n=12, num_workers=0), 'n=': lambda ds: TfmdDL(ds, bs=4, n=20, shuffle=True, num_workers=0), 'drop_last': lambda ds: TfmdDL(ds, bs=8, shuffle=True, drop_last=True, num_workers=0),
+         'sorted': lambda ds: SortedDL(ds, bs=4, res=[i * 7 % 36 for i in range(36)], shuffle=True, num_workers=0)}
+
+@pytest.mark.parametrize('kind', WHOLE)
+def test_train_eval_looks_at_all(kind):
+    "Each item once, whatever part of them the training takes."
+    rec = XentRecorder(eval_every=1, check=True)
+    learn = learner([rec])
+    learn.dls = DataLoaders(WHOLE[kind](Points()), learn.dls.valid)
+    fit(learn, 2)
+    with torch.no_grad(): z = learn.model.eval()(Points().x)
+    got = rec.record.to_df('train_eval', 1)
+    assert got['item'].tolist() == list(range(36)) and len(rec.record.to_df('train', 1)) == {'partial': 12, 'n=': 20, 'drop_last': 32, 'sorted': 36}[kind]
+    assert_cols(got, truth(z, Points().y, lambda z: rows_loss(z, Points().y)))
+
+def test_train_eval_of_a_table():
+    df = tabular_frame()
+    to = TabularPandas(df, procs=[Categorify], cat_names=['kind'], cont_names=['a', 'b'], y_names='label', splits=RandomSplitter(.25, seed=3)(range(60)), y_block=CategoryBlock())
+    def run(cbs):
+        set_seed(0)
+        learn = quiet(tabular_learner(to.dataloaders(bs=16, num_workers=0), layers=[8], loss_func=XentLossFlat(), cbs=cbs))
+        learn.fit(2)
+        return learn
+    rec = XentRecorder(eval_every=2, check=True)
+    with warned() as said: learn = run([rec])
+    assert not said, said
+    same_bits(state(learn), state(run([])))
+    with torch.no_grad(): z = learn.model.eval()(torch.tensor(to.train.cats.to_numpy()).long(), torch.tensor(to.train.conts.to_numpy()).float())
+    y = torch.tensor(to.train.ys.to_numpy()).long().view(-1)
+    got = rec.record.to_df('train_eval')
+    assert got['item'].tolist() == list(range(45)) and rec.record.items('train_eval')['name'].tolist() == to.train.items.index.tolist()
+    assert_cols(got, truth(z, y, lambda z: rows_loss(z, y)))
+
+def test_train_eval_with_progress(capsys):
+    "With fastai's bars: the same training, the same rows."
+    recs = []
+    for bars in (False, True):
+        recs.append(XentRecorder(eval_every=1, check=True))
+        learn = learner([recs[-1]])
+        if bars: learn.add_cb(ProgressCallback())
+        fit(learn, 2)
+    pd.testing.assert_frame_equal(recs[0].record.to_df(), recs[1].record.to_df())
+    assert '100.00%' in capsys.readouterr().out
+
+def test_interrupted_train_eval():
+    "Ctrl-C during the look: finished passes stay, the loader is as before, and the next fit is whole."
+    class Stops(Points):
+        reads = 0
+        def __getitem__(self, i):
+            self.reads += 1
+            if self.reads == 36 + 5: raise KeyboardInterrupt
+            return super().__getitem__(i)
+    rec = XentRecorder(eval_every=1, check=True)
+    learn = learner([rec], train=Stops())
+    with pytest.raises(KeyboardInterrupt): learn.fit(2)
+    assert not {'get_idxs', 'create_batches', 'do_item'} & set(vars(learn.dls.train))
+    assert [k[1] for k in rec.record.keys] == ['train', 'valid']
+    fit(learn, 1)
+    assert rec.record.to_df().groupby(['epoch', 'split'], observed=True).size().to_dict() == {(0, 'train'): 36, (0, 'valid'): 18, (1, 'train'): 36, (1, 'train_eval'): 36, (1, 'valid'): 18}
+
+def test_train_eval_is_in_eval_mode():
+    "Also if somebody has put the model back to train mode before; and there it stays for them."
+    class Back(Callback):
+        order = 38
+        def after_epoch(self): self.learn.model.train()
+    modes = []
+    class After(Callback):
+        order = 41
+        def after_epoch(self): modes.append(self.learn.model.training)
+    rec, models = XentRecorder(eval_every=1, check=True), Frozen()
+    learn = learner([Back(), models, rec, After()], model=Net(dropout=.5))
+    fit(learn, 1)
+    with torch.no_grad(): z = models.models[0](Points().x)
+    assert_cols(rec.record.to_df('train_eval'), truth(z, Points().y, lambda z: rows_loss(z, Points().y)))
+    assert modes == [True]
 
 class Pairs(Points):
     "Two inputs."

@@ -197,7 +197,7 @@ def test_plain_readers(tmp_path):
     assert pd.read_parquet(tmp_path / 'r' / 'items')['name'].notna().all()
 
 def test_nulls_and_order_in_files(tmp_path):
-    record = fill(XentRecord.new(tmp_path / 'r'), RUN)
+    fill(XentRecord.new(tmp_path / 'r'), RUN)
     files = sorted((tmp_path / 'r' / 'epochs').rglob('*.parquet'))
     assert len(files) == 6
     seen = 0

@@ -1,0 +1,123 @@
+"""What the recorder costs: an epoch of a Learner with it and without it, and what people do instead.
+
+Epochs with and without are interleaved in one process, on one thread; the figures are ratios of medians.
+Data: `XENT_DATA` (default ../shared/data); Fashion-MNIST from Debian's package dataset-fashion-mnist, MNIST's test set in its place."""
+import gzip
+import os
+import platform
+import sys
+import tempfile
+import time
+import warnings
+from datetime import date
+from pathlib import Path
+
+os.environ.setdefault('OMP_NUM_THREADS', '1')
+warnings.filterwarnings('ignore', category=FutureWarning)
+
+import fastai  # noqa: E402
+import numpy as np  # noqa: E402
+import pandas as pd  # noqa: E402
+import torch  # noqa: E402
+from fastai.data.core import DataLoaders, TfmdDL  # noqa: E402
+from fastai.learner import Learner  # noqa: E402
+from fastai.torch_core import set_seed  # noqa: E402
+from torch import nn  # noqa: E402
+
+from fastai_xent.all import XentLossFlat, XentRecorder  # noqa: E402
+
+DATA = Path(os.environ.get('XENT_DATA', '../shared/data'))
+FASHION = Path('/usr/share/datasets/fashion-mnist')
+
+
+class Rows:
+    "Tensors, an item a row."
+    def __init__(self, *ts): self.ts = ts
+    def __len__(self): return len(self.ts[0])
+    def __getitem__(self, i): return tuple(t[i] for t in self.ts)
+
+
+def idx(path):
+    "The array in one of Fashion-MNIST's files."
+    raw = gzip.decompress(path.read_bytes())
+    shape = [int.from_bytes(raw[4 + 4 * i:8 + 4 * i], 'big') for i in range(raw[3])]
+    return np.frombuffer(raw, np.uint8, offset=4 + 4 * len(shape)).reshape(shape)
+
+
+def images(n=10_000):
+    "Name, items and classes of the first `n` images, or None."
+    if FASHION.exists():
+        x, y, name = idx(FASHION / 'train-images-idx3-ubyte.gz')[:n], idx(FASHION / 'train-labels-idx1-ubyte.gz')[:n], 'Fashion-MNIST'
+    elif (DATA / 'mnist_t10k.npz').exists():
+        with np.load(DATA / 'mnist_t10k.npz') as f: x, y, name = f['x'][:n], f['y'][:n], 'MNIST test set'
+    else: return print(f"skipped: neither dataset-fashion-mnist is installed nor is mnist_t10k.npz in {DATA}")
+    return name, Rows(torch.tensor(x[:, None] / 255., dtype=torch.float32), torch.tensor(y.astype(np.int64)))
+
+
+def table():
+    "Name and items of the census table, or None."
+    path = DATA / 'adult_30k.csv.gz'
+    if not path.exists(): return print(f"skipped: {path} is missing")
+    df = pd.read_csv(path)
+    y, x = df.iloc[:, -1].astype('category').cat.codes, df.iloc[:, :-1]
+    x = pd.concat([pd.to_numeric(x[o]) if pd.api.types.is_numeric_dtype(x[o]) else x[o].astype('category').cat.codes for o in x], axis=1)
+    x = ((x - x.mean()) / x.std().replace(0, 1)).to_numpy(np.float32)
+    return 'Adult census', Rows(torch.tensor(x), torch.tensor(y.to_numpy(np.int64)))
+
+
+def cnn():
+    layers = [nn.Sequential(nn.Conv2d(i, o, 3, stride=2, padding=1), nn.BatchNorm2d(o), nn.ReLU()) for i, o in ((1, 16), (16, 32), (32, 64))]
+    return nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(64, 10))
+
+
+def mlp(n_in): return nn.Sequential(nn.Linear(n_in, 200), nn.ReLU(), nn.BatchNorm1d(200), nn.Linear(200, 100), nn.ReLU(), nn.BatchNorm1d(100), nn.Linear(100, 2))
+
+
+def learner(items, make, bs, cbs=()):
+    set_seed(0)
+    dls = DataLoaders(TfmdDL(items, bs=bs, shuffle=True, num_workers=0), TfmdDL(Rows(*(t[:1000] for t in items.ts)), bs=bs, num_workers=0))
+    return Learner(dls, make(), loss_func=XentLossFlat(), cbs=list(cbs))
+
+
+def seconds(f):
+    start = time.perf_counter()
+    f()
+    return time.perf_counter() - start
+
+
+def compare(items, model, bs, turns):
+    "Seconds of an epoch: off, on, and off with `get_preds` on train after it."
+    with tempfile.TemporaryDirectory() as where:
+        off, on, preds = learner(items, model, bs), learner(items, model, bs, [XentRecorder(f'{where}/run')]), learner(items, model, bs)
+        def with_preds():
+            preds.fit(1)
+            preds.get_preds(ds_idx=0, with_loss=True)
+        took = {k: [] for k in ('off', 'on', 'get_preds')}
+        for learn in (off, on, preds): learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
+        with off.no_logging(), on.no_logging(), preds.no_logging():
+            for turn in range(turns + 1):
+                for name, f in (('off', lambda: off.fit(1)), ('on', lambda: on.fit(1)), ('get_preds', with_preds)):
+                    t = seconds(f)
+                    if turn: took[name].append(t)         # the first turn warms up
+        recorder = on.xent_recorder
+        assert all(torch.equal(a, b) for a, b in zip(off.model.parameters(), on.model.parameters())), 'the recorder changed the training'
+        return {k: np.array(v) for k, v in took.items()}, recorder.seconds / recorder.fit_seconds
+
+
+def main(turns=9):
+    torch.set_num_threads(1)
+    cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), platform.processor()) if sys.platform == 'linux' else platform.processor()
+    print(f"{cpu}, {os.cpu_count()} cores, one thread; Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; {date.today()}\n")
+    print("| epoch of | bs | off, s | on / off, median (quartiles of the turns) | goal | recorder's own clock | get_preds on train / off |\n|---|---|---|---|---|---|---|")
+    for found, make, bs, goal in ((images(), lambda items: cnn, 64, '≤ 1.01'), (table(), lambda items: lambda: mlp(items.ts[0].shape[1]), 1024, '≤ 1.02')):
+        if found is None: continue
+        name, items = found
+        took, share = compare(items, make(items), bs, turns)
+        ratio = took['on'] / took['off']
+        q = np.quantile(ratio, [.25, .75])
+        print(f"| {name}, {len(items):,} items | {bs} | {np.median(took['off']):.2f} | {np.median(took['on']) / np.median(took['off']):.3f} ({q[0]:.3f} – {q[1]:.3f}) "
+              f"| {goal} | {share:.1%} | {np.median(took['get_preds']) / np.median(took['off']):.2f} |", flush=True)
+    print("\nWeights with and without the recorder were equal to the bit.")
+
+
+if __name__ == '__main__': main(*map(int, sys.argv[1:]))
