@@ -236,7 +236,7 @@ def before_batch(self: XentRecorder):
     "The order of this pass is fixed when its first batch is here."
     if self._now is not None: self._now.tap.freeze()
 
-# %% ../nbs/05_recorder.ipynb #5b7de880
+# %% ../nbs/05_recorder.ipynb #5da56b29
 @patch
 def after_loss(self: XentRecorder):
     "Take the batch's rows."
@@ -253,7 +253,8 @@ def _take(self: XentRecorder, batch: Batch, i, step):
         c = batch.n_classes
         known = self._record.meta.setdefault('classes', c)
         if known != c: raise NotRecordable(f"the model has {c} classes, the record {known}; use a new record")
-    if batch.dense and self.maps and batch.stats is None: self._take_maps(batch, i)
+    if self.maps and (not batch.dense or batch.stats is not None): self._tell("XentRecorder keeps no maps: these items have one target each, and no positions to map")
+    elif self.maps: self._take_maps(batch, i)
     now.rows.add(i, batch, step)
 
 @patch
