@@ -28,6 +28,7 @@ from fastai_xent.all import XentLossFlat, XentRecorder  # noqa: E402
 
 DATA = Path(os.environ.get('XENT_DATA', '../shared/data'))
 FASHION = Path('/usr/share/datasets/fashion-mnist')
+EPOCHS = 3 # of each fit that is timed
 
 
 class Rows:
@@ -90,21 +91,22 @@ def compare(items, model, bs, turns):
     with tempfile.TemporaryDirectory() as where:
         off, on, preds = learner(items, model, bs), learner(items, model, bs, [XentRecorder(f'{where}/run')]), learner(items, model, bs)
         def with_preds():
-            preds.fit(1)
-            preds.get_preds(ds_idx=0, with_loss=True)
+            for _ in range(EPOCHS):
+                preds.fit(1)
+                preds.get_preds(ds_idx=0, with_loss=True)
         took = {k: [] for k in ('off', 'on', 'get_preds')}
         for learn in (off, on, preds): learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
         with off.no_logging(), on.no_logging(), preds.no_logging():
             for turn in range(turns + 1):
-                for name, f in (('off', lambda: off.fit(1)), ('on', lambda: on.fit(1)), ('get_preds', with_preds)):
+                for name, f in (('off', lambda: off.fit(EPOCHS)), ('on', lambda: on.fit(EPOCHS)), ('get_preds', with_preds)):
                     t = seconds(f)
-                    if turn: took[name].append(t)         # the first turn warms up
+                    if turn: took[name].append(t / EPOCHS)         # the first turn warms up
         recorder = on.xent_recorder
         assert all(torch.equal(a, b) for a, b in zip(off.model.parameters(), on.model.parameters())), 'the recorder changed the training'
         return {k: np.array(v) for k, v in took.items()}, recorder.seconds / recorder.fit_seconds
 
 
-def main(turns=9):
+def main(turns=7):
     torch.set_num_threads(1)
     cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), platform.processor()) if sys.platform == 'linux' else platform.processor()
     print(f"{cpu}, {os.cpu_count()} cores, one thread; Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; {date.today()}\n")

@@ -7,13 +7,14 @@ import random
 import sys
 import time
 
+import fastai.callback.hook  # noqa: F401  learn.summary
+import fastai.callback.schedule  # noqa: F401  fit_one_cycle, fine_tune, lr_find
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import (Callback, CancelBackwardException, CancelBatchException, CancelEpochException, CancelFitException,
                                   CancelStepException, CancelTrainException, CancelValidException)
-import fastai.callback.hook  # noqa: F401 learn.summary
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger
 from fastai.callback.training import GradientAccumulation
