@@ -194,7 +194,7 @@ class HeadInLoss(nn.Linear):
         if self.training and torch.is_grad_enabled(): return Features.of(x, self)
         return super().forward(x)
 
-# %% ../nbs/01a_linear.ipynb #3134d8f5
+# %% ../nbs/01a_linear.ipynb #68fec70d
 class LinearXentLossFlat(XentLossFlat):
     "`XentLossFlat` for a model whose last layer is a `HeadInLoss`: of features it computes head and loss in chunks, without the logits."
     def __init__(self,
@@ -213,7 +213,7 @@ class LinearXentLossFlat(XentLossFlat):
         inp: Tensor, # `Features`, `n d… f`, or logits, `n d… c`
         targ: Tensor, # Classes, `n d…`
         reduction: str|None = None, # In place of the loss's own, for this call
-    ) -> Tensor: # A scalar, or one loss a row in the shape of the targets
+    ) -> Tensor: # A scalar, or one loss a row in the shape of the targets; float32, as fastai's metrics expect
         "The cross-entropy; the rows' statistics are in `stats` until the next call."
         if isinstance(inp, Features): return self._of_features(inp, targ, reduction or self.reduction)
         self._check_logits(inp)
@@ -237,7 +237,8 @@ class LinearXentLossFlat(XentLossFlat):
                                   label_smoothing=self.label_smoothing, reduction=reduction, chunk=self.chunk, with_stats=True)
         args = dict(pred=h.detach(), targ=targ.detach(), weight=func.weight)
         func._last = dict(args=args, versions=[_version(o) for o in args.values()], stats=stats)
-        return loss.flatten() if self.compat and loss.ndim else loss
+        loss = loss.float()
+        return self._as_fastai(loss) if self.compat and loss.ndim else loss
 
 # %% ../nbs/01a_linear.ipynb #353d5988
 def _last_layer(model: nn.Module) -> nn.Module:

@@ -211,7 +211,7 @@ def stats(self: XentLoss) -> XentStats:
         self._last['stats'] = xent_stats(**args, **self._last['settings'])
     return self._last['stats']
 
-# %% ../nbs/01_losses.ipynb #1e50edbb
+# %% ../nbs/01_losses.ipynb #ff184f32
 class XentLossFlat(BaseLoss):
     "`CrossEntropyLossFlat` that also knows each row's loss, gradient norm, EL2N, label probability, margin and predicted class."
     y_int = True # MixUp may mix losses instead of targets
@@ -239,7 +239,7 @@ class XentLossFlat(BaseLoss):
         inp: Tensor, # Logits, with the classes in `axis`
         targ: Tensor, # Classes, in the shape of `inp` without `axis`, or probabilities in the shape of `inp`
         reduction: str|None = None, # In place of the loss's own, for this call
-    ) -> Tensor: # A scalar, or one loss a row in the shape of the targets; float32, as fastai's metrics expect
+    ) -> Tensor: # A float32 scalar, as fastai's metrics expect; or one loss a row in the shape of the targets
         "The cross-entropy of `inp` and `targ`. The rows' statistics are in `stats` until the next call."
         inp, targ = _plain(inp), _plain(targ)
         if self.floatify: targ = targ.float()
@@ -249,7 +249,7 @@ class XentLossFlat(BaseLoss):
             old, self.func.reduction = self.func.reduction, reduction
             try: res = self.func(inp, targ)
             finally: self.func.reduction = old
-        res = res.float()
+        if not res.ndim: res = res.float()                # fastai averages in float32
         return self._as_fastai(res) if self.compat and res.ndim else res
 
     def _as_fastai(self, rows):
