@@ -10,12 +10,16 @@ __all__ = ['SCORES', 'Reducer', 'row_weight', 'Mean', 'MeanColumn', 'MarginLoss'
 # %% ../nbs/03_dynamics.ipynb #343a978d
 import numpy as np
 
-# %% ../nbs/03_dynamics.ipynb #470e0c4e
+# %% ../nbs/03_dynamics.ipynb #67ba5cc8
 class Reducer:
     "One score an item from a stream of epochs. Subclasses say which columns they read, and what a row adds."
     columns = () # Columns that `update` reads
     largest_first = True # Is the item with the largest score the one to look at first?
 
+    @property
+    def key(self) -> str: # Reducers of one key have the same `init` and `update`, and share one running state
+        "Name of the state."
+        return type(self).__name__
     def init(self, n: int) -> dict: # Arrays of length `n`
         "The state before the first epoch."
         raise NotImplementedError
@@ -52,10 +56,12 @@ class Mean(Reducer):
     def finalize(self, state):
         return np.divide(state['total'], state['weight'], out=np.full(len(state['total']), np.nan), where=state['weight'] > 0)
 
-# %% ../nbs/03_dynamics.ipynb #3d76a5e3
+# %% ../nbs/03_dynamics.ipynb #dad0d73e
 class MeanColumn(Mean):
     "The weighted mean over an item's rows of one column."
     def __init__(self, column: str, largest_first: bool = True): self.columns, self.largest_first = (column,), largest_first
+    @property
+    def key(self): return f'mean_{self.columns[0]}'
     def value(self, **cols): return cols[self.columns[0]]
 
 # %% ../nbs/03_dynamics.ipynb #76aa3207
