@@ -29,12 +29,13 @@ from fsspec.implementations.local import LocalFileSystem
 
 from .dynamics import get_score, row_weight
 
-# %% ../nbs/04_store.ipynb #d0531d9e
+# %% ../nbs/04_store.ipynb #6316ba1f
 FORMAT = 1
 _FLOATS = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin')
 _PARTITIONS = pa.schema([('fit', pa.int32()), ('split', pa.string()), ('epoch', pa.int32())])
 _SCHEMA = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in _FLOATS), ('pred', pa.int32()), ('targ', pa.int32()),
-                     ('occurrence', pa.int16()), ('n_pos', pa.int32()), ('lam', pa.float32()), ('partner', pa.int32()), ('step', pa.int32())])
+                     ('occurrence', pa.int16()), ('n_pos', pa.int32()), ('lam', pa.float32()), ('partner', pa.int32()), ('step', pa.int32()),
+                     ('entropy', pa.float32()), ('grand', pa.float32())])
 _COLUMNS = ('fit', 'epoch', 'split', *_SCHEMA.names)
 _ITEMS = pa.schema([('item', pa.int32()), ('name', pa.string()), ('source', pa.int64())])
 
@@ -50,7 +51,7 @@ def _epoch_table(cols: dict) -> pa.Table:
     cols = {k: None if v is None else np.asarray(v)[order] for k, v in cols.items()}
     unlabelled = cols['pred'] < 0
     empty = unlabelled if cols.get('n_pos') is None else cols['n_pos'] == 0
-    nulls = {**{o: empty for o in _FLOATS}, 'pred': unlabelled, 'targ': unlabelled}
+    nulls = {**{o: empty for o in (*_FLOATS, 'entropy', 'grand')}, 'pred': unlabelled, 'targ': unlabelled}
     if cols.get('lam') is not None:
         plain = np.isnan(cols['lam'])
         nulls.update(lam=plain, partner=plain, loss=empty & plain, grad_norm=empty & plain)   # a mixed row without a label is trained with its partner's
@@ -317,7 +318,7 @@ def to_df(self: XentRecord,
     df['split'] = df['split'].astype('category')
     return df.sort_values(['epoch', 'split', 'item'], kind='stable', ignore_index=True)
 
-# %% ../nbs/04_store.ipynb #4834897c
+# %% ../nbs/04_store.ipynb #ed487bf2
 @patch
 def item(self: XentRecord,
     i: int, # Index in the split's dataset
@@ -329,7 +330,7 @@ def item(self: XentRecord,
     if not 0 <= i < n: raise IndexError(f"item {i} is not in split {split!r}, which has items 0 to {n - 1}")
     df = _read(self._arrow(self._keys_of(split, segment)), filter=pa.compute.field('item') == i).to_pandas()
     df = df[[o for o in _COLUMNS if o not in ('split', 'item')]].sort_values(['epoch', 'occurrence'], kind='stable', ignore_index=True)
-    idle = [o for o in ('n_pos', 'lam', 'partner', 'step') if df[o].isna().all()] + ['occurrence'] * bool((df['occurrence'] == 0).all())
+    idle = [o for o in ('n_pos', 'lam', 'partner', 'step', 'entropy', 'grand') if df[o].isna().all()] + ['occurrence'] * bool((df['occurrence'] == 0).all())
     return df.drop(columns=idle)
 
 # %% ../nbs/04_store.ipynb #e51cd110

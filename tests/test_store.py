@@ -123,7 +123,7 @@ def test_scores(run):
     for split in n:
         df = expected(run, split)
         df = df[df['pred'] >= 0].assign(margin_loss=lambda d: np.log1p(np.exp(-d['margin'].astype(float))))
-        for by in SCORES:
+        for by in ('margin_loss', 'loss', 'grad_norm', 'el2n', 'p_targ', 'margin'):
             want = df[by].astype(float).groupby(df['item'].astype(int)).mean().reindex(range(n[split])).to_numpy()
             got = record.score(by, split)
             assert got.dtype == np.float64
@@ -139,6 +139,13 @@ def test_scores(run):
                 assert r.name == f'{split} {r.item}' and r.targ == name(mine['targ'].iloc[-1])
                 counts = mine['pred'].value_counts()
                 assert r.likely in [name(c) for c in counts[counts == counts.max()].index]
+
+@pytest.mark.parametrize('by', SCORES)
+def test_every_score_is_at_hand(by):
+    run = ({'train': 6, 'valid': 1}, [(0, e, 'train', rows([2, 0, 1, 3, 3], seed=e, ignored=.2)) for e in range(4)], None)
+    got = fill(XentRecord.new(), run).score(by)
+    assert got.dtype == np.float64 and len(got) == 6 and np.isnan(got[4:]).all()
+    assert np.isnan(got).all() == (by in ('entropy', 'grand'))
 
 def test_a_score_of_one_s_own():
     class Last(Reducer):
@@ -256,7 +263,7 @@ def test_refusals(tmp_path):
             with pytest.raises(IndexError, match=f"item {i} .*'train'.*0 to 5"): wrong.item(i)
         for e in (7, -4):
             with pytest.raises(KeyError, match=f"no epoch {e}.*last one is 2"): wrong.to_df(epoch=e)
-        with pytest.raises(KeyError, match="'aum'.*margin_loss"): wrong.score('aum')
+        with pytest.raises(KeyError, match="'fame'.*margin_loss"): wrong.score('fame')
         with pytest.raises(duckdb.Error): wrong.sql('select nothing from nowhere')
     with pytest.raises(KeyError, match='nothing was recorded yet'): XentRecord.new().top()
     with pytest.raises(FileExistsError, match='resume=True.*overwrite=True'): XentRecord.new(path)
