@@ -1,0 +1,121 @@
+"The last layer's share of an example's gradient, against autograd example by example."
+import copy
+
+import pytest, torch, torch.nn.functional as F
+from torch import nn
+
+from fastai_xent.head import HeadTap, find_head
+from fastai_xent.linear import head_in_loss
+from fastai_xent.numerics import xent_stats
+from torch.testing import assert_close
+
+N, C = 7, 4
+GEN = torch.Generator().manual_seed(0)
+X, Y = torch.randn(N, 3, 8, 8, generator=GEN), torch.randint(0, C, (N,), generator=GEN)
+BODY = [nn.Conv2d(3, 5, 3), nn.BatchNorm2d(5), nn.ReLU()]
+
+class Named(nn.Module):
+    "A model whose order only its `forward` knows."
+    def __init__(self, scale=1.): super().__init__(); self.fc, self.body, self.scale = nn.Linear(5, C), nn.Sequential(*copy.deepcopy(BODY)), scale
+    def forward(self, x): return self.fc(self.body(x).mean((2, 3))) * self.scale
+
+def models():
+    torch.manual_seed(1)
+    yield 'mlp', nn.Sequential(nn.Flatten(), nn.Linear(192, 16), nn.ReLU(), nn.Dropout(.5), nn.Linear(16, C))
+    yield 'no bias', nn.Sequential(nn.Flatten(), nn.Linear(192, C, bias=False))
+    yield 'pooled', nn.Sequential(*copy.deepcopy(BODY), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, C))
+    yield 'nested', nn.Sequential(nn.Sequential(*copy.deepcopy(BODY)), nn.Sequential(nn.AdaptiveMaxPool2d(2), nn.Flatten(), nn.BatchNorm1d(20), nn.Sequential(nn.Linear(20, C))))
+    yield 'named', Named()
+MODELS = dict(models())
+
+def by_autograd(pred, y, head, loss=None):
+    "The gradient's length in the last layer, an example at a time."
+    rows = F.cross_entropy(pred, y, reduction='none') if loss is None else loss
+    grads = [torch.autograd.grad(o, list(head.parameters()), retain_graph=True) for o in rows]
+    return torch.stack([torch.cat([o.flatten() for o in g]).norm() for g in grads])
+
+@pytest.mark.parametrize('name', MODELS)
+@pytest.mark.parametrize('smoothing', [0., .1])
+def test_it_is_the_length_of_the_gradient_in_the_last_layer(name, smoothing):
+    model = MODELS[name]
+    head = find_head(model)
+    tap = HeadTap(head).install()
+    pred = model(X)
+    grand = xent_stats(pred, Y, label_smoothing=smoothing).grad_norm * tap.factor(pred)
+    tap.remove()
+    assert_close(grand, by_autograd(pred, Y, head, F.cross_entropy(pred, Y, reduction='none', label_smoothing=smoothing)), rtol=1e-5, atol=1e-7)
+
+def test_after_autocast_too():
+    model = MODELS['pooled']
+    tap = HeadTap(find_head(model)).install()
+    with torch.autocast('cpu', torch.bfloat16): pred = model(X)
+    pred = pred.float()                               # as MixedPrecision hands it on
+    assert pred.data_ptr() != tap.seen[0][1][0].data_ptr()
+    got = xent_stats(pred, Y).grad_norm * tap.factor(pred)
+    tap.remove()
+    assert_close(got, by_autograd(pred, Y, find_head(model)), rtol=2e-2, atol=0)   # autograd's own is in bfloat16
+
+def test_head_in_loss():
+    plain = MODELS['mlp'].eval()
+    want = by_autograd(plain(X), Y, find_head(plain))
+    model, loss_func = head_in_loss(copy.deepcopy(plain))
+    model.train()
+    model[3].eval()                                   # no dropout
+    tap = HeadTap(find_head(model)).install()
+    pred = model(X)
+    loss_func(pred, Y)
+    assert_close(loss_func.stats.grad_norm * tap.factor(pred), want)
+    tap.remove()
+    plain.train()
+
+@pytest.mark.parametrize('change', [lambda z: z / 2, lambda z: z + 1, lambda z: z.relu(), lambda z: z.flip(0), lambda z: z.mul_(2), lambda z: z[:, :2], lambda z: z + float('nan')])
+def test_logits_that_were_changed_have_no_number(change):
+    model = MODELS['mlp']
+    tap = HeadTap(find_head(model)).install()
+    with torch.no_grad(): pred = change(model(X))
+    factor = tap.factor(pred)
+    tap.remove()
+    out = len(X) * [True] if pred.shape[1] != C else None
+    assert factor.shape == (N,) and factor.dtype == torch.float32
+    assert factor.isnan().all() if out else factor.isnan().float().mean() > .5
+
+def test_a_layer_called_twice_has_no_number():
+    model = MODELS['mlp']
+    tap = HeadTap(find_head(model)).install()
+    model(X)
+    assert tap.factor(model(X)).isnan().all() and not tap.factor(model(X)).isnan().any()
+    tap.remove()
+
+def test_a_row_at_a_time_and_none():
+    model = MODELS['mlp'].eval()
+    tap = HeadTap(find_head(model)).install()
+    assert tap.factor(model(X[:1])).shape == (1,) and tap.factor(model(X[:0])).shape == (0,)
+    tap.remove()
+    model.train()
+
+def test_a_tap_that_is_gone_leaves_nothing():
+    model = MODELS['mlp']
+    tap = HeadTap(find_head(model)).install()
+    tap.remove()
+    tap.remove()
+    model(X)
+    assert not tap.seen and not model[-1]._forward_hooks
+
+@pytest.mark.parametrize('model, error, words', [
+    (nn.Sequential(nn.Flatten(), nn.Linear(192, C), nn.Softmax(1)), TypeError, 'Softmax, expected nn.Linear'),
+    (nn.Sequential(nn.Conv2d(3, C, 8), nn.Flatten()), TypeError, 'Flatten, expected nn.Linear'),
+    (nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, C))), TypeError, 'computed from others')])
+def test_refusals(model, error, words):
+    with pytest.raises(error, match=words): find_head(model)
+
+def test_a_head_that_is_named():
+    model = MODELS['named']
+    assert find_head(model, model.fc) is model.fc and find_head(model) is model.fc
+    with pytest.raises(TypeError, match='head is Sequential'): find_head(model, model.body)
+    with pytest.raises(ValueError, match='not a layer of this'): find_head(model, nn.Linear(5, C))
+
+def test_a_scale_in_forward_is_noticed():
+    model = Named(scale=.5)
+    tap = HeadTap(find_head(model)).install()
+    assert tap.factor(model(X)).isnan().all()
+    tap.remove()
