@@ -22,7 +22,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastai_xent.all import XentLossFlat, XentRecord, XentRecorder
+from fastai_xent.store import XentRecord
 
 N, EPOCHS, CLASSES, BS = 1_281_167, 90, 1000, 256
 COLUMNS = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'pred', 'targ', 'step', 'entropy')
@@ -68,7 +68,7 @@ def write(folder, n, epochs):
             out = np.lib.format.open_memmap(path, 'r+' if e else 'w+', None if e else cols[o].dtype, None if e else (epochs, n))
             out[e] = cols[o][at]
             del out
-    per = [size(o) for o in sorted((folder / 'record/epochs').rglob('*.parquet'))]
+    per = [size_of(o) for o in sorted((folder / 'record/epochs').rglob('*.parquet'))]
     return dict(took={k: np.median(v) for k, v in took.items()}, epoch=np.mean(per), largest=max(per), states=size(folder / 'record/running'), plain=size(folder / 'plain') / epochs,
                 dense=sum(size_of(folder / f'{o}.npy') for o in COLUMNS) / epochs)
 
@@ -134,9 +134,12 @@ def numpy_sql(folder, n, epochs):
 
 def training(folder, n, epochs, record, fits):
     "A Learner whose dataset and model need next to nothing, for `fits` epochs."
+    import fastai.callback.progress
     import torch
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner
+
+    from fastai_xent.all import XentLossFlat, XentRecorder
     torch.set_num_threads(1)
     class Items(torch.utils.data.Dataset):
         def __len__(self): return n

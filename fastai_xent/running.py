@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/running.html.md"""
 # %% auto #0
 __all__ = ['NoStates', 'States', 'BrokenScore', 'by_key', 'fold']
 
-# %% ../nbs/03b_running.ipynb #1018fe70
+# %% ../nbs/03b_running.ipynb #5e910593
 import json
 import zlib
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from .dynamics import Reducer
 
-# %% ../nbs/03b_running.ipynb #30e35d8a
+# %% ../nbs/03b_running.ipynb #f398121e
 _CHUNK = 2**16 # Items that are folded at once, and rows of a row group
 
 class NoStates(Exception):
@@ -39,13 +39,18 @@ class States:
         try:
             with pq.ParquetFile(self.source, filesystem=self.filesystem) as f: return how(f)
         except Exception as e: raise NoStates(f"{self.source} cannot be read: {e!r}") from e   # a torn file may fail anywhere
+    def knows(self, key: str, reducer: Reducer) -> bool:
+        "Does the file hold this reducer's state, with the arrays that it has today?"
+        return key in self.arrays and self.arrays[key] == list(_guarded(key, lambda: reducer.init(0)))
     def __getitem__(self, key) -> Mapping: # array's name → array `n`
         "The state called `key`; an array is read when it is asked for."
         return _State(self, key)
     def chunk_of(self, key: str, k: int) -> dict: # array's name → array of the chunk's items, writable
         "The state of the items of chunk `k`."
-        t = self._read(lambda f: f.read_row_group(k, columns=[f'{key}.{o}' for o in self.arrays[key]], use_threads=False))
-        return {o: self._checked(f'{key}.{o}', t[f'{key}.{o}'].to_numpy().copy(), k) for o in self.arrays[key]}
+        def arrays(f):
+            t = f.read_row_group(k, columns=[f'{key}.{o}' for o in self.arrays[key]], use_threads=False)
+            return {o: t[f'{key}.{o}'].to_numpy().copy() for o in self.arrays[key]}
+        return {o: self._checked(f'{key}.{o}', v, k) for o, v in self._read(arrays).items()}
     def column(self, key: str, name: str) -> np.ndarray: # `n`
         "One array of a state."
         v = self._read(lambda f: f.read(columns=[f'{key}.{name}'], use_threads=False)[0].to_numpy())
@@ -65,7 +70,7 @@ class _State(Mapping):
             self.known[name] = self.states.column(self.key, name)
         return self.known[name]
 
-# %% ../nbs/03b_running.ipynb #a5dc7ee9
+# %% ../nbs/03b_running.ipynb #7f4f07c6
 class BrokenScore(Exception):
     "A reducer has failed; `key` says which, and the cause says how."
     def __init__(self, key): super().__init__(f"the state {key!r} could not be folded"); self.key = key
@@ -122,5 +127,5 @@ def _table(states: dict, n: int) -> pa.Table:
 
 def _already(key, r: Reducer, n, marks, old, chunk) -> int: # 0: none
     "How many of these epochs does `old` hold in the state of `key`?"
-    if old is None or key not in old.arrays or (old.n, old.chunk) != (n, chunk) or old.marks != marks[:len(old.marks)]: return 0
-    return len(old.marks) if old.arrays[key] == list(_guarded(key, lambda: r.init(0))) else 0
+    fits = old is not None and (old.n, old.chunk) == (n, chunk) and old.marks == marks[:len(old.marks)] and old.knows(key, r)
+    return len(old.marks) if fits else 0

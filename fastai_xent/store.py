@@ -45,7 +45,7 @@ _SCHEMA = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in _FLOATS)
 _COLUMNS = ('fit', 'epoch', 'split', *_SCHEMA.names)
 _ITEMS = pa.schema([('item', pa.int32()), ('name', pa.string()), ('source', pa.int64())])
 
-# %% ../nbs/04_store.ipynb #de4ccc94
+# %% ../nbs/04_store.ipynb #cb701522
 _DIGITS = dict(loss=9, margin=9, lam=9, grad_norm=8, el2n=8, p_targ=8, entropy=8, grand=8)
 
 def shorten(
@@ -59,7 +59,7 @@ def shorten(
     cut = bits & ~np.uint32((1 << drop) - 1)                # toward 0
     return np.where(np.isfinite(x), np.where(np.isfinite(short.view(np.float32)), short, cut), bits).view(np.float32)
 
-# %% ../nbs/04_store.ipynb #6ffc8efc
+# %% ../nbs/04_store.ipynb #78d89b77
 _GROUP = 2**16 # Rows of a row group
 _HOW = dict(compression='zstd', compression_level=1, write_statistics=['item'], use_dictionary=['targ', 'occurrence'], max_rows_per_page=2**17, data_page_size=2**22,
             column_encoding={**dict.fromkeys(('item', 'n_pos'), 'DELTA_BINARY_PACKED'), **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys((*_DIGITS, 'step'), 'BYTE_STREAM_SPLIT')})
@@ -560,7 +560,7 @@ def map(self: XentRecord,
                 return {o: np.array(v, dtype=np.int64 if o == 'pred' else np.float32).reshape(row['shape']) for o, v in row.items() if o not in ('item', 'shape')}
     raise KeyError(f"no map of item {i} of {split!r}" + (f" in epoch {epoch}" if epoch >= 0 else '') + "; choose items before training, with `XentRecorder(maps=[…])`")
 
-# %% ../nbs/04_store.ipynb #db58546b
+# %% ../nbs/04_store.ipynb #13bbd20a
 @patch
 def _marks(self: XentRecord, found: dict) -> list:
     "What identifies the rows of these epochs."
@@ -606,12 +606,11 @@ def _states(self: XentRecord, split, segment=-1, asked: Reducer|None = None, ane
         self._fold(sink := io.BytesIO(), split, k, found, marks, {asked.key: asked}, None)
         return States(sink)
     old = None if anew else self._kept(split, k)
-    if old is not None and old.marks == marks and set(wanted) <= set(old.arrays): return old
-    try: return self._renew(split, k, found, marks, wanted, old, writing)
+    try: return old if old is not None and old.marks == marks and all(old.knows(*o) for o in wanted.items()) else self._renew(split, k, found, marks, wanted, old, writing)
     except BrokenScore as e:
         self._broken[e.key] = e
         if asked is not None and asked.key == e.key: raise
-        warnings.warn(f"the scores that read the state {e.key!r} are left out, it cannot be folded: {e.__cause__!r}", stacklevel=2)
+        warnings.warn(f"XentRecord leaves out the scores that read the state {e.key!r}, which cannot be folded: {e.__cause__!r}", stacklevel=2)
         return self._states(split, k, asked, anew, writing)
     except NoStates: return self._states(split, k, asked, True, writing)
 
@@ -698,7 +697,7 @@ def top(self: XentRecord,
     df = self._items_table(split, self._segment(split, segment)).take(order).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return df.assign(targ=targ, likely=likely, score=score[order])
 
-# %% ../nbs/04_store.ipynb #6905c987
+# %% ../nbs/04_store.ipynb #f34324e4
 @patch
 def scores(self: XentRecord,
     split: str = 'train',
@@ -723,7 +722,7 @@ def seen(self: XentRecord,
     return items[['item', 'name']].assign(rows=g.size().reindex(items['item'], fill_value=0).to_numpy(),
                                           **{f'last_{o}': g[o].last().reindex(items['item']).astype('Int64').array for o in ('epoch', 'step')})
 
-# %% ../nbs/04_store.ipynb #6ffaceae
+# %% ../nbs/04_store.ipynb #1e0ecaf9
 try: import fcntl
 except ImportError: fcntl = None                            # Windows has no such locks
 
@@ -741,7 +740,7 @@ def lock(self: XentRecord, alone: bool = False):
         return None
     return f
 
-# %% ../nbs/04_store.ipynb #b49efa51
+# %% ../nbs/04_store.ipynb #8947b38e
 @patch
 def compact(self: XentRecord) -> None:
     "Put all epochs of a split into one file, in which the rows of an item stand together, and remove the single ones."
