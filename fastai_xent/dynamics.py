@@ -7,9 +7,11 @@ Docs: https://fastai-xent.github.io/fastai_xent/dynamics.html.md"""
 # %% auto #0
 __all__ = ['SCORES', 'Reducer', 'row_weight', 'Mean', 'MeanColumn', 'MarginLoss', 'AUM', 'EL2N', 'EarlyMean', 'Last',
            'Confidence', 'Epistemic', 'Variability', 'Aleatoric', 'Correctness', 'Forgetting', 'Unforgettable',
-           'WrongEvents', 'FirstLearned', 'IterationLearned', 'get_score']
+           'WrongEvents', 'FirstLearned', 'IterationLearned', 'Label', 'Likely', 'get_score', 'register_score']
 
 # %% ../nbs/03_dynamics.ipynb #343a978d
+import zlib
+
 import numpy as np
 
 # %% ../nbs/03_dynamics.ipynb #67ba5cc8
@@ -20,8 +22,9 @@ class Reducer:
 
     @property
     def key(self) -> str: # Reducers of one key have the same `init` and `update`, and share one running state
-        "Name of the state."
-        return type(self).__name__
+        "Name of the state: that of the class, and a mark of what its instance was told."
+        told = repr(sorted(vars(self).items()))
+        return type(self).__name__ + f'_{zlib.crc32(told.encode()):08x}' * bool(vars(self))
     def init(self, n: int) -> dict: # Arrays of length `n`
         "The state before the first epoch."
         raise NotImplementedError
@@ -102,11 +105,13 @@ class EarlyMean(MeanColumn):
 def _turns(item: np.ndarray, valid: np.ndarray):
     "The places of the valid rows, in groups in which no item stands twice; an item's rows come in order."
     rows = np.flatnonzero(valid)
+    if (item[rows][1:] > item[rows][:-1]).all():          # each item once, in order: the common case
+        if len(rows): yield rows
+        return
     order = rows[np.argsort(item[rows], kind='stable')]
-    first = np.r_[True, item[order][1:] != item[order][:-1]] if len(order) else np.zeros(0, dtype=bool)
     at = np.arange(len(order))
-    nth = at - np.maximum.accumulate(np.where(first, at, 0)) if len(order) else at
-    for k in range(nth.max() + 1 if len(nth) else 0): yield order[nth == k]
+    nth = at - np.maximum.accumulate(np.where(np.r_[True, item[order][1:] != item[order][:-1]], at, 0))
+    for k in range(nth.max() + 1): yield order[nth == k]
 
 # %% ../nbs/03_dynamics.ipynb #c2f57dfc
 class Last(Reducer):
@@ -158,15 +163,18 @@ class Aleatoric(Confidence):
 class Correctness(Reducer):
     "The share of an item's rows that were predicted right (Swayamdipta et al., 2020). Small for hard examples and label errors."
     columns, largest_first, key = ('pred', 'targ'), False, 'events'
-    def init(self, n): return dict(was_right=np.zeros(n, dtype=bool), **{o: np.zeros(n, dtype=np.int32) for o in ('rows', 'right', 'forgotten', 'first_right', 'last_wrong')})
+    def init(self, n): return dict(was_right=np.zeros(n, dtype=bool), **{o: np.zeros(n, dtype=np.int32) for o in ('rows', 'right', 'forgotten', 'first_right', 'last_wrong', 'lead')},
+                                   **{o: np.full(n, -1, dtype=np.int32) for o in ('label', 'voted')})
     def update(self, state, item, weight, pred, targ):
         known = (weight >= .5) & ~np.isnan(pred.astype(np.float64)) & ~np.isnan(targ.astype(np.float64))
         for rows in _turns(item, known):
             i, right = item[rows], pred[rows] == targ[rows]
             s = {k: v[i] for k, v in state.items()}
-            n = s['rows'] + 1
+            n, new = s['rows'] + 1, ~right & (s['lead'] == 0)
+            voted = np.where(new, pred[rows], s['voted'])
+            lead = s['lead'] + np.where(right, 0, np.where(pred[rows] == voted, 1, -1))
             for k, v in dict(rows=n, right=s['right'] + right, forgotten=s['forgotten'] + (s['was_right'] & ~right), was_right=right,
-                             first_right=np.where(right & (s['right'] == 0), n, s['first_right']), last_wrong=np.where(right, s['last_wrong'], n)).items(): state[k][i] = v
+                             first_right=np.where(right & (s['right'] == 0), n, s['first_right']), last_wrong=np.where(right, s['last_wrong'], n), label=targ[rows], voted=voted, lead=lead).items(): state[k][i] = v
     def of(self, state, values) -> np.ndarray: # nan for items that were never seen
         return np.where(state['rows'] > 0, values, np.nan)
     def finalize(self, state): return self.of(state, state['right'] / np.maximum(state['rows'], 1))
@@ -201,6 +209,15 @@ class IterationLearned(Correctness):
     largest_first = True
     def finalize(self, state): return self.of(state, state['last_wrong'])
 
+# %% ../nbs/03_dynamics.ipynb #713abe9e
+class Label(Correctness):
+    "The class an item was last labelled with. Not a score."
+    def finalize(self, state): return self.of(state, state['label'])
+
+class Likely(Correctness):
+    "The label if at least half of the predictions were right, else the class that the wrong ones voted for. Not a score."
+    def finalize(self, state): return self.of(state, np.where(2 * state['right'] >= state['rows'], state['label'], state['voted']))
+
 # %% ../nbs/03_dynamics.ipynb #e21156bd
 SCORES = dict(margin_loss=MarginLoss(), loss=MeanColumn('loss'), el2n=EL2N(), grad_norm=MeanColumn('grad_norm'), aum=AUM(),
               confidence=Confidence(), variability=Variability(), aleatoric=Aleatoric(), epistemic=Epistemic(),
@@ -219,3 +236,19 @@ def get_score(
     by = _MEANS.get(by, by)
     if by not in SCORES: raise KeyError(f"no score is called {by!r}; expected one of {', '.join(SCORES)}, or a Reducer")
     return SCORES[by]
+
+# %% ../nbs/03_dynamics.ipynb #dcb42234
+def _folds_like(a: Reducer, b: Reducer) -> bool:
+    "May these two share a state?"
+    return a.key == b.key and tuple(a.columns) == tuple(b.columns) and all(getattr(type(a), o, None) is getattr(type(b), o, None) for o in ('init', 'update', 'value'))
+
+def register_score(
+    name: str, # What `record.top(by=…)` will call it
+    reducer: Reducer, # How it is computed
+) -> None:
+    "Give a score a name, and every record its running state. An earlier score of that name is replaced."
+    if not isinstance(reducer, Reducer): raise TypeError(f"{name!r} is a {type(reducer).__name__}, expected an instance of a Reducer")
+    for other, r in SCORES.items():
+        if other != name and r.key == reducer.key and not _folds_like(r, reducer):
+            raise ValueError(f"the states of {name!r} and {other!r} are both called {r.key!r}, but they are not folded alike: give {type(reducer).__name__} a `key` of its own")
+    SCORES[name] = reducer

@@ -64,6 +64,7 @@ class XentRecorder(Callback):
         *,
         resume: bool = False, # Go on with the record at `path`, if there is one?
         overwrite: bool = False, # Replace the record at `path`, if there is one?
+        precision: str = 'short', # Of floats in a new record on disk: 'short' or 'full', see `XentRecord.new`
         key_fn=None, # Names an item of the dataset (a path, a row of a data frame); default: path, row label or text
         eval_every: int = 0, # After every so many epochs, look at all of train without augmentation, as split 'train_eval'; 0: never
         maps=(), # Items whose numbers are kept for each position, for masks and sequences
@@ -72,8 +73,8 @@ class XentRecorder(Callback):
         if resume and overwrite: raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
         record = XentRecord.new(path, overwrite=True) if path is None else None
         if record is None:
-            try: record = XentRecord(path) if resume else XentRecord.new(path, overwrite=overwrite)
-            except FileNotFoundError: record = XentRecord.new(path)
+            try: record = XentRecord(path) if resume else XentRecord.new(path, overwrite=overwrite, precision=precision)
+            except FileNotFoundError: record = XentRecord.new(path, precision=precision)
         self._record, self._resumed = record, bool(resume and record.keys)
         self.key_fn, self.eval_every, self.maps, self.check = key_fn, eval_every, set(maps), check
         self.seconds, self.fit_seconds, self._told = 0., 0., set()
@@ -81,12 +82,12 @@ class XentRecorder(Callback):
 
     def _fresh(self):
         "The state that belongs to this process."
-        self._now = self._writer = self._started = None
+        self._now = self._writer = self._started = self._lock = None
         self._known, self._labels, self._writes, self._in_fit, self._stopped, self._wrote = {}, {}, [], False, False, False
 
     def __getstate__(self):
         "A pickled recorder keeps its settings and the path of its record; not a record in memory, nor a running pass."
-        own = ('_now', '_writer', '_started', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote')
+        own = ('_now', '_writer', '_started', '_lock', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote')
         return {**{k: v for k, v in self.__dict__.items() if k not in own}, '_record': XentRecord() if self._record.path is None else self.record}
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -122,7 +123,7 @@ class XentRecorder(Callback):
         "An error of ours: tell it once, and leave the training alone for the rest of this fit."
         self._stopped, error = True, traceback.format_exc()
         self._drop()
-        for w in self._writes: w.exception()          # what was handed in before is kept, if it can be
+        for w, _ in self._writes: w.exception()       # what was handed in before is kept, if it can be
         self._writes = []
         self._tell(f"XentRecorder has stopped recording this fit after an error of its own in {where}; the training goes on, and finished epochs are kept.\n{error}")
 
@@ -144,7 +145,7 @@ def before_fit(self: XentRecorder):
     put_back(self.learn)
     others = [cb for cb in self.learn.cbs if isinstance(cb, XentRecorder)]
     if others[0] is not self: return self._refuse("this Learner has another XentRecorder already, and one is enough; remove this one with `learn.remove_cb`")
-    self._stopped, self._in_fit, self._wrote, self._started = False, False, False, time.perf_counter()
+    self._stopped, self._in_fit, self._wrote, self._started, self._spent = False, False, False, time.perf_counter(), self.seconds
     if self._record.path is not None:
         other = _WRITERS.get(str(self._record.path))
         if other is not None and other is not self and other._in_fit: other._refuse(f"another recorder writes to {self._record.path} now")
@@ -174,13 +175,16 @@ def after_epoch(self: XentRecorder):
 @patch
 def after_fit(self: XentRecorder):
     "All is written when the fit is over."
-    self._in_fit = False
+    self._in_fit, start = False, time.perf_counter()
     try: self._settle(wait=True)
     finally:
         if self._writer is not None: self._writer.shutdown()
-        self._writer = None
-        if self._started is not None: self.fit_seconds += time.perf_counter() - self._started
-        self._started = None
+        if self._lock is not None: self._lock.close()
+        self._writer = self._lock = None
+        started, self._started = self._started, None
+        now = time.perf_counter()
+        if started is not None: self.fit_seconds += now - started
+    if self._wrote and not self._stopped and started is not None and rank_distrib() == 0: self._record.keep_cost(self.seconds - self._spent + now - start, now - started)
 
 # %% ../nbs/05_recorder.ipynb #d62c1202
 @patch
@@ -271,9 +275,11 @@ def _close(self: XentRecorder):
     now = self._now
     if now is None: return
     self._drop()
-    cols = now.rows.cols()
+    rows, now.rows = now.rows, None
+    cols, at, sizes = rows.cols(), rows.at, rows.sizes
+    del rows                                              # a million rows are some 30 MB
     if not cols: return
-    try: cols['item'] = now.tap.rows(now.rows.at, now.rows.sizes)
+    try: cols['item'] = now.tap.rows(at, sizes)
     except NoItemIdentity as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now.split!r}: {e}")
     cols['padding'] = now.tap.padding
     if 'partner' in cols: cols['partner'] = cols['item'][cols['partner']]
@@ -357,21 +363,36 @@ def after_cancel_fit(self: XentRecorder): self._close()
 # %% ../nbs/05_recorder.ipynb #5bf3cbfb
 @patch
 def _write(self: XentRecorder, fit, epoch, split, cols, maps):
-    "Let the writer keep these rows; a record in memory needs none."
-    jobs = [(self._record.add, fit, epoch, split, cols, rank_distrib())]
-    if maps: jobs.append((self._record.add_maps, fit, epoch, split, _by_item(maps), rank_distrib()))
-    self._settle()
-    for job, *args in jobs:
-        if self._record.path is None: job(*args)
-        else:
-            if self._writer is None: self._writer = ThreadPoolExecutor(1, thread_name_prefix='xent-record')
-            self._settle(at_most=4)
-            self._writes.append(self._writer.submit(job, *args))
+    "Let the writer keep these rows, then fold them into the running scores; a record in memory needs no writer."
+    record, rank, n = self._record, rank_distrib(), len(cols['item'])
+    jobs = [(record.add, fit, epoch, split, cols, rank)]
+    if maps: jobs.append((record.add_maps, fit, epoch, split, _by_item(maps), rank))
+    if record.path is None:
+        for job, *args in jobs: job(*args)
+        return
+    if num_distrib() <= 1: jobs.append((self._keep_scores, split, record._segment(split)))     # a rank sees its own rows only; then whoever asks first folds
+    self._settle(room=n)
+    if self._writer is None: self._writer = ThreadPoolExecutor(1, thread_name_prefix='xent-record')
+    if self._lock is None: jobs.insert(0, (self._take_lock,))
+    self._writes += [(self._writer.submit(*job), n) for job in jobs]
 
 @patch
-def _settle(self: XentRecorder, wait: bool = False, at_most: int|None = None):
-    "Look after what was handed to the writer: raise its errors, and wait for all of it, or until `at_most` writes are left."
-    while self._writes and (wait or self._writes[0].done() or (at_most is not None and len(self._writes) >= at_most)): self._writes.pop(0).result()
+def _take_lock(self: XentRecorder): self._lock = self._record.lock()
+
+@patch
+def _keep_scores(self: XentRecorder, split, segment) -> str|None: # What to tell
+    "Bring the running scores up to date. They can be computed again, so the recording goes on without them."
+    try: self._record.update_scores(split, segment)
+    except Exception as e: return f"XentRecorder could not keep the running scores of {split!r}, they will be computed from the epochs when they are asked for: {e!r}"
+
+_WAITING = 2**18 # rows that may wait for the writer; a larger epoch waits alone
+
+@patch
+def _settle(self: XentRecorder, wait: bool = False, room: int|None = None):
+    "Look after what was handed to the writer: raise its errors, and wait for all of it, or until there is `room` for so many rows more."
+    while self._writes and (wait or self._writes[0][0].done() or (room is not None and sum(n for _, n in self._writes) + room > _WAITING)):
+        message = self._writes.pop(0)[0].result()
+        if message is not None: self._tell(message)
 
 # %% ../nbs/05_recorder.ipynb #746bd543
 @patch

@@ -128,7 +128,7 @@ def test_same_training(name, tmp_path, monkeypatch):
         train(learn)
         return ended(learn)
     plain = run([])
-    for make in (XentRecorder, lambda: XentRecorder(tmp_path / 'r'), lambda: XentRecorder(eval_every=1)):
+    for make in (XentRecorder, lambda: XentRecorder(tmp_path / 'r', precision='full'), lambda: XentRecorder(eval_every=1)):
         with warned() as said: learn = run([make()])
         same_bits(plain.end, learn.end)
         assert not [o for o in said if 'error of its own' in o], said
@@ -346,7 +346,7 @@ def test_start_epoch_and_numbers():
 
 @pytest.mark.parametrize('phase', ['train', 'valid'])
 def test_an_interrupted_fit_loses_no_finished_epoch(phase, tmp_path):
-    truth, rec = Truth(), XentRecorder(tmp_path / 'r')
+    truth, rec = Truth(), XentRecorder(tmp_path / 'r', precision='full')
     learn = learner([truth, rec, Raise(KeyboardInterrupt, 'after_batch', 100, phase, epoch=2)])
     with pytest.raises(KeyboardInterrupt): learn.fit(4)
     for record in (rec.record, XentRecord(tmp_path / 'r')):
@@ -392,7 +392,7 @@ def test_errors_of_ours(name, ex, where, tmp_path, monkeypatch):
     plain = learner()
     plain.fit(3)
     ended(plain)
-    truth, rec = Truth(), XentRecorder(path)
+    truth, rec = Truth(), XentRecorder(path, precision='full')
     learn = learner([truth, rec])
     calls, real = [], getattr(owner, attr)
     def broken(self, *args, **kw):
@@ -413,7 +413,7 @@ def test_errors_of_ours(name, ex, where, tmp_path, monkeypatch):
 
 def test_an_error_in_the_second_epoch_keeps_the_first(monkeypatch, tmp_path):
     for path in (None, tmp_path / 'r'):
-        truth, rec = Truth(), XentRecorder(path)
+        truth, rec = Truth(), XentRecorder(path, precision='full')
         learn, real = learner([truth, rec]), XentRecord.add
         def full(self, *args, **kw):
             time.sleep(.02)                           # so that more is waiting to be written when the first error is noticed
@@ -437,7 +437,7 @@ def test_an_error_in_the_second_epoch_keeps_the_first(monkeypatch, tmp_path):
 @pytest.mark.parametrize('where', ['memory', 'disk'])
 def test_copies_and_pickles(where, tmp_path):
     path = tmp_path / 'r' if where == 'disk' else None
-    learn = learner([XentRecorder(path)], path=tmp_path)
+    learn = learner([XentRecorder(path, precision='full')], path=tmp_path)
     learn.fit(2)
     n = len(learn.xent_recorder.record.to_df())
     for make in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
@@ -460,7 +460,7 @@ def test_copies_and_pickles(where, tmp_path):
 @pytest.mark.parametrize('where', ['memory', 'disk'])
 def test_export(where, interrupted, tmp_path):
     path = tmp_path / 'r' if where == 'disk' else None
-    learn = looker([XentRecorder(path)], path=tmp_path)
+    learn = looker([XentRecorder(path, precision='full')], path=tmp_path)
     learn.fit(1)
     if interrupted:
         learn.add_cb(cb := Raise(KeyboardInterrupt, 'after_batch', 100, epoch=0))
@@ -581,8 +581,8 @@ def test_classes_that_change():
 
 def test_resume(tmp_path):
     path, truth = tmp_path / 'r', Truth()
-    learner([truth, XentRecorder(path)]).fit(2)
-    with pytest.raises(FileExistsError, match='resume=True'): XentRecorder(path)
+    learner([truth, XentRecorder(path, precision='full')]).fit(2)
+    with pytest.raises(FileExistsError, match='resume=True'): XentRecorder(path, precision='full')
     rec = XentRecorder(path, resume=True)
     assert rec.record.n_epochs == 2
     learn = learner([truth, rec])
@@ -604,7 +604,7 @@ class Named(Points):
 @pytest.mark.parametrize('other', [lambda: Named(36, 'b'), lambda: Named(40), lambda: Named(30)])
 def test_resume_with_other_items(other, tmp_path):
     path = tmp_path / 'r'
-    learner([XentRecorder(path)], train=Named(), valid=Named(18, 'v', seed=1)).fit(2)
+    learner([XentRecorder(path, precision='full')], train=Named(), valid=Named(18, 'v', seed=1)).fit(2)
     before = XentRecord(path).to_df()
     rec = XentRecorder(path, resume=True)
     learn = learner([rec], train=other(), valid=Named(18, 'v', seed=1))
@@ -620,10 +620,10 @@ def test_resume_with_other_items(other, tmp_path):
 
 def test_overwrite(tmp_path):
     path = tmp_path / 'r'
-    learner([XentRecorder(path)]).fit(3)
+    learner([XentRecorder(path, precision='full')]).fit(3)
     (path / 'picture.png').write_bytes(b'mine')
     truth = Truth()
-    learner([truth, XentRecorder(path, overwrite=True)], seed=1).fit(1)
+    learner([truth, XentRecorder(path, overwrite=True, precision='full')], seed=1).fit(1)
     check_against_truth(XentRecord(path), truth.passes)
     assert XentRecord(path).n_epochs == 1 and (path / 'picture.png').read_bytes() == b'mine'
 
@@ -641,7 +641,7 @@ def test_foreign_paths(tmp_path):
     assert XentRecord(tmp_path / 'a' / 'b' / 'c').n_epochs == 1
 
 def test_nothing_is_written_before_there_is_something(tmp_path):
-    rec = XentRecorder(tmp_path / 'r')
+    rec = XentRecorder(tmp_path / 'r', precision='full')
     learn = learner([rec])
     learn.validate()
     assert not (tmp_path / 'r').exists()
@@ -650,7 +650,7 @@ def test_nothing_is_written_before_there_is_something(tmp_path):
 def test_another_dataset(where, tmp_path):
     "Data that is exchanged between two fits is kept apart, by names or, without names, by number."
     for named in (True, False):
-        rec = XentRecorder(tmp_path / f'r{named}' if where == 'disk' else None)
+        rec = XentRecorder(tmp_path / f'r{named}' if where == 'disk' else None, precision='full')
         make = Named if named else (lambda n, prefix='', **kw: Points(n, **kw))
         first, second = make(36), make(30, 'b', seed=7)
         learn = learner([rec], train=first)

@@ -33,9 +33,9 @@ def frame(n, name='item {}.png'):
     return pd.DataFrame({'item': np.arange(n), 'name': [name.format(i) for i in range(n)], 'source': pd.Series([n - i for i in range(n)], dtype='Int64')})
 
 def rows(items, seed=0, ignored=.2, c=4) -> dict:
-    "Rows of these items in the given order; some of them ignored."
+    "Rows of these items in the given order; some of them ignored. The floats have few digits, so that a disk gives them back as they are."
     rng, n = np.random.default_rng(seed), len(items)
-    cols = {'item': np.asarray(items, dtype=np.int64), **{o: rng.normal(size=n).astype(np.float32) for o in FLOATS}, 'pred': rng.integers(0, c, n), 'targ': rng.integers(0, c, n)}
+    cols = {'item': np.asarray(items, dtype=np.int64), **{o: (rng.integers(-511, 512, n) / 128).astype(np.float32) for o in FLOATS}, 'pred': rng.integers(0, c, n), 'targ': rng.integers(0, c, n)}
     out = rng.random(n) < ignored
     for o in FLOATS: cols[o][out] = np.nan
     cols['pred'][out], cols['targ'][out] = -1, -100
@@ -137,8 +137,11 @@ def test_scores(run):
                 mine = df[df['item'] == r.item]
                 name = (lambda c: vocab[int(c)]) if vocab else int
                 assert r.name == f'{split} {r.item}' and r.targ == name(mine['targ'].iloc[-1])
-                counts = mine['pred'].value_counts()
-                assert r.likely in [name(c) for c in counts[counts == counts.max()].index]
+                wrong = mine['pred'][mine['pred'] != mine['targ']]
+                counts = wrong.value_counts()
+                if 2 * len(wrong) <= len(mine): assert r.likely == r.targ
+                elif mine['targ'].nunique() == 1 and 2 * counts.max() > len(wrong): assert r.likely == name(counts.idxmax())
+                else: assert r.likely in [name(c) for c in counts.index]
 
 @pytest.mark.parametrize('by', SCORES)
 def test_every_score_is_at_hand(by):
@@ -324,12 +327,12 @@ def failing(k, real, ex):
 @pytest.mark.parametrize('what', ['replace', 'fsync'])
 @pytest.mark.parametrize('k', [0, 1, 2, 5, 7])
 def test_disk_full(k, what, tmp_path, monkeypatch):
-    "The training does not notice; one warning; what is there is whole; and when there is room again it goes on."
+    "The training does not notice; it is told; what is there is whole; and when there is room again it goes on."
     plain = learner(n=20)
     plain.fit(3)
     ended(plain)
     path, truth = tmp_path / 'r', Truth()
-    rec = XentRecorder(path)
+    rec = XentRecorder(path, precision='full')
     learn = learner([truth, rec], n=20)
     with warned() as said, monkeypatch.context() as m:
         f, calls = failing(k, getattr(os, what), OSError(28, 'No space left on device'))
@@ -337,7 +340,7 @@ def test_disk_full(k, what, tmp_path, monkeypatch):
         learn.fit(3)
         ended(learn)
     assert len(calls) > k
-    assert len(said) == 1 and 'No space left' in said[0], said
+    assert 1 <= len(said) <= 3 and all('No space left' in o for o in said), said     # rows, or running scores and then rows
     same_bits(plain.end, learn.end)
     assert not [p for p in tmp_path.rglob('*.tmp')]
     try: check_whole(XentRecord(path), truth)
