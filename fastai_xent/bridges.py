@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/bridges.html.md"""
 # %% auto #0
 __all__ = []
 
-# %% ../nbs/04d_bridges.ipynb #630fc62b
+# %% ../nbs/04d_bridges.ipynb #ee2d6436
 import json
 import re
 import warnings
@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from .dynamics import SCORES
 from .store import XentRecord, _Place
 
-# %% ../nbs/04d_bridges.ipynb #fd51523a
+# %% ../nbs/04d_bridges.ipynb #5f876c41
 _PROBS = re.compile(r'probs/fit=\d+/split=([^/]+)/epoch=(\d+)/part-\d+\.parquet')
 
 @patch
@@ -54,7 +54,7 @@ def _probs_of(self: XentRecord, split) -> dict: # epoch → tables in memory, or
         if m and m[1] == split: found.setdefault(int(m[2]), []).append(name)
     return dict(sorted(found.items()))
 
-# %% ../nbs/04d_bridges.ipynb #2c45022d
+# %% ../nbs/04d_bridges.ipynb #989defc1
 def _segment_at(record, split, epoch) -> int:
     "Which list of items a split had in an epoch."
     return [k for start, k in record.meta['splits'][split]['starts'] if start <= epoch][-1]
@@ -76,10 +76,10 @@ def probs(self: XentRecord,
     for t in tables: res[t['item'].to_numpy()] = t['probs'].combine_chunks().flatten().to_numpy().reshape(-1, c)
     return res
 
-# %% ../nbs/04d_bridges.ipynb #8abc80a8
+# %% ../nbs/04d_bridges.ipynb #2bf6c346
 def _score_frame(record, split, by, segment=-1) -> pd.DataFrame: # Columns item, name, source, targ, likely, and a column a score
     "An item a row, in item order."
-    df = record.items(split, segment)
+    df, by = record.items(split, segment), [by] if isinstance(by, str) else by
     classes = record.top(len(df), split=split, segment=segment).set_index('item')[['targ', 'likely']]
     return df.assign(**{o: classes[o].reindex(df['item']).array for o in classes}, **{o: record.score(o, split, segment) for o in by})
 
@@ -96,18 +96,18 @@ _WRITE = {'.csv': lambda df, f: f.write(df.to_csv(index=False).encode()),
 def export(self: XentRecord,
     path: str|Path, # File or URL that ends in .csv, .parquet or .jsonl
     split: str = 'train',
-    by=tuple(SCORES), # Names in `dynamics.SCORES`
+    by=None, # Names in `dynamics.SCORES`; None: all
     segment: int = -1, # Which list of items; −1: that of the last epoch
 ) -> str|Path: # `path`
     "Write every item's label and scores into one file."
     folder, _, name = str(path).replace('\\', '/').rpartition('/')
     ending = Path(name).suffix
     if ending not in _WRITE: raise ValueError(f"{name!r} ends in {ending or 'nothing'!r}, expected one of {', '.join(_WRITE)}")
-    df = _score_frame(self, split, [by] if isinstance(by, str) else by, segment)
+    df = _score_frame(self, split, SCORES if by is None else by, segment)
     _Place(folder or '.').write(name, lambda f: _WRITE[ending](df, f))
     return path
 
-# %% ../nbs/04d_bridges.ipynb #857d83b8
+# %% ../nbs/04d_bridges.ipynb #ee5c5724
 @patch
 def _plain_rows(self: XentRecord, split, epoch) -> pd.DataFrame:
     "The rows of an epoch, if none is mixed."
@@ -145,7 +145,7 @@ def to_cleanlab(self: XentRecord,
                          f"`epoch=None` takes the mean over all epochs, `items=np.flatnonzero(~np.isnan(record.probs({split!r}, {epochs[-1]})[:, 0]))` takes those that were seen")
     return labels[items], total[items] / total[items].sum(1, keepdims=True)
 
-# %% ../nbs/04d_bridges.ipynb #8e5da188
+# %% ../nbs/04d_bridges.ipynb #089e8e13
 @patch
 def to_cartography(self: XentRecord,
     path: str|Path, # Directory or URL; the files go to its `training_dynamics`
@@ -173,7 +173,7 @@ def to_cartography(self: XentRecord,
         place.write(f'training_dynamics/dynamics_epoch_{k}.jsonl', lambda f: f.write(('\n'.join(lines) + '\n').encode()))
     return path
 
-# %% ../nbs/04d_bridges.ipynb #97a6c6f3
+# %% ../nbs/04d_bridges.ipynb #c12e23b2
 @patch
 def to_spotlight(self: XentRecord,
     split: str = 'train',
@@ -181,7 +181,7 @@ def to_spotlight(self: XentRecord,
     paths=None, # A path an item, in item order; None: the items' names
 ) -> pd.DataFrame: # Columns item, path, label, likely, and a column a score
     "A row an item, with its path, label, preferred class and scores."
-    df = _score_frame(self, split, [by] if isinstance(by, str) else by).drop(columns='source').rename(columns=dict(name='path', targ='label'))
+    df = _score_frame(self, split, by).drop(columns='source').rename(columns=dict(name='path', targ='label'))
     if paths is not None and len(paths) != len(df): raise ValueError(f"{len(paths):,} paths, expected one an item: {len(df):,}")
     if paths is not None: df['path'] = [str(o) for o in paths]
     if df['path'].isna().any(): raise ValueError(f"the items of {split!r} have no names; give `paths`, one an item")

@@ -396,7 +396,7 @@ def _by_item(maps: list) -> dict: # item → column → array
     names = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'pred')
     return {item: {k: v.cpu().numpy() for k, v in zip(names, cols)} for item, cols in maps}
 
-# %% ../nbs/05_recorder.ipynb #47c93ad9
+# %% ../nbs/05_recorder.ipynb #04e306f3
 def _most_bytes(keep_probs) -> float: # 0: keep none
     "How many bytes the probabilities of one pass may take."
     if isinstance(keep_probs, bool): return 2e9 * keep_probs
@@ -410,7 +410,7 @@ class _Probs:
     def add(self, pred: torch.Tensor): # Logits, `r c`
         "Take the rows of a batch."
         to = self.n + len(pred)
-        if to > len(self.kept): self.kept = torch.cat([self.kept, torch.empty_like(self.kept[:max(to - len(self.kept), self.n)])])
+        if to > len(self.kept): self.kept = torch.cat([self.kept[:self.n], self.kept.new_empty(to, self.kept.shape[1])])
         self.kept[self.n:to] = pred.softmax(1, dtype=torch.float32)
         self.n = to
 

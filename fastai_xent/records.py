@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/records.html.md"""
 # %% auto #0
 __all__ = ['XentRecords']
 
-# %% ../nbs/04c_records.ipynb #56917755
+# %% ../nbs/04c_records.ipynb #54e1133a
 from pathlib import Path
 
 import fsspec
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .dynamics import get_score
 from .store import XentRecord
 
-# %% ../nbs/04c_records.ipynb #746f604d
+# %% ../nbs/04c_records.ipynb #7f99ae90
 def _found(pattern: str|Path) -> list: # Paths, or URLs where `pattern` is one
     "The directories that a path with wildcards names, sorted."
     fs, path = fsspec.core.url_to_fs(str(pattern))
@@ -41,7 +41,7 @@ def _by_name(records) -> dict: # name → record
         records = dict(zip(names, records))
     return {str(k): o if isinstance(o, XentRecord) else XentRecord(o) for k, o in records.items()}
 
-# %% ../nbs/04c_records.ipynb #5aada829
+# %% ../nbs/04c_records.ipynb #aac3941d
 def _fingerprint(record, split) -> str:
     "The fingerprint of the items that a split has now."
     known = record.meta['splits'][split]
@@ -54,6 +54,8 @@ def _labels(record, split, n) -> np.ndarray: # −1 where there is none
     labels[rows['item']] = rows['targ'].astype(int)
     return labels
 
+def _told(v) -> str: return 'none' if pd.isna(v) else repr(v) if isinstance(v, str) else str(v)
+
 def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
     "How the items of two records differ, in words; empty if they do not."
     one, two = a.items(split), b.items(split)
@@ -61,14 +63,16 @@ def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
     if _fingerprint(a, split) != _fingerprint(b, split):
         for what in ('name', 'source'):
             other = (one[what].astype('string').fillna('') != two[what].astype('string').fillna('')).to_numpy()
-            if other.any(): return f"{other.sum():,} of {len(one):,} items differ, the first is item {other.argmax()}: {what} {one[what][other.argmax()]!r} and {two[what][other.argmax()]!r}"
+            if not other.any(): continue
+            i = int(other.argmax())
+            return f"{other.sum():,} of {len(one):,} items differ, the first is item {i}: {what} {_told(one[what][i])} and {_told(two[what][i])}"
     if not one['name'].isna().all(): return ''
     x, y = _labels(a, split, len(one)), _labels(b, split, len(one))
     other = (x >= 0) & (y >= 0) & (x != y)
     if not other.any(): return ''
     return f"the items have no names, and {other.sum():,} of {len(one):,} have other labels, the first is item {other.argmax()}: {x[other.argmax()]} and {y[other.argmax()]}"
 
-# %% ../nbs/04c_records.ipynb #fc7c092d
+# %% ../nbs/04c_records.ipynb #19983ab9
 class XentRecords:
     "Records of the same items, side by side: seeds, models, settings."
     def __init__(self,
@@ -95,7 +99,7 @@ class XentRecords:
         lines = [f"{s}: {len(next(iter(self.records.values())).items(s)):,} items; epochs {', '.join(str(sum(k[1] == s for k in r.keys)) for r in self.records.values())}" for s in self.splits]
         return '\n  '.join([f"XentRecords of {len(self)} run{'' if len(self) == 1 else 's'}: {', '.join(self.records)}", *(lines or ['no split that all runs have'])])
 
-# %% ../nbs/04c_records.ipynb #1c5af342
+# %% ../nbs/04c_records.ipynb #897d8283
 @patch
 def scores(self: XentRecords,
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
@@ -119,9 +123,9 @@ def std(self: XentRecords,
     split: str = 'train',
 ) -> np.ndarray: # One number an item, nan where fewer than two runs have seen it
     "The sample standard deviation of an item's scores over runs."
-    return self.scores(by, split).std(axis=1).to_numpy()
+    with np.errstate(invalid='ignore'): return self.scores(by, split).std(axis=1).to_numpy()
 
-# %% ../nbs/04c_records.ipynb #96274d28
+# %% ../nbs/04c_records.ipynb #18584653
 def _pairs(names, f) -> pd.DataFrame:
     "A table of `f(a, b)` for each two runs."
     return pd.DataFrame([[f(a, b) for b in names] for a in names], index=pd.Index(names, name='run'), columns=pd.Index(names, name='run'))
@@ -153,7 +157,7 @@ def overlap(self: XentRecords,
     tops = {name: set(_first(s[name].to_numpy(), by, k)) for name in s}
     return _pairs(list(s), lambda a, b: len(tops[a] & tops[b]) / k)
 
-# %% ../nbs/04c_records.ipynb #3d0b0a44
+# %% ../nbs/04c_records.ipynb #494ae5b5
 @patch
 def _votes(self: XentRecords, split, items) -> pd.DataFrame: # Columns targ, pred, n (rows), and item
     "How often each item had which label and which prediction, over all runs."
@@ -179,9 +183,9 @@ def top(self: XentRecords,
     likely = votes.groupby(['item', 'pred'])['n'].sum().groupby('item').agg(lambda o: o.idxmax()[1]).reindex(items)
     names = {c: pd.Series([one.class_name(o) for o in v], dtype=object) for c, v in dict(targ=targ, likely=likely).items()}
     s = s.loc[items]
-    return df.assign(**names, score=s.mean(axis=1).to_numpy(), std=s.std(axis=1).to_numpy(), runs=s.notna().sum(axis=1).to_numpy())
+    with np.errstate(invalid='ignore'): return df.assign(**names, score=s.mean(axis=1).to_numpy(), std=s.std(axis=1).to_numpy(), runs=s.notna().sum(axis=1).to_numpy())
 
-# %% ../nbs/04c_records.ipynb #95917311
+# %% ../nbs/04c_records.ipynb #0ddc1a8d
 @patch
 def to_df(self: XentRecords,
     split: str|None = None, # 'train' or 'valid'; None: all
