@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/records.html.md"""
 # %% auto #0
 __all__ = ['XentRecords']
 
-# %% ../nbs/04c_records.ipynb #54e1133a
+# %% ../nbs/04c_records.ipynb #ff8f1318
 from pathlib import Path
 
 import fsspec
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .dynamics import get_score
 from .store import XentRecord
 
-# %% ../nbs/04c_records.ipynb #7f99ae90
+# %% ../nbs/04c_records.ipynb #7311fdce
 def _found(pattern: str|Path) -> list: # Paths, or URLs where `pattern` is one
     "The directories that a path with wildcards names, sorted."
     fs, path = fsspec.core.url_to_fs(str(pattern))
@@ -41,7 +41,7 @@ def _by_name(records) -> dict: # name → record
         records = dict(zip(names, records))
     return {str(k): o if isinstance(o, XentRecord) else XentRecord(o) for k, o in records.items()}
 
-# %% ../nbs/04c_records.ipynb #aac3941d
+# %% ../nbs/04c_records.ipynb #177f463f
 def _fingerprint(record, split) -> str:
     "The fingerprint of the items that a split has now."
     known = record.meta['splits'][split]
@@ -50,6 +50,7 @@ def _fingerprint(record, split) -> str:
 def _labels(record, split, n) -> np.ndarray: # −1 where there is none
     "The label of each item in the last epoch."
     labels = np.full(n, -1)
+    if not any(k[1] == split for k in record.keys): return labels
     rows = record.to_df(split, -1).dropna(subset='targ')
     labels[rows['item']] = rows['targ'].astype(int)
     return labels
@@ -72,22 +73,48 @@ def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
     if not other.any(): return ''
     return f"the items have no names, and {other.sum():,} of {len(one):,} have other labels, the first is item {other.argmax()}: {x[other.argmax()]} and {y[other.argmax()]}"
 
-# %% ../nbs/04c_records.ipynb #19983ab9
+# %% ../nbs/04c_records.ipynb #f01f815e
 class XentRecords:
-    "Records of the same items, side by side: seeds, models, settings."
+    "Records side by side: seeds, models, settings, folds."
     def __init__(self,
         records, # A dict of name → record or path, a list of records or paths, or one path with wildcards
+        on: str = 'item', # What tells which item is which: 'item', its index, if all runs have the same items; else 'name' or 'source'
     ):
-        self.records = _by_name(records)
+        if on not in ('item', 'name', 'source'): raise ValueError(f"on is {on!r}, expected 'item', 'name' or 'source'")
+        self.records, self.on = _by_name(records), on
         if not self.records: raise ValueError("expected at least one record, got none")
         (first, one), *others = self.records.items()
         for name, record in others:
             if one.meta['vocab'] and record.meta['vocab'] and one.meta['vocab'] != record.meta['vocab']:
                 raise ValueError(f"runs {first!r} and {name!r} have other classes: {one.meta['vocab'][:6]} and {record.meta['vocab'][:6]}")
-        for split in self.splits:
-            for name, record in others:
-                why = _difference(one, record, split)
-                if why: raise ValueError(f"{split!r} of runs {first!r} and {name!r} is not of the same items: {why}; compare only runs of one dataset and one split")
+        for split in self.splits: self._compare(split) if on == 'item' else self._match(split)
+
+    def _compare(self, split):
+        "All runs must have the same items."
+        (first, one), *others = self.records.items()
+        for name, record in others:
+            why = _difference(one, record, split)
+            if why:
+                raise ValueError(f"{split!r} of runs {first!r} and {name!r} is not of the same items: {why}; compare runs of one dataset and one split, "
+                                 "or say with `on='name'` or `on='source'` what tells which item is which")
+
+    def _match(self, split):
+        "No two items of a run may be called the same, and what is called the same in two runs must not contradict."
+        keys, told = self._keys(split), []
+        for k, r in self.records.items():
+            key, items = keys[k], r.items(split)
+            if key.hasnans: raise ValueError(f"item {key.isna().argmax()} of {split!r} in run {k!r} has no {self.on}; use something else for `on`")
+            if not key.is_unique: raise ValueError(f"two items of {split!r} in run {k!r} have the {self.on} {_told(key[key.duplicated()][0])}; use something else for `on`")
+            labels = _labels(r, split, len(items))
+            told.append(pd.DataFrame(dict(name=items['name'].to_numpy(), label=np.where(labels < 0, np.nan, labels)), index=key))
+        told = pd.concat(told)
+        what = 'label' if told['name'].isna().all() else 'name'
+        several = told[what].groupby(level=0).nunique() > 1
+        if several.any(): raise ValueError(f"the item of {split!r} with the {self.on} {_told(several.idxmax())} has another {what} in another run; compare runs of one dataset")
+
+    def _keys(self, split) -> dict: # run → what tells its items apart, in item order
+        "How the items of each run are told apart."
+        return {k: pd.Index(r.items(split)[self.on], name=self.on) for k, r in self.records.items()}
 
     @property
     def splits(self) -> list: # Of names
@@ -96,36 +123,43 @@ class XentRecords:
     def __len__(self): return len(self.records)
     def __getitem__(self, name: str) -> XentRecord: return self.records[name]
     def __repr__(self):
-        lines = [f"{s}: {len(next(iter(self.records.values())).items(s)):,} items; epochs {', '.join(str(sum(k[1] == s for k in r.keys)) for r in self.records.values())}" for s in self.splits]
+        lines = [f"{s}: {len(self.items(s)):,} items; epochs {', '.join(str(sum(k[1] == s for k in r.keys)) for r in self.records.values())}" for s in self.splits]
         return '\n  '.join([f"XentRecords of {len(self)} run{'' if len(self) == 1 else 's'}: {', '.join(self.records)}", *(lines or ['no split that all runs have'])])
 
-# %% ../nbs/04c_records.ipynb #897d8283
+@patch
+def items(self: XentRecords, split: str = 'train') -> pd.DataFrame: # Columns item (if it is the index in all runs), name, source (but for `on='name'`)
+    "The items of all runs, ordered by what tells them apart."
+    if split not in self.splits: raise KeyError(f"not all runs have the split {split!r}; all have: {', '.join(self.splits) or 'none'}")
+    frames, cols = [r.items(split) for r in self.records.values()], dict(item=['item', 'name', 'source'], source=['name', 'source'], name=['name'])[self.on]
+    return pd.concat(frames).drop_duplicates(self.on).sort_values(self.on, ignore_index=True)[cols]
+
+# %% ../nbs/04c_records.ipynb #31836283
 @patch
 def scores(self: XentRecords,
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
 ) -> pd.DataFrame: # items × runs; nan where the run has not seen the item
     "The score of every item in every run."
-    if split not in self.splits: raise KeyError(f"not all runs have the split {split!r}; all have: {', '.join(self.splits) or 'none'}")
-    return pd.DataFrame({k: r.score(by, split) for k, r in self.records.items()}).rename_axis(index='item', columns='run')
+    index, keys = pd.Index(self.items(split)[self.on], name=self.on), self._keys(split)
+    return pd.DataFrame({k: pd.Series(r.score(by, split), keys[k]).reindex(index) for k, r in self.records.items()}).rename_axis(columns='run')
 
 @patch
 def mean(self: XentRecords,
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
-) -> np.ndarray: # One number an item, nan where no run has seen it
+) -> pd.Series: # One number an item, nan where no run has seen it
     "The mean of an item's scores, over the runs that have seen it."
-    return self.scores(by, split).mean(axis=1).to_numpy()
+    return self.scores(by, split).mean(axis=1)
 
 @patch
 def std(self: XentRecords,
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
-) -> np.ndarray: # One number an item, nan where fewer than two runs have seen it
+) -> pd.Series: # One number an item, nan where fewer than two runs have seen it
     "The sample standard deviation of an item's scores over runs."
-    with np.errstate(invalid='ignore'): return self.scores(by, split).std(axis=1).to_numpy()
+    with np.errstate(invalid='ignore'): return self.scores(by, split).std(axis=1)
 
-# %% ../nbs/04c_records.ipynb #18584653
+# %% ../nbs/04c_records.ipynb #aad66397
 def _pairs(names, f) -> pd.DataFrame:
     "A table of `f(a, b)` for each two runs."
     return pd.DataFrame([[f(a, b) for b in names] for a in names], index=pd.Index(names, name='run'), columns=pd.Index(names, name='run'))
@@ -157,35 +191,39 @@ def overlap(self: XentRecords,
     tops = {name: set(_first(s[name].to_numpy(), by, k)) for name in s}
     return _pairs(list(s), lambda a, b: len(tops[a] & tops[b]) / k)
 
-# %% ../nbs/04c_records.ipynb #494ae5b5
+# %% ../nbs/04c_records.ipynb #81044e64
 @patch
-def _votes(self: XentRecords, split, items) -> pd.DataFrame: # Columns targ, pred, n (rows), and item
-    "How often each item had which label and which prediction, over all runs."
-    found = []
-    for r in self.records.values():
-        start = r.meta['splits'][split]['starts'][-1][0]
-        found.append(r.sql(f"select item, targ, pred, count(*) n from record where split = '{split}' and epoch >= {start} and pred is not null "
-                           f"and item in ({', '.join(map(str, items))}) group by all"))
-    return pd.concat(found)
+def _votes(self: XentRecords, split, wanted) -> pd.DataFrame: # Columns key, targ, pred, n (rows)
+    "How often each of the wanted items had which label and which prediction, over all runs."
+    found, keys = [], self._keys(split)
+    for k, r in self.records.items():
+        at = keys[k].get_indexer(wanted)
+        start, own = r.meta['splits'][split]['starts'][-1][0], at[at >= 0]
+        if not len(own): continue
+        rows = r.sql(f"select item, targ, pred, count(*) n from record where split = '{split}' and epoch >= {start} and pred is not null "
+                     f"and item in ({', '.join(map(str, own))}) group by all")
+        found.append(rows.assign(key=keys[k][rows.pop('item')]))
+    return pd.concat(found) if found else pd.DataFrame(columns=['targ', 'pred', 'n', 'key'])
 
 @patch
 def top(self: XentRecords,
     k: int = 20, # Number of items
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
-) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (the class predicted most often), score (mean over runs), std, runs (that have seen it)
+) -> pd.DataFrame: # Columns of `items`; targ (the label), likely (the class predicted most often), score (mean over runs), std, runs (that have seen it)
     "The items a person should look at first, by the mean over runs."
-    s = self.scores(by, split)
-    items, one = _first(s.mean(axis=1).to_numpy(), by, k), next(iter(self.records.values()))
-    df = one.items(split).iloc[items].reset_index(drop=True)
-    votes = self._votes(split, items) if len(items) else pd.DataFrame(columns=['item', 'targ', 'pred', 'n'])
-    targ = votes.groupby('item')['targ'].agg(lambda o: o.iloc[0] if o.nunique() == 1 else None).reindex(items)
-    likely = votes.groupby(['item', 'pred'])['n'].sum().groupby('item').agg(lambda o: o.idxmax()[1]).reindex(items)
-    names = {c: pd.Series([one.class_name(o) for o in v], dtype=object) for c, v in dict(targ=targ, likely=likely).items()}
-    s = s.loc[items]
-    with np.errstate(invalid='ignore'): return df.assign(**names, score=s.mean(axis=1).to_numpy(), std=s.std(axis=1).to_numpy(), runs=s.notna().sum(axis=1).to_numpy())
+    s, one = self.scores(by, split), next(iter(self.records.values()))
+    first = _first(s.mean(axis=1).to_numpy(), by, k)
+    s = s.iloc[first]
+    votes = self._votes(split, s.index)
+    targ = votes.groupby('key')['targ'].agg(lambda o: o.iloc[0] if o.nunique() == 1 else None)
+    likely = votes.groupby(['key', 'pred'])['n'].sum().groupby('key').agg(lambda o: o.idxmax()[1])
+    names = {c: pd.Series([one.class_name(o) for o in v.reindex(s.index)], dtype=object) for c, v in dict(targ=targ, likely=likely).items()}
+    df = self.items(split).iloc[first].reset_index(drop=True).assign(**names, score=s.mean(axis=1).to_numpy(), runs=s.notna().sum(axis=1).to_numpy())
+    with np.errstate(invalid='ignore'): df.insert(df.columns.get_loc('runs'), 'std', s.std(axis=1).to_numpy())
+    return df
 
-# %% ../nbs/04c_records.ipynb #0ddc1a8d
+# %% ../nbs/04c_records.ipynb #5231dafa
 @patch
 def to_df(self: XentRecords,
     split: str|None = None, # 'train' or 'valid'; None: all

@@ -132,15 +132,66 @@ def test_the_last_segment_counts():
     assert (runs.mean('aum') == 4).all() and runs.top(1, 'aum')['likely'].tolist() == [0]
 
 
+# -- folds
+
+def folds_of(margin, k=3, names=True, **kw):
+    "Records of a cross-validation: each fold has every k-th item in valid, the others in train, in an order of its own."
+    n, rng, res = margin.shape[-1], np.random.default_rng(1), {}
+    for f in range(k):
+        out, into = rng.permutation(np.arange(f, n, k)), rng.permutation(np.setdiff1d(np.arange(n), np.arange(f, n, k)))
+        rec = XentRecord.new()
+        for split, at in (('train', into), ('valid', out)):
+            items = pd.DataFrame({'item': range(len(at)), 'name': [f'{i}.png' for i in at] if names else None, 'source': at})
+            record_of(margin[f][at], rec, items, mark=f'{split}{f}', split=split, targ=at % 2, **kw)
+        res[f'fold{f}'] = rec
+    return res
+
+@pytest.mark.parametrize('on', ['name', 'source'])
+def test_folds(on):
+    "Every item once in valid, and k − 1 times in train, each score on its own item."
+    margin = np.random.default_rng(0).normal(size=(3, N))
+    folds = folds_of(margin, vocab=['cat', 'dog'])
+    with pytest.raises(ValueError, match="say with `on='name'` or `on='source'`"): XentRecords(folds)
+    runs = XentRecords(folds, on=on)
+    key = (lambda i: f'{i}.png') if on == 'name' else int
+    for split in ('train', 'valid'):
+        s = runs.scores('aum', split)
+        assert s.index.name == on and sorted(s.index) == sorted(map(key, range(N)))
+        for i in range(N):
+            for f in range(3):
+                is_in = (i % 3 == f) == (split == 'valid')
+                np.testing.assert_allclose(s.loc[key(i), f'fold{f}'], margin[f, i] if is_in else np.nan, rtol=1e-6)
+    own = np.array([margin[i % 3, i] for i in range(N)])
+    np.testing.assert_allclose(runs.mean('aum', 'valid').loc[[key(i) for i in range(N)]], own, rtol=1e-6)
+    top = runs.top(N, 'aum', 'valid')
+    assert top['name'].tolist() == [f'{i}.png' for i in own.argsort()] and top['runs'].eq(1).all() and 'item' not in top
+    assert top['targ'].tolist() == [['cat', 'dog'][i % 2] for i in own.argsort()]
+    assert top['likely'].tolist() == [['dog', 'cat'][int(own[i] > 0)] for i in own.argsort()]
+    assert runs.top(2, 'aum')['runs'].eq(2).all() and len(runs.to_df('valid')) == N
+    assert repr(runs).splitlines()[1:] == ['  train: 12 items; epochs 1, 1, 1', '  valid: 12 items; epochs 1, 1, 1']
+
+def test_folds_that_contradict():
+    margin = np.ones((3, N))
+    assert len(XentRecords(folds_of(margin, names=False), on='source')) == 3
+    with pytest.raises(ValueError, match=r"on is 'path', expected 'item', 'name' or 'source'"): XentRecords(folds_of(margin), on='path')
+    with pytest.raises(ValueError, match=r"item 0 of 'train' in run 'fold0' has no name"): XentRecords(folds_of(margin, names=False), on='name')
+    two = items_of().assign(name=lambda d: d['name'].where(d['item'] != 3, '5.png'))
+    with pytest.raises(ValueError, match=r"two items of 'train' in run '1' have the name '5.png'"): XentRecords([record_of(np.ones(N)), record_of(np.ones(N), items=two, mark='two')], on='name')
+    with pytest.raises(ValueError, match=r"the item of 'train' with the source 3 has another name in another run"): XentRecords([record_of(np.ones(N)), record_of(np.ones(N), items=two, mark='two')], on='source')
+    plain, other = items_of(names=False).assign(source=np.arange(N)), np.zeros(N, dtype=int)
+    other[7] = 1
+    with pytest.raises(ValueError, match=r"the item of 'train' with the source 7 has another label in another run"): XentRecords([record_of(np.ones(N), items=plain), record_of(np.ones(N), items=plain, targ=other)], on='source')
+
+
 # -- scores
 
 @pytest.mark.parametrize('seed', range(6))
-@pytest.mark.parametrize('by', ['margin_loss', 'aum', 'el2n', 'correctness', 'forgetting', get_score('last_el2n')], ids=str)
+@pytest.mark.parametrize('by', ['margin_loss', 'aum', 'el2n', 'correctness', 'forgetting', get_score('last_el2n')], ids=lambda o: o if isinstance(o, str) else type(o).__name__)
 def test_means_and_deviations(by, seed):
     "Against plain loops over items and runs; an item that no run has seen has no mean."
     runs = random_runs(seed)
     s = np.stack([r.score(by) for r in runs.records.values()])
-    pd.testing.assert_frame_equal(runs.scores(by), pd.DataFrame(dict(zip(runs.records, s))).rename_axis(index='item', columns='run'))
+    pd.testing.assert_frame_equal(runs.scores(by), pd.DataFrame(dict(zip(runs.records, s))).rename_axis(index='item', columns='run'), check_index_type=False)
     mean, std = runs.mean(by), runs.std(by)
     for i in range(N):
         known = [o for o in s[:, i] if o == o]
@@ -197,10 +248,11 @@ def test_top(by):
     runs = random_runs(5, runs=3)
     mean = runs.mean(by)
     top = runs.top(N, by)
+    mean = mean.to_numpy()
     order = sorted((i for i in range(N) if mean[i] == mean[i]), key=lambda i: -mean[i] if by == 'margin_loss' else mean[i])
     assert top['item'].tolist() == order
     np.testing.assert_allclose(top['score'], mean[order])
-    np.testing.assert_allclose(top['std'], runs.std(by)[order])
+    np.testing.assert_allclose(top['std'], runs.std(by).to_numpy()[order])
     assert top['runs'].tolist() == [int(runs.scores(by).loc[i].notna().sum()) for i in order]
     assert top['name'].tolist() == [f'{i}.png' for i in order]
     pd.testing.assert_frame_equal(runs.top(3, by), top[:3])
