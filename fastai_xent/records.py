@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/records.html.md"""
 # %% auto #0
 __all__ = ['XentRecords']
 
-# %% ../nbs/04c_records.ipynb #ff8f1318
+# %% ../nbs/04c_records.ipynb #c64d2546
 from pathlib import Path
 
 import fsspec
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .dynamics import get_score
 from .store import XentRecord
 
-# %% ../nbs/04c_records.ipynb #7311fdce
+# %% ../nbs/04c_records.ipynb #722ff902
 def _found(pattern: str|Path) -> list: # Paths, or URLs where `pattern` is one
     "The directories that a path with wildcards names, sorted."
     fs, path = fsspec.core.url_to_fs(str(pattern))
@@ -41,7 +41,7 @@ def _by_name(records) -> dict: # name → record
         records = dict(zip(names, records))
     return {str(k): o if isinstance(o, XentRecord) else XentRecord(o) for k, o in records.items()}
 
-# %% ../nbs/04c_records.ipynb #177f463f
+# %% ../nbs/04c_records.ipynb #4932f07c
 def _fingerprint(record, split) -> str:
     "The fingerprint of the items that a split has now."
     known = record.meta['splits'][split]
@@ -73,7 +73,7 @@ def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
     if not other.any(): return ''
     return f"the items have no names, and {other.sum():,} of {len(one):,} have other labels, the first is item {other.argmax()}: {x[other.argmax()]} and {y[other.argmax()]}"
 
-# %% ../nbs/04c_records.ipynb #f01f815e
+# %% ../nbs/04c_records.ipynb #a3b2d6c5
 class XentRecords:
     "Records side by side: seeds, models, settings, folds."
     def __init__(self,
@@ -133,7 +133,7 @@ def items(self: XentRecords, split: str = 'train') -> pd.DataFrame: # Columns it
     frames, cols = [r.items(split) for r in self.records.values()], dict(item=['item', 'name', 'source'], source=['name', 'source'], name=['name'])[self.on]
     return pd.concat(frames).drop_duplicates(self.on).sort_values(self.on, ignore_index=True)[cols]
 
-# %% ../nbs/04c_records.ipynb #31836283
+# %% ../nbs/04c_records.ipynb #46673be4
 @patch
 def scores(self: XentRecords,
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
@@ -159,10 +159,11 @@ def std(self: XentRecords,
     "The sample standard deviation of an item's scores over runs."
     with np.errstate(invalid='ignore'): return self.scores(by, split).std(axis=1)
 
-# %% ../nbs/04c_records.ipynb #aad66397
+# %% ../nbs/04c_records.ipynb #5984a389
 def _pairs(names, f) -> pd.DataFrame:
-    "A table of `f(a, b)` for each two runs."
-    return pd.DataFrame([[f(a, b) for b in names] for a in names], index=pd.Index(names, name='run'), columns=pd.Index(names, name='run'))
+    "A table of `f(a, b)`, which is symmetric, for each two runs."
+    half = {(a, b): f(a, b) for i, a in enumerate(names) for b in names[i:]}
+    return pd.DataFrame([[half[(a, b) if (a, b) in half else (b, a)] for b in names] for a in names], index=pd.Index(names, name='run'), columns=pd.Index(names, name='run'))
 
 @patch
 def rank_correlation(self: XentRecords,
@@ -191,7 +192,7 @@ def overlap(self: XentRecords,
     tops = {name: set(_first(s[name].to_numpy(), by, k)) for name in s}
     return _pairs(list(s), lambda a, b: len(tops[a] & tops[b]) / k)
 
-# %% ../nbs/04c_records.ipynb #81044e64
+# %% ../nbs/04c_records.ipynb #355fbb6e
 @patch
 def _votes(self: XentRecords, split, wanted) -> pd.DataFrame: # Columns key, targ, pred, n (rows)
     "How often each of the wanted items had which label and which prediction, over all runs."
@@ -223,7 +224,7 @@ def top(self: XentRecords,
     with np.errstate(invalid='ignore'): df.insert(df.columns.get_loc('runs'), 'std', s.std(axis=1).to_numpy())
     return df
 
-# %% ../nbs/04c_records.ipynb #5231dafa
+# %% ../nbs/04c_records.ipynb #da83adc1
 @patch
 def to_df(self: XentRecords,
     split: str|None = None, # 'train' or 'valid'; None: all

@@ -151,6 +151,16 @@ def test_a_cancelled_pass_is_kept_as_far_as_it_went():
     assert 0 < np.isnan(want[:, 0]).sum() < 36
     np.testing.assert_allclose(rec.record.probs('train'), want, **HALF)
 
+def test_a_batch_that_comes_twice_is_taken_once():
+    class Again(Callback):
+        "Asks the recorder to look at each batch once more."
+        order = 41
+        def after_loss(self): self.learn.xent_recorder('after_loss')
+    saw, rec = Gave(), XentRecorder(keep_probs=True)
+    fit(learner([saw, rec, Again()]), 1)
+    assert len(rec.record.to_df('train')) == 36
+    np.testing.assert_allclose(rec.record.probs('train'), saw.probs('train', 0, 36), **HALF)
+
 def test_mixed_rows_are_the_models():
     "Of a mixed row the model's probabilities, under its own item; cleanlab and data maps get none of them."
     rec, seen = XentRecorder(keep_probs=True, eval_every=1), []
