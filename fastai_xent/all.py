@@ -6,8 +6,8 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 
 # %% auto #0
 __all__ = ['LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer', 'SCORES',
-           'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentStats', 'get_score', 'head_in_loss',
-           'linear_xent', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentStats', 'get_score',
+           'head_in_loss', 'linear_xent', 'softmax_jacobian', 'xent_grad', 'xent_stats']
 
 # %% ../nbs/08_all.ipynb #84e34e1a
 # ruff: noqa: F401
@@ -17,9 +17,10 @@ from .linear import LinearXentLossFlat, head_in_loss, linear_xent
 from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats, softmax_jacobian, xent_grad, xent_stats
 from .recorder import XentRecorder
+from .records import XentRecords
 from .rows import NotRecordable
 from .store import XentRecord
 
 # %% ../nbs/08_all.ipynb #8125224d
 _all_ = ['LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord',
-           'XentRecorder', 'XentStats', 'get_score', 'head_in_loss', 'linear_xent', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'XentRecorder', 'XentRecords', 'XentStats', 'get_score', 'head_in_loss', 'linear_xent', 'softmax_jacobian', 'xent_grad', 'xent_stats']

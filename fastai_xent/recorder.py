@@ -27,6 +27,7 @@ from fastai.torch_core import num_distrib, rank_distrib, to_device
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
+import fastai_xent.bridges  # noqa: F401 a record's `add_probs`
 from .items import NoItemIdentity, class_names, fingerprint, items_frame, tap_rows
 from .losses import XentLoss
 from .rows import Batch, MixTap, NotRecordable, RowBuffer, expected_loss, put_back, read_batch, row_stats
@@ -43,6 +44,7 @@ class _Listening:
     loss: object = None     # The `XentLoss` that computes its statistics in one pass for us, if there is one
     mix: MixTap|None = None # Looks on while rows are mixed
     maps: list = field(default_factory=list) # Positions of chosen items: (item, columns)
+    probs: '_Probs|None' = None # Probabilities of all classes, if they are kept
 
     def stop(self):
         "Leave loader, loss and mixing callback as they were."
@@ -68,6 +70,7 @@ class XentRecorder(Callback):
         key_fn=None, # Names an item of the dataset (a path, a row of a data frame); default: path, row label or text
         eval_every: int = 0, # After every so many epochs, look at all of train without augmentation, as split 'train_eval'; 0: never
         maps=(), # Items whose numbers are kept for each position, for masks and sequences
+        keep_probs: bool|str|int = False, # Keep the probability of every class? True: up to 2 GB an epoch and split; a number: up to so many bytes; or 'any size'
         check: bool = False, # Compare the rows with the loss in every batch? For tests: it waits for the device
     ):
         if resume and overwrite: raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
@@ -77,6 +80,7 @@ class XentRecorder(Callback):
             except FileNotFoundError: record = XentRecord.new(path, precision=precision)
         self._record, self._resumed = record, bool(resume and record.keys)
         self.key_fn, self.eval_every, self.maps, self.check = key_fn, eval_every, set(maps), check
+        self.keep_probs = _most_bytes(keep_probs)
         self.seconds, self.fit_seconds, self._told = 0., 0., set()
         self._fresh()
 
@@ -259,6 +263,7 @@ def _take(self: XentRecorder, batch: Batch, i, step):
         if known != c: raise NotRecordable(f"the model has {c} classes, the record {known}; use a new record")
     if self.maps and (not batch.dense or batch.stats is not None): self._tell("XentRecorder keeps no maps: these items have one target each, and no positions to map")
     elif self.maps: self._take_maps(batch, i)
+    if self.keep_probs: self._take_probs(batch, i)
     now.rows.add(i, batch, step)
 
 @patch
@@ -287,7 +292,7 @@ def _close(self: XentRecorder):
     self._meet(now.split, now.dataset, cols)
     if self._stopped: return
     self._wrote = True
-    self._write(self._fit, self._epoch, now.split, cols, now.maps)
+    self._write(self._fit, self._epoch, now.split, cols, now.maps, _by_row(now.probs, cols))
 
 @patch
 def _meet(self: XentRecorder, split, dataset, cols):
@@ -362,11 +367,12 @@ def after_cancel_fit(self: XentRecorder): self._close()
 
 # %% ../nbs/05_recorder.ipynb #5bf3cbfb
 @patch
-def _write(self: XentRecorder, fit, epoch, split, cols, maps):
+def _write(self: XentRecorder, fit, epoch, split, cols, maps, probs):
     "Let the writer keep these rows, then fold them into the running scores; a record in memory needs no writer."
     record, rank, n = self._record, rank_distrib(), len(cols['item'])
     jobs = [(record.add, fit, epoch, split, cols, rank)]
     if maps: jobs.append((record.add_maps, fit, epoch, split, _by_item(maps), rank))
+    if probs: jobs.append((record.add_probs, fit, epoch, split, *probs, rank))
     if record.path is None:
         for job, *args in jobs: job(*args)
         return
@@ -410,6 +416,50 @@ def _by_item(maps: list) -> dict: # item → column → array
     "The kept positions, on the host."
     names = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'pred')
     return {item: {k: v.cpu().numpy() for k, v in zip(names, cols)} for item, cols in maps}
+
+# %% ../nbs/05_recorder.ipynb #04e306f3
+def _most_bytes(keep_probs) -> float: # 0: keep none
+    "How many bytes the probabilities of one pass may take."
+    if isinstance(keep_probs, bool): return 2e9 * keep_probs
+    if keep_probs == 'any size': return float('inf')
+    if not isinstance(keep_probs, (int, float)) or keep_probs <= 0: raise ValueError(f"keep_probs is {keep_probs!r}, expected True, False, 'any size' or a number of bytes")
+    return keep_probs
+
+class _Probs:
+    "Probabilities of the rows of a pass, in order of arrival, on the device."
+    def __init__(self, pred: torch.Tensor, capacity: int): self.kept, self.n = pred.new_empty(capacity, pred.shape[1], dtype=torch.float16), 0
+    def add(self, pred: torch.Tensor): # Logits, `r c`
+        "Take the rows of a batch."
+        to = self.n + len(pred)
+        if to > len(self.kept): self.kept = torch.cat([self.kept[:self.n], self.kept.new_empty(to, self.kept.shape[1])])
+        self.kept[self.n:to] = pred.softmax(1, dtype=torch.float32)
+        self.n = to
+
+@patch
+def _take_probs(self: XentRecorder, batch, i):
+    "Keep the probabilities of this batch, if this pass keeps any."
+    now = self._now
+    if not now.rows.at: now.probs = self._room_for_probs(batch)
+    if now.probs is not None and now.rows.at[-1:] != [i]: now.probs.add(batch.pred)
+
+@patch
+def _room_for_probs(self: XentRecorder, batch):
+    "Room for the probabilities of a pass, or None and the reason."
+    now, c = self._now, batch.n_classes
+    if batch.stats is not None: return self._tell("XentRecorder keeps no probabilities: the head is in the loss, which never has all classes of a row at once")
+    if batch.dense: return self._tell("XentRecorder keeps no probabilities: these items have a target for each position; `maps` keeps the numbers of single items")
+    size = now.rows.capacity * c * 2
+    if size <= self.keep_probs: return _Probs(batch.pred, now.rows.capacity)
+    self._tell(f"XentRecorder keeps no probabilities of {now.split!r}: {now.rows.capacity:,} rows × {c:,} classes × 2 bytes are {size / 1e9:.3g} GB on the device and again on disk, for each epoch; "
+               f"the limit is {self.keep_probs / 1e9:.3g} GB. Give `keep_probs={size:.0f}` or `keep_probs='any size'` to have them")
+
+def _by_row(probs, cols) -> tuple|None: # items, probabilities
+    "The kept probabilities, on the host, with their items; without rows that only fill up a batch."
+    if probs is None: return None
+    rows = probs.kept[:probs.n].cpu().numpy()
+    if len(rows) != len(cols['item']): raise RuntimeError(f"{len(rows)} rows of probabilities for {len(cols['item'])} rows")
+    own = slice(None) if cols['padding'] is None else ~cols['padding']
+    return cols['item'][own], rows[own]
 
 # %% ../nbs/05_recorder.ipynb #d3fe0a94
 @contextmanager

@@ -241,7 +241,7 @@ class XentRecord:
         if self._place.exists('record.json'):
             if not overwrite: raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on with it, or `overwrite=True` to replace it")
             self._read_meta()                             # somebody else's record.json stays
-            for o in ('epochs', 'compact', 'running', 'maps', 'items', 'record.json'): self._place.remove(o)
+            for o in ('epochs', 'compact', 'running', 'maps', 'probs', 'items', 'record.json'): self._place.remove(o)
         elif not overwrite and (self._place.fs.isfile(self._place.root) or any(o != '.lock' and not _UNFINISHED.fullmatch(o) for o in self._place.files(''))):
             raise FileExistsError(f"{path} exists and is not a record of fastai_xent; use a path that does not exist, or an empty directory")
         return self

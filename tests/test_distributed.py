@@ -5,6 +5,7 @@ from pathlib import Path
 
 import fsspec
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 import torch.multiprocessing as mp
@@ -67,7 +68,7 @@ def train(rank, port, folder):
     for name, how in SCENARIOS:
         path = name if '://' in name else f"{folder}/{name}{f'-{rank}' if 'own' in how else ''}"
         dls = DataLoaders(TfmdDL(Encoded(N, how.get('skip', ())), bs=4, shuffle=True, num_workers=0), TfmdDL(Encoded(8), bs=4, num_workers=0), device='cpu')
-        recorder = XentRecorder(path, resume='resume' in how, check=True)
+        recorder = XentRecorder(path, resume='resume' in how, check=True, keep_probs=True)
         learn = Learner(dls, PassOn(), loss_func=XentLossFlat(), cbs=recorder)
         with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(EPOCHS)
         torch.distributed.barrier()
@@ -129,3 +130,14 @@ def test_two_ranks_with_a_path_each(folder):
     rows = [XentRecord(folder / f'own-{r}').to_df('train', 0) for r in (0, 1)]
     own = sorted(i for df in rows for i in df.loc[df['occurrence'] >= 0, 'item'])
     assert own == list(range(N))
+
+
+def test_probabilities_of_two_ranks(folder):
+    "Each rank has written those of its own items; together they are all."
+    record = XentRecord(folder / 'plain')
+    for split, n in (('train', N), ('valid', 8)):
+        z = torch.zeros(n, C)
+        z[:, 0] = torch.arange(n) / 8
+        for epoch in range(2 * EPOCHS): np.testing.assert_allclose(record.probs(split, epoch), z.softmax(1), rtol=2.**-11, atol=1e-6)
+    parts = [pq.read_table(folder / f'plain/probs/fit=0/split=train/epoch=0/part-{r}.parquet', partitioning=None)['item'].to_pylist() for r in (0, 1)]
+    assert sorted(sum(parts, [])) == list(range(N)) and all(parts)
