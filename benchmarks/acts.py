@@ -1,6 +1,6 @@
 """What acting on a record is worth: `python benchmarks/acts.py`, or `--quick` on scikit-learn's digits, in about a minute.
 
-1. Wrong labels: accuracy on clean test images after dropping, down-weighting or relabelling the suspects, against training on all and
+1. Wrong labels, planted in train and valid: accuracy on clean test images after dropping, down-weighting or relabelling the suspects, against training on all and
    against dropping as many at random. `planted` drops just the wrong labels, which nobody can in practice.
 2. Clean data: the share of examples that is kept by EL2N, the hard ones or the easy ones, against as many at random, with little data
    and with more. All take the same number of steps.
@@ -29,6 +29,7 @@ from fastai.torch_core import set_seed  # noqa: E402
 from overhead import FASHION, Rows, cnn, idx  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
+import fastai_xent.label_issues  # noqa: E402,F401
 from fastai_xent.acts import prune, relabel, reweight  # noqa: E402
 from fastai_xent.demo import small_cnn  # noqa: E402
 from fastai_xent.losses import XentLossFlat  # noqa: E402
@@ -59,11 +60,14 @@ class Task:
     def loaders(self, n, seed, noise=0.):
         "Loaders over `n` items of the pool, with wrong labels planted, and which these are."
         rng = np.random.default_rng(seed)
-        at = torch.from_numpy(rng.permutation(len(self.y))[:n])
-        y, flip = self.y[at].clone(), torch.from_numpy(rng.choice(n, round(noise * n), replace=False))
-        y[flip] = (y[flip] + torch.from_numpy(rng.integers(1, 10, len(flip)))) % 10
-        dls = DataLoaders(TfmdDL(Rows(self.x[at], y), bs=64, shuffle=True, num_workers=0), TfmdDL(Rows(self.tx[:64], self.ty[:64]), bs=64, num_workers=0))
-        return dls, (y != self.y[at]).numpy()
+        order = torch.from_numpy(rng.permutation(len(self.y)))
+        def noisy(at):
+            y, flip = self.y[at].clone(), torch.from_numpy(rng.choice(len(at), round(noise * len(at)), replace=False))
+            y[flip] = (y[flip] + torch.from_numpy(rng.integers(1, 10, len(flip)))) % 10
+            return Rows(self.x[at], y)
+        at, valid = order[:n], order[n:n + n // 5]        # the validation labels are as wrong as the others
+        train = noisy(at)
+        return DataLoaders(TfmdDL(train, bs=64, shuffle=True, num_workers=0), TfmdDL(noisy(valid), bs=256, num_workers=0)), (train.ts[1] != self.y[at]).numpy()
 
     def train(self, dls, epochs, seed, *cbs):
         "Accuracy on the test set in percent, CPU seconds, the Learner."
@@ -88,35 +92,20 @@ def versus(a, b):
 
 # -- the three tables
 
-def flagged(record):
-    "The suspects, as a frame with the likely label."
-    if hasattr(record, 'label_issues'): return record.label_issues()
-    frame = record.top(len(record.items()))
-    belief = np.exp(-frame['score'].to_numpy())       # of the label against its strongest rival
-    return frame.assign(is_issue=belief < otsu(belief), p_wrong=1 - belief)
-
-def otsu(v):
-    "The cut of `v` into two groups that differ most (Otsu, 1979)."
-    v = np.sort(v)
-    n, total = np.arange(1, len(v)), np.cumsum(v)
-    low, high = total[:-1] / n, (total[-1] - total[:-1]) / (len(v) - n)
-    k = (n * (len(v) - n) * (high - low)**2).argmax()
-    return (v[k] + v[k + 1]) / 2
-
 def noisy(task, n, epochs, noises):
     print(f"\n### Wrong labels: {task.name}, {n:,} items, {epochs} epochs, accuracy on clean test images, %\n")
-    print("| noise | flagged | precision | recall | all | drop flagged | drop as many at random | reweight | relabel flagged | planted dropped | flagged − all | flagged − random |\n|" + "---|" * 12)
+    print("| noise | flagged | precision | recall | all | drop flagged | drop as many at random | reweight by 1 − p_wrong | relabel flagged | planted dropped | flagged − all | flagged − random |\n|" + "---|" * 12)
     for noise in noises:
         got = {k: [] for k in ('share', 'precision', 'recall', 'all', 'drop', 'random', 'reweight', 'relabel', 'planted')}
         for seed in SEEDS:
             dls, wrong = task.loaders(n, seed, noise)
             acc, _, learn = task.train(dls, epochs, seed, XentRecorder())
             record = learn.xent_recorder.record
-            issues = flagged(record)
+            issues = record.label_issues()
             mask = np.zeros(n, dtype=bool)
             mask[issues.loc[issues['is_issue'].astype(bool), 'item']] = True
             chance = np.random.default_rng(seed).choice(n, mask.sum(), replace=False)
-            others = dict(drop=prune(dls, record, drop=issues), random=prune(dls, record, drop=chance), reweight=reweight(dls, record),
+            others = dict(drop=prune(dls, record, drop=issues), random=prune(dls, record, drop=chance), reweight=reweight(dls, record, issues),
                           relabel=relabel(dls, record, issues)[0], planted=prune(dls, record, drop=wrong))
             for k, v in dict(share=100 * mask.mean(), precision=100 * wrong[mask].mean(), recall=100 * mask[wrong].mean(), all=acc).items(): got[k].append(v)
             for k, o in others.items(): got[k].append(task.train(o, round(epochs * n / len(o.train_ds)), seed)[0])     # as many steps

@@ -160,7 +160,7 @@ def test_reweight_in_balance():
 def test_weights_of_a_frame():
     dls = DLS['plain']()
     record = record_of(dls)
-    w = reweight(dls, record, pd.DataFrame({'item': [7, 2], 'p_wrong': [.75, .5]})).train.wgts
+    w = reweight(dls, record, pd.DataFrame({'item': [7, 2, 4], 'p_wrong': [.75, .5, np.nan]})).train.wgts
     np.testing.assert_allclose(w / w[0], np.where(np.arange(N) == 7, .25, np.where(np.arange(N) == 2, .5, 1)))
     w = reweight(dls, record, pd.DataFrame({'item': [7], 'weight': [3.], 'p_wrong': [.5]})).train.wgts
     assert w[7] / w[0] == pytest.approx(3)
