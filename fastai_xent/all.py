@@ -6,12 +6,13 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 
 # %% auto #0
 __all__ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer',
-           'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentStats', 'get_score', 'head_in_loss',
-           'linear_xent', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentSampler', 'XentStats', 'get_score',
+           'head_in_loss', 'linear_xent', 'prune', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad', 'xent_stats']
 
 # %% ../nbs/08_all.ipynb #84e34e1a
 # ruff: noqa: F401
 import fastai_xent.label_issues
+from .acts import prune, relabel, reweight
 from .dynamics import SCORES, Mean, MarginLoss, MeanColumn, Reducer, get_score
 from .issues import LabelDoubt
 from .items import NoItemIdentity
@@ -20,8 +21,9 @@ from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats, softmax_jacobian, xent_grad, xent_stats
 from .recorder import XentRecorder
 from .rows import NotRecordable
+from .sampler import XentSampler
 from .store import XentRecord
 
 # %% ../nbs/08_all.ipynb #8125224d
 _all_ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord',
-           'XentRecorder', 'XentStats', 'get_score', 'head_in_loss', 'linear_xent', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'XentRecorder', 'XentSampler', 'XentStats', 'get_score', 'head_in_loss', 'linear_xent', 'prune', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad', 'xent_stats']

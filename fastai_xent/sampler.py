@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/sampler.html.md"""
 # %% auto #0
 __all__ = ['n_skipped', 'thin', 'XentSampler']
 
-# %% ../nbs/05b_sampler.ipynb #9f98436a
+# %% ../nbs/05b_sampler.ipynb #ffe6e899
 import math
 import random
 import traceback
@@ -26,7 +26,7 @@ from .items import NoItemIdentity, RowTap, _FastaiTap, tap_rows
 from .linear import Features
 from .rows import NotRecordable, RowBuffer, read_batch
 
-# %% ../nbs/05b_sampler.ipynb #773fb204
+# %% ../nbs/05b_sampler.ipynb #24ac9e36
 def n_skipped(
     m: int, # Number of easy rows
     n: int, # Number of rows
@@ -52,7 +52,7 @@ def thin(
     keep[rng.choice(at, k, replace=False)] = False
     return keep, len(at) / (len(at) - k) if k else 1.
 
-# %% ../nbs/05b_sampler.ipynb #9f7bcebf
+# %% ../nbs/05b_sampler.ipynb #4fe0b54e
 def _twin(dl):
     "A shallow copy of a loader that iterates by itself, with its own random state, and without taps."
     twin = copy(dl)
@@ -103,7 +103,7 @@ class _Thinned(_FastaiTap):
         if len(items) != n: items = self.rows([i], [n])   # says what is wrong
         return np.where(self.easy[items], p.scale, 1.).astype(np.float32)
 
-# %% ../nbs/05b_sampler.ipynb #6338fe80
+# %% ../nbs/05b_sampler.ipynb #f939189f
 _IN_BATCH = ('before_batch', 'after_pred', 'after_loss')
 _HEARD = ('before_train', *_IN_BATCH, 'after_train')
 
@@ -147,7 +147,7 @@ class XentSampler(Callback):
         if message not in self._told: warnings.warn(message, stacklevel=3)
         self._told.add(message)
 
-# %% ../nbs/05b_sampler.ipynb #586057ba
+# %% ../nbs/05b_sampler.ipynb #589e356c
 @patch
 def before_train(self: XentSampler):
     "Hand the Learner a thinned twin of its loader."
