@@ -227,6 +227,9 @@ def item_names(
     key_fn=None, # Takes an item (a path, a row of a data frame, …) and gives its name; default: path, row label or text
 ) -> list|None: # A name for each item, or None if the dataset does not keep its items
     "What the dataset's items are called."
+    if isinstance(ds, torch.utils.data.Subset):
+        names = item_names(ds.dataset, key_fn)
+        return None if names is None else [names[i] for i in ds.indices]
     items = getattr(ds, 'items', None)
     if items is None or not hasattr(items, '__len__') or len(items) != len(ds): return None
     frame = isinstance(items, (pd.DataFrame, pd.Series))
@@ -239,7 +242,10 @@ def item_names(
 def item_source(
     ds, # A dataset, usually `dls.train_ds`
 ) -> np.ndarray|None: # For each item its position in the source, or None if the dataset was not split
-    "Where the items stood before fastai's splitter divided them."
+    "Where the items stood before fastai's splitter divided them, or before a torch `Subset` chose some."
+    if isinstance(ds, torch.utils.data.Subset):
+        source, chosen = item_source(ds.dataset), np.asarray(ds.indices, dtype=np.int64)
+        return chosen if source is None else source[chosen]
     splits, idx = getattr(ds, 'splits', None), getattr(ds, 'split_idx', None)
     if splits is None or idx is None or idx >= len(splits): return None
     split = splits[idx]
