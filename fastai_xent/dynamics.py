@@ -36,6 +36,11 @@ class Reducer:
     ) -> None:
         "Fold the rows of one epoch into the state."
         raise NotImplementedError
+    def totals(self,
+        weight: np.ndarray, # How much each row counts, `r`
+        **cols # The columns of these rows, `r` each
+    ) -> np.ndarray|None: # A few numbers; None: `update` need not know any
+        "What `update` must know of an epoch as a whole, as sums over rows. Those of all rows of the epoch come to it as `totals`."
     def finalize(self, state: dict) -> np.ndarray: # One score an item, float64; nan where it was never seen
         "The scores so far."
         raise NotImplementedError

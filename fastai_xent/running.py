@@ -79,6 +79,17 @@ def by_key(scores: dict) -> dict: # key → a reducer
     "One reducer for each state."
     return {r.key: r for r in reversed(scores.values())}
 
+def _totals(key, r: Reducer, n, walk, first) -> list|None: # One entry an epoch from `first` on; None: it asks for none
+    "What `r` must know of each epoch as a whole. Rows are added up in blocks of one size: the sums are the same bits whatever the `chunk`."
+    if type(r).totals is Reducer.totals: return None
+    sums = []
+    for lo in range(0, n, _CHUNK):
+        for j, rows in enumerate(walk(lo, min(lo + _CHUNK, n), list(r.columns), first)):
+            t = _guarded(key, lambda: r.totals(weight=rows['weight'], **{o: rows[o] for o in r.columns}))
+            if lo: sums[j] = sums[j] + t
+            else: sums.append(t)
+    return sums
+
 def fold(
     sink, # A path or an open file: where the new states are written
     n: int, # Number of items
@@ -91,6 +102,7 @@ def fold(
     "Write the states of `reducers` after all epochs of `marks`."
     marks = json.loads(json.dumps(marks))
     first = {key: _already(key, r, n, marks, old, chunk) for key, r in reducers.items()}
+    totals = {key: _totals(key, r, n, walk, first[key]) for key, r in reducers.items() if first[key] < len(marks)}
     shape = {key: _guarded(key, lambda: r.init(0)) for key, r in reducers.items()}
     schema = _table(shape, 0).schema
     facts = dict(n=n, chunk=chunk, marks=marks, arrays={k: list(s) for k, s in shape.items()}, crcs={o: [] for o in schema.names})
@@ -106,7 +118,9 @@ def fold(
                 for j, rows in enumerate(walk(lo, hi, columns, start), start):
                     item = rows['item'] - lo
                     for key, r in reducers.items():
-                        if j >= first[key]: _guarded(key, lambda: r.update(states[key], item=item, weight=rows['weight'], **{o: rows[o] for o in r.columns}))
+                        if j < first[key]: continue
+                        whole = {} if totals[key] is None else dict(totals=totals[key][j - first[key]])
+                        _guarded(key, lambda: r.update(states[key], item=item, weight=rows['weight'], **whole, **{o: rows[o] for o in r.columns}))
             table = _table(states, hi - lo)
             for o, c in zip(table.column_names, table.columns): facts['crcs'][o].append(zlib.crc32(c.to_numpy()))
             out.write_table(table, row_group_size=chunk)
