@@ -7,11 +7,11 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 # %% auto #0
 __all__ = ['LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer', 'SCORES',
            'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentStats', 'get_score', 'head_in_loss',
-           'linear_xent', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'linear_xent', 'register_score', 'softmax_jacobian', 'xent_grad', 'xent_stats']
 
 # %% ../nbs/08_all.ipynb #84e34e1a
 # ruff: noqa: F401
-from .dynamics import SCORES, Mean, MarginLoss, MeanColumn, Reducer, get_score
+from .dynamics import SCORES, Mean, MarginLoss, MeanColumn, Reducer, get_score, register_score
 from .items import NoItemIdentity
 from .linear import LinearXentLossFlat, head_in_loss, linear_xent
 from .losses import XentLoss, XentLossFlat
@@ -22,4 +22,4 @@ from .store import XentRecord
 
 # %% ../nbs/08_all.ipynb #8125224d
 _all_ = ['LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord',
-           'XentRecorder', 'XentStats', 'get_score', 'head_in_loss', 'linear_xent', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'XentRecorder', 'XentStats', 'get_score', 'head_in_loss', 'linear_xent', 'register_score', 'softmax_jacobian', 'xent_grad', 'xent_stats']
