@@ -4,6 +4,7 @@ import csv
 import functools
 import pickle
 import random
+import re
 import sys
 import time
 
@@ -730,7 +731,7 @@ def test_a_record_knows_what_it_has_cost(where, tmp_path):
     learn.fit(1)
     cost = rec.record.meta['cost']
     assert 0 < first['recording'] < first['fit'] < cost['fit'] and first['recording'] < cost['recording'] < cost['fit']
-    np.testing.assert_allclose([cost['recording'], cost['fit']], [rec.seconds, rec.fit_seconds], rtol=.05, atol=.01)
+    assert cost['recording'] <= rec.seconds + .01 and cost['fit'] <= rec.fit_seconds + .01
     if where == 'disk':
         learner([XentRecorder(path, resume=True)]).fit(1)
         assert XentRecord(path).meta['cost']['fit'] > cost['fit'] and 'of the fits' in repr(XentRecord(path))
