@@ -7,14 +7,14 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 # %% auto #0
 __all__ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer',
            'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler',
-           'XentStats', 'get_score', 'head_in_loss', 'linear_xent', 'prune', 'relabel', 'reweight', 'softmax_jacobian',
-           'xent_grad', 'xent_stats']
+           'XentStats', 'get_score', 'head_in_loss', 'linear_xent', 'prune', 'register_score', 'relabel', 'reweight',
+           'softmax_jacobian', 'xent_grad', 'xent_stats']
 
 # %% ../nbs/08_all.ipynb #84e34e1a
 # ruff: noqa: F401
 import fastai_xent.label_issues
 from .acts import prune, relabel, reweight
-from .dynamics import SCORES, MarginLoss, Mean, MeanColumn, Reducer, get_score
+from .dynamics import SCORES, MarginLoss, Mean, MeanColumn, Reducer, get_score, register_score
 from .issues import LabelDoubt
 from .items import NoItemIdentity
 from .linear import LinearXentLossFlat, head_in_loss, linear_xent
@@ -29,4 +29,4 @@ from .store import XentRecord
 # %% ../nbs/08_all.ipynb #8125224d
 _all_ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer', 'SCORES', 'XentLoss',
          'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats', 'get_score', 'head_in_loss', 'linear_xent',
-         'prune', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+         'prune', 'register_score', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad', 'xent_stats']

@@ -45,12 +45,13 @@ _SCHEMA = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in _FLOATS)
 _COLUMNS = ('fit', 'epoch', 'split', *_SCHEMA.names)
 _ITEMS = pa.schema([('item', pa.int32()), ('name', pa.string()), ('source', pa.int64())])
 
-# %% ../nbs/04_store.ipynb #cb701522
-_DIGITS = dict(loss=9, margin=9, lam=9, grad_norm=8, el2n=8, p_targ=8, entropy=8, grand=8)
+# %% ../nbs/04_store.ipynb #b00664d8
+_DIGITS = 8 # Binary digits after the leading one
+_SHORT = (*_FLOATS, 'lam', 'entropy', 'grand')
 
 def shorten(
     x: np.ndarray, # float32
-    digits: int, # Binary digits that are kept after the leading one, 1 to 23
+    digits: int = _DIGITS, # Binary digits that are kept after the leading one, 1 to 23
 ) -> np.ndarray: # float32
     "Round to the nearest number with few digits, ties to even. nan and ±inf stay, and no finite number becomes infinite."
     if digits == 23: return x
@@ -59,10 +60,10 @@ def shorten(
     cut = bits & ~np.uint32((1 << drop) - 1)                # toward 0
     return np.where(np.isfinite(x), np.where(np.isfinite(short.view(np.float32)), short, cut), bits).view(np.float32)
 
-# %% ../nbs/04_store.ipynb #78d89b77
+# %% ../nbs/04_store.ipynb #4adf6833
 _GROUP = 2**16 # Rows of a row group
 _HOW = dict(compression='zstd', compression_level=1, write_statistics=['item'], use_dictionary=['targ', 'occurrence'], max_rows_per_page=2**17, data_page_size=2**22,
-            column_encoding={**dict.fromkeys(('item', 'n_pos'), 'DELTA_BINARY_PACKED'), **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys((*_DIGITS, 'step'), 'BYTE_STREAM_SPLIT')})
+            column_encoding={**dict.fromkeys(('item', 'n_pos'), 'DELTA_BINARY_PACKED'), **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys((*_SHORT, 'step'), 'BYTE_STREAM_SPLIT')})
 
 def _occurrence(item: np.ndarray) -> np.ndarray:
     "Which of its item's rows each row is, from 0; `item` is sorted."
@@ -108,7 +109,7 @@ def _table(cols: dict, precision: str = 'full') -> pa.Table:
             arrays.append(pa.nulls(len(repeats), f.type))
             continue
         v = v.astype(f.type.to_pandas_dtype())
-        if precision == 'short' and f.name in _DIGITS: v = shorten(v, _DIGITS[f.name])
+        if precision == 'short' and f.name in _SHORT: v = shorten(v, _DIGITS)
         arrays.append(pa.array(v, type=f.type, mask=nulls.get(f.name)))
     return pa.Table.from_arrays(arrays, schema=_SCHEMA)
 
@@ -129,7 +130,7 @@ def _read_items(source, lo: int, hi: int, columns=None, filesystem=None) -> pa.T
             t = f.read_row_groups(groups, columns=columns, use_threads=False)
     except (pa.ArrowException, OSError, UnicodeDecodeError) as e:
         if isinstance(e, FileNotFoundError): raise
-        raise OSError(f"{source} cannot be read: {e}; it was torn or altered after it was written. Without this file the record is whole but for this epoch") from e
+        raise OSError(f"{source} cannot be read: {e}; it was torn or altered after it was written. Move it away, and the rest of the record can be read") from e
     return _between(t, lo, hi)
 
 def _between(t: pa.Table, lo: int, hi: int) -> pa.Table:
@@ -230,7 +231,7 @@ class XentRecord:
     def new(cls,
         path: str|Path|None = None, # Directory or URL to be written; None: keep the record in memory
         overwrite: bool = False, # Replace the record that is there?
-        precision: str = 'short', # Of floats on disk: 'short', as the table above says, or 'full'
+        precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the leading one, or 'full'
     ):
         "A record without rows. Nothing is written before there is something to keep."
         if precision not in ('short', 'full'): raise ValueError(f"precision is {precision!r}, expected 'short' or 'full'")
@@ -273,8 +274,11 @@ def _save_meta(self: XentRecord, **new) -> None:
     if self.path is not None:
         meta.update(fastai_xent=version('fastai_xent'), id=meta.get('id') or uuid.uuid4().hex, revision=meta.get('revision', 0) + 1, writer=self._me,
                     saved=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
-        self._place.write('record.json', lambda f: f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode()))
+        self._write_meta(meta)
     self.meta = meta
+
+@patch
+def _write_meta(self: XentRecord, meta): self._place.write('record.json', lambda f: f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode()))
 
 @patch
 def in_step(self: XentRecord) -> bool:
@@ -560,7 +564,7 @@ def map(self: XentRecord,
                 return {o: np.array(v, dtype=np.int64 if o == 'pred' else np.float32).reshape(row['shape']) for o, v in row.items() if o not in ('item', 'shape')}
     raise KeyError(f"no map of item {i} of {split!r}" + (f" in epoch {epoch}" if epoch >= 0 else '') + "; choose items before training, with `XentRecorder(maps=[…])`")
 
-# %% ../nbs/04_store.ipynb #13bbd20a
+# %% ../nbs/04_store.ipynb #4fe4a2a5
 @patch
 def _marks(self: XentRecord, found: dict) -> list:
     "What identifies the rows of these epochs."
@@ -697,7 +701,7 @@ def top(self: XentRecord,
     df = self._items_table(split, self._segment(split, segment)).take(order).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return df.assign(targ=targ, likely=likely, score=score[order])
 
-# %% ../nbs/04_store.ipynb #f34324e4
+# %% ../nbs/04_store.ipynb #713b2781
 @patch
 def scores(self: XentRecord,
     split: str = 'train',
@@ -722,7 +726,7 @@ def seen(self: XentRecord,
     return items[['item', 'name']].assign(rows=g.size().reindex(items['item'], fill_value=0).to_numpy(),
                                           **{f'last_{o}': g[o].last().reindex(items['item']).astype('Int64').array for o in ('epoch', 'step')})
 
-# %% ../nbs/04_store.ipynb #1e0ecaf9
+# %% ../nbs/04_store.ipynb #946c27b7
 try: import fcntl
 except ImportError: fcntl = None                            # Windows has no such locks
 
@@ -740,7 +744,7 @@ def lock(self: XentRecord, alone: bool = False):
         return None
     return f
 
-# %% ../nbs/04_store.ipynb #8947b38e
+# %% ../nbs/04_store.ipynb #2ecc38c6
 @patch
 def compact(self: XentRecord) -> None:
     "Put all epochs of a split into one file, in which the rows of an item stand together, and remove the single ones."
@@ -783,9 +787,12 @@ def keep_cost(self: XentRecord,
     recording: float, # Seconds that the recorder took of the training
     fit: float, # Seconds of the fit
 ) -> None:
-    "Remember what the recording of a fit has cost."
-    old = self.meta.get('cost', dict(recording=0., fit=0.))
-    self._save_meta(cost=dict(recording=round(old['recording'] + recording, 3), fit=round(old['fit'] + fit, 3)))
+    "Remember what the recording of a fit has cost. It changes nothing that another writer relies on."
+    meta = self.meta if self.path is None else self._read_meta()
+    old = meta.get('cost', dict(recording=0., fit=0.))
+    cost = dict(recording=round(old['recording'] + recording, 3), fit=round(old['fit'] + fit, 3))
+    if self.path is not None: self._write_meta({**meta, 'cost': cost})
+    self.meta = {**self.meta, 'cost': cost}
 
 # %% ../nbs/04_store.ipynb #ffee21b2
 def _count(n: int, what: str) -> str: return f"{n:,} {what}{'' if n == 1 else 's'}"

@@ -4,6 +4,7 @@ import csv
 import functools
 import pickle
 import random
+import re
 import sys
 import time
 
@@ -714,3 +715,24 @@ def test_what_fastai_shows_is_untouched(tmp_path):
         return learn.recorder.metric_names, [r[:-1] for r in rows], learn.metrics
     plain, ours = run([]), run([XentRecorder()])
     assert list(plain[0]) == list(ours[0]) and plain[1] == ours[1] and len(plain[2]) == len(ours[2]) == 1
+
+
+# -- what it costs
+
+@pytest.mark.parametrize('where', ['memory', 'disk'])
+def test_a_record_knows_what_it_has_cost(where, tmp_path):
+    "Seconds of our own within the seconds of all fits; in the repr; there after a resume."
+    path = tmp_path / 'r' if where == 'disk' else None
+    rec = XentRecorder(path)
+    learn = learner([rec])
+    assert 'recording took' not in repr(rec.record)
+    learn.fit(1)
+    first = dict(rec.record.meta['cost'])
+    learn.fit(1)
+    cost = rec.record.meta['cost']
+    assert 0 < first['recording'] < first['fit'] < cost['fit'] and first['recording'] < cost['recording'] < cost['fit']
+    assert cost['recording'] <= rec.seconds + .01 and cost['fit'] <= rec.fit_seconds + .01
+    if where == 'disk':
+        learner([XentRecorder(path, resume=True)]).fit(1)
+        assert XentRecord(path).meta['cost']['fit'] > cost['fit'] and 'of the fits' in repr(XentRecord(path))
+    assert re.search(r'recording took \d+\.\d% of the fits', repr(rec.record))
