@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/records.html.md"""
 # %% auto #0
 __all__ = ['XentRecords']
 
-# %% ../nbs/04c_records.ipynb #c64d2546
+# %% ../nbs/04c_records.ipynb #ee1ab3bf
 from pathlib import Path
 
 import fsspec
@@ -18,7 +18,7 @@ from fastcore.basics import patch
 from .dynamics import get_score
 from .store import XentRecord
 
-# %% ../nbs/04c_records.ipynb #722ff902
+# %% ../nbs/04c_records.ipynb #a5596d60
 def _found(pattern: str|Path) -> list: # Paths, or URLs where `pattern` is one
     "The directories that a path with wildcards names, sorted."
     fs, path = fsspec.core.url_to_fs(str(pattern))
@@ -41,7 +41,7 @@ def _by_name(records) -> dict: # name → record
         records = dict(zip(names, records))
     return {str(k): o if isinstance(o, XentRecord) else XentRecord(o) for k, o in records.items()}
 
-# %% ../nbs/04c_records.ipynb #4932f07c
+# %% ../nbs/04c_records.ipynb #d62af61e
 def _fingerprint(record, split) -> str:
     "The fingerprint of the items that a split has now."
     known = record.meta['splits'][split]
@@ -73,7 +73,7 @@ def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
     if not other.any(): return ''
     return f"the items have no names, and {other.sum():,} of {len(one):,} have other labels, the first is item {other.argmax()}: {x[other.argmax()]} and {y[other.argmax()]}"
 
-# %% ../nbs/04c_records.ipynb #a3b2d6c5
+# %% ../nbs/04c_records.ipynb #308c1c77
 class XentRecords:
     "Records side by side: seeds, models, settings, folds."
     def __init__(self,
@@ -133,7 +133,7 @@ def items(self: XentRecords, split: str = 'train') -> pd.DataFrame: # Columns it
     frames, cols = [r.items(split) for r in self.records.values()], dict(item=['item', 'name', 'source'], source=['name', 'source'], name=['name'])[self.on]
     return pd.concat(frames).drop_duplicates(self.on).sort_values(self.on, ignore_index=True)[cols]
 
-# %% ../nbs/04c_records.ipynb #46673be4
+# %% ../nbs/04c_records.ipynb #101b5f47
 @patch
 def scores(self: XentRecords,
     by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
@@ -159,7 +159,7 @@ def std(self: XentRecords,
     "The sample standard deviation of an item's scores over runs."
     with np.errstate(invalid='ignore'): return self.scores(by, split).std(axis=1)
 
-# %% ../nbs/04c_records.ipynb #5984a389
+# %% ../nbs/04c_records.ipynb #f6bb6e50
 def _pairs(names, f) -> pd.DataFrame:
     "A table of `f(a, b)`, which is symmetric, for each two runs."
     half = {(a, b): f(a, b) for i, a in enumerate(names) for b in names[i:]}
@@ -192,16 +192,21 @@ def overlap(self: XentRecords,
     tops = {name: set(_first(s[name].to_numpy(), by, k)) for name in s}
     return _pairs(list(s), lambda a, b: len(tops[a] & tops[b]) / k)
 
-# %% ../nbs/04c_records.ipynb #355fbb6e
+# %% ../nbs/04c_records.ipynb #e10f547c
+def _epochs(record, split) -> list:
+    "The epochs of the items that a split has now."
+    starts = record.meta['splits'][split]['starts']
+    return [e for _, s, e in record.keys if s == split and [k for start, k in starts if start <= e][-1] == starts[-1][1]]
+
 @patch
 def _votes(self: XentRecords, split, wanted) -> pd.DataFrame: # Columns key, targ, pred, n (rows)
     "How often each of the wanted items had which label and which prediction, over all runs."
     found, keys = [], self._keys(split)
     for k, r in self.records.items():
         at = keys[k].get_indexer(wanted)
-        start, own = r.meta['splits'][split]['starts'][-1][0], at[at >= 0]
-        if not len(own): continue
-        rows = r.sql(f"select item, targ, pred, count(*) n from record where split = '{split}' and epoch >= {start} and pred is not null "
+        own, epochs = at[at >= 0], _epochs(r, split)
+        if not len(own) or not epochs: continue
+        rows = r.sql(f"select item, targ, pred, count(*) n from record where split = '{split}' and epoch in ({', '.join(map(str, epochs))}) and pred is not null "
                      f"and item in ({', '.join(map(str, own))}) group by all")
         found.append(rows.assign(key=keys[k][rows.pop('item')]))
     return pd.concat(found) if found else pd.DataFrame(columns=['targ', 'pred', 'n', 'key'])
@@ -224,7 +229,7 @@ def top(self: XentRecords,
     with np.errstate(invalid='ignore'): df.insert(df.columns.get_loc('runs'), 'std', s.std(axis=1).to_numpy())
     return df
 
-# %% ../nbs/04c_records.ipynb #da83adc1
+# %% ../nbs/04c_records.ipynb #575b6231
 @patch
 def to_df(self: XentRecords,
     split: str|None = None, # 'train' or 'valid'; None: all

@@ -125,11 +125,15 @@ def test_items_without_names():
 
 def test_the_last_segment_counts():
     "A run whose dataset has changed is compared by what it has now."
-    a, b = record_of(np.full(N, 3.)), record_of(np.full(N, -1.), items=items_of(order=np.arange(N)[::-1]), mark='before')
+    a, b = record_of(np.full(N, 3.)), record_of(np.full((5, N), -1.), items=items_of(order=np.arange(N)[::-1]), mark='before')
     with pytest.raises(ValueError): XentRecords([a, b])
-    record_of(np.full(N, 5.), b, start=1)
+    record_of(np.full(N, 5.), b, start=5)
     runs = XentRecords([a, b])
     assert (runs.mean('aum') == 4).all() and runs.top(1, 'aum')['likely'].tolist() == [0]
+    back = record_of(np.full((3, N), 5.))              # these items, others, and these again
+    record_of(np.full((9, N), -5.), back, items=items_of(order=np.arange(N)[::-1]), mark='between', start=3)
+    record_of(np.full((2, N), -1.), back, start=12)
+    assert XentRecords([back]).top(1, 'aum')['likely'].tolist() == back.top(1, 'aum')['likely'].tolist() == [0]
 
 
 # -- folds
