@@ -79,8 +79,8 @@ def contents(ds):
 def numbers(dls):
     "Which file or row each training item comes from, read off the items themselves."
     ds = dls.train.dataset
-    rows = [(torch.tensor(ds.items.iloc[i][[f'x{k}' for k in range(C)]].to_numpy(float)), int(ds.items.iloc[i]['label'])) for i in range(len(ds))] if hasattr(ds, 'iloc') else [ds[i] for i in range(len(ds))]
-    x, y = torch.stack([torch.as_tensor(o[0]).double() for o in rows]), torch.tensor([int(o[1]) for o in rows])
+    if hasattr(ds, 'iloc'): x = torch.tensor(ds.items[[f'x{k}' for k in range(C)]].to_numpy(float))
+    else: x = torch.stack([ds[i][0] for i in range(len(ds))]).double()
     return ((x.sum(1)) / 2.**-17).round().long().numpy() + MIDDLE   # the other logits are zero
 
 @pytest.mark.parametrize('kind', DLS)
