@@ -19,7 +19,7 @@ def gap_confidence(
 ) -> tuple: # Rival's probability minus the label's, and probability of the predicted class, `r` each
     "What a row says of the label and its strongest rival."
     m, p = margin.astype(np.float64), p_targ.astype(np.float64)
-    with np.errstate(over='ignore', invalid='ignore'): rival = np.where((m < -80) | (p < 1e-35), m < 0, np.minimum(p * np.exp(-m), 1))
+    with np.errstate(over='ignore', invalid='ignore'): rival = np.where(p < 1e-37, m < 0, np.minimum(p * np.exp(-m), 1))   # float32 has no smaller p: the rival's is next to 1
     rival = np.where(np.isnan(m) | np.isnan(p), np.nan, rival)
     return rival - p, np.maximum(rival, p)
 
