@@ -22,7 +22,7 @@ from fastai.torch_core import no_random
 from fastcore.foundation import L
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Subset, WeightedRandomSampler
 
-from .dynamics import Last, get_score
+from .dynamics import Label, get_score
 from .items import class_names, item_source, items_frame
 from .recorder import _difference
 from .store import XentRecord
@@ -85,7 +85,7 @@ def check_items(
     vocab = class_names(dls, record.meta['classes'])
     if not why and vocab and record.meta['vocab'] and vocab != record.meta['vocab']: why = f"the classes are {', '.join(vocab[:4])}, … and were {', '.join(record.meta['vocab'][:4])}, …"
     if not why and items['name'].isna().all():
-        at, targ = np.unique(np.linspace(0, len(items) - 1, 200).round().astype(int)), record.score(Last('targ'))
+        at, targ = np.unique(np.linspace(0, len(items) - 1, 200).round().astype(int)), record.score(Label())
         now = [(i, c) for i, c in zip(at, _labels(ds, at)) if c is not None and not np.isnan(targ[i]) and c != targ[i]]
         if now: why = f"{len(now)} of {len(at)} items that were looked at have other labels, the first is item {now[0][0]}, class {int(targ[now[0][0]])} then and {now[0][1]} now"
     if why: raise ValueError(f"the training items are not those of the record: {why}; use the `dls` that were recorded{', and the `key_fn` of the recorder' if key_fn is None else ''}")
@@ -100,7 +100,7 @@ def items_named(
     items = record.items('train')
     n = len(items)
     if callable(what):
-        what = what(items.assign(targ=record.score(Last('targ')), score=record.score(by)))
+        what = what(items.assign(targ=record.score(Label()), score=record.score(by)))
         if isinstance(what, pd.Series) and what.index.equals(items.index): what = what.to_numpy()
     if isinstance(what, pd.DataFrame): what = (what if 'is_issue' not in what else what[what['is_issue'].astype(bool)])['item'].to_numpy(dtype=np.int64)
     if isinstance(what, pd.Series) and what.dtype == bool:
@@ -170,7 +170,7 @@ def prune(
     what, by = (drop, by or 'margin_loss') if keep is None else (keep, by or 'el2n')
     _check_loader(dls.train)
     check_items(dls, record, key_fn)
-    targ = np.nan_to_num(record.score(Last('targ')), nan=-1)
+    targ = np.nan_to_num(record.score(Label()), nan=-1)
     if isinstance(what, float):
         if not 0 <= what <= 1: raise ValueError(f"the share is {what}, expected a number from 0 to 1")
         score = record.score(by) * (1 if get_score(by).largest_first else -1)
@@ -213,7 +213,7 @@ def reweight(
     if not np.isfinite(w).all() or (w < 0).any() or not w.any(): raise ValueError("weights must be finite, not negative, and not all zero")
     if getattr(dl, 'wgts', None) is not None: w = w * np.asarray(dl.wgts) * len(w)
     if balanced:
-        targ = np.nan_to_num(record.score(Last('targ')), nan=-1)
+        targ = np.nan_to_num(record.score(Label()), nan=-1)
         for c in np.unique(targ):
             its = targ == c
             if not w[its].any(): raise ValueError(f"all items of class {record.class_name(c)} have weight 0: nothing is left to balance")

@@ -19,7 +19,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
-from .dynamics import SCORES
 from .store import XentRecord, _Place
 
 # %% ../nbs/04d_bridges.ipynb #5f876c41
@@ -78,10 +77,11 @@ def probs(self: XentRecord,
 
 # %% ../nbs/04d_bridges.ipynb #2bf6c346
 def _score_frame(record, split, by, segment=-1) -> pd.DataFrame: # Columns item, name, source, targ, likely, and a column a score
-    "An item a row, in item order."
-    df, by = record.items(split, segment), [by] if isinstance(by, str) else by
-    classes = record.top(len(df), split=split, segment=segment).set_index('item')[['targ', 'likely']]
-    return df.assign(**{o: classes[o].reindex(df['item']).array for o in classes}, **{o: record.score(o, split, segment) for o in by})
+    "An item a row, in item order. What is asked for by name is there even if it is nan throughout."
+    df = record.scores(split, segment)
+    if by is None: return df
+    own = ['item', 'name', 'source', 'targ', 'likely']
+    return df[own].assign(**{o: df[o] if o in df else record.score(o, split, segment) for o in ([by] if isinstance(by, str) else by)})
 
 def _json_lines(df: pd.DataFrame) -> str:
     "A line an item. JSON has neither nan nor infinity: both are null."
@@ -96,14 +96,14 @@ _WRITE = {'.csv': lambda df, f: f.write(df.to_csv(index=False).encode()),
 def export(self: XentRecord,
     path: str|Path, # File or URL that ends in .csv, .parquet or .jsonl
     split: str = 'train',
-    by=None, # Names in `dynamics.SCORES`; None: all
+    by=None, # Names in `dynamics.SCORES`; None: all that apply
     segment: int = -1, # Which list of items; −1: that of the last epoch
 ) -> str|Path: # `path`
     "Write every item's label and scores into one file."
     folder, _, name = str(path).replace('\\', '/').rpartition('/')
     ending = Path(name).suffix
     if ending not in _WRITE: raise ValueError(f"{name!r} ends in {ending or 'nothing'!r}, expected one of {', '.join(_WRITE)}")
-    df = _score_frame(self, split, SCORES if by is None else by, segment)
+    df = _score_frame(self, split, by, segment)
     _Place(folder or '.').write(name, lambda f: _WRITE[ending](df, f))
     return path
 
