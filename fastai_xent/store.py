@@ -45,7 +45,7 @@ _SCHEMA = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in _FLOATS)
 _COLUMNS = ('fit', 'epoch', 'split', *_SCHEMA.names)
 _ITEMS = pa.schema([('item', pa.int32()), ('name', pa.string()), ('source', pa.int64())])
 
-# %% ../nbs/04_store.ipynb #b00664d8
+# %% ../nbs/04_store.ipynb #0e5d9694
 _DIGITS = 8 # Binary digits after the leading one
 _SHORT = (*_FLOATS, 'lam', 'entropy', 'grand')
 
@@ -60,7 +60,7 @@ def shorten(
     cut = bits & ~np.uint32((1 << drop) - 1)                # toward 0
     return np.where(np.isfinite(x), np.where(np.isfinite(short.view(np.float32)), short, cut), bits).view(np.float32)
 
-# %% ../nbs/04_store.ipynb #4adf6833
+# %% ../nbs/04_store.ipynb #c6ca1688
 _GROUP = 2**16 # Rows of a row group
 _HOW = dict(compression='zstd', compression_level=1, write_statistics=['item'], use_dictionary=['targ', 'occurrence'], max_rows_per_page=2**17, data_page_size=2**22,
             column_encoding={**dict.fromkeys(('item', 'n_pos'), 'DELTA_BINARY_PACKED'), **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys((*_SHORT, 'step'), 'BYTE_STREAM_SPLIT')})
@@ -288,6 +288,8 @@ def in_step(self: XentRecord) -> bool:
     return disk.get('writer') == self._me or all(disk.get(o) == self.meta.get(o) for o in ('id', 'revision', 'writer'))
 
 # %% ../nbs/04_store.ipynb #efcfdfd0
+_NAMES = 2**11 # Names that are read at once
+
 @patch
 def set_items(self: XentRecord,
     split: str, # 'train' or 'valid'
@@ -307,7 +309,7 @@ def set_items(self: XentRecord,
         if self.path is None: self._items[split, k] = table
         else:
             if not self._place.exists('record.json'): self._save_meta()   # from here on the directory is known as a record
-            self._place.write(f'items/{split}-{k}.parquet', lambda f: pq.write_table(table, f, compression='zstd'))
+            self._place.write(f'items/{split}-{k}.parquet', lambda f: pq.write_table(table, f, compression='zstd', row_group_size=_NAMES))
         segments = [*segments, dict(n=len(items), fingerprint=fingerprint)]
     self._save_meta(splits={**self.meta['splits'], split: dict(segments=segments, starts=[*known['starts'], [epoch, k]])},
                     vocab=self.meta['vocab'] if vocab is None else list(vocab))
@@ -337,6 +339,18 @@ def items(self: XentRecord,
     "What the items of a split are called, and where they stood in their source."
     k = self._segment(split, segment)
     return self._items_table(split, k).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+
+@patch
+def _chosen(self: XentRecord, split, k, at: np.ndarray) -> pa.Table:
+    "The names of the items `at`; those of most others are not read."
+    if self.path is None: return self._items[split, k].take(at)
+    with pq.ParquetFile(**self._place.parquet(f'items/{split}-{k}.parquet')) as f:
+        ends = np.cumsum([f.metadata.row_group(g).num_rows for g in range(f.num_row_groups)])
+        groups, which = np.unique(np.searchsorted(ends, at, side='right'), return_inverse=True)
+        if not len(at): return f.schema_arrow.empty_table()
+        starts = np.r_[0, ends][groups]                                # in the file
+        shift = starts - np.r_[0, np.cumsum(ends[groups] - starts)][:-1]
+        return f.read_row_groups(groups.tolist(), use_threads=False).combine_chunks().take(at - shift[which])
 
 @patch
 def _items_table(self: XentRecord, split, k): return self._items[split, k] if self.path is None else self._place.table(f'items/{split}-{k}.parquet')
@@ -564,7 +578,7 @@ def map(self: XentRecord,
                 return {o: np.array(v, dtype=np.int64 if o == 'pred' else np.float32).reshape(row['shape']) for o, v in row.items() if o not in ('item', 'shape')}
     raise KeyError(f"no map of item {i} of {split!r}" + (f" in epoch {epoch}" if epoch >= 0 else '') + "; choose items before training, with `XentRecorder(maps=[…])`")
 
-# %% ../nbs/04_store.ipynb #4fe4a2a5
+# %% ../nbs/04_store.ipynb #bce7c1e5
 @patch
 def _marks(self: XentRecord, found: dict) -> list:
     "What identifies the rows of these epochs."
@@ -698,10 +712,10 @@ def top(self: XentRecord,
         at, loss = at[near], loss[near]
     order = at[np.argsort(loss, kind='stable')[:max(k, 0)]]
     targ, likely = (self._class_names(o[order]) for o in self._finalize([Label(), Likely()], split, segment))
-    df = self._items_table(split, self._segment(split, segment)).take(order).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+    df = self._chosen(split, self._segment(split, segment), order).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return df.assign(targ=targ, likely=likely, score=score[order])
 
-# %% ../nbs/04_store.ipynb #713b2781
+# %% ../nbs/04_store.ipynb #fb75791d
 @patch
 def scores(self: XentRecord,
     split: str = 'train',
@@ -726,7 +740,7 @@ def seen(self: XentRecord,
     return items[['item', 'name']].assign(rows=g.size().reindex(items['item'], fill_value=0).to_numpy(),
                                           **{f'last_{o}': g[o].last().reindex(items['item']).astype('Int64').array for o in ('epoch', 'step')})
 
-# %% ../nbs/04_store.ipynb #946c27b7
+# %% ../nbs/04_store.ipynb #ad615d0e
 try: import fcntl
 except ImportError: fcntl = None                            # Windows has no such locks
 
@@ -744,7 +758,7 @@ def lock(self: XentRecord, alone: bool = False):
         return None
     return f
 
-# %% ../nbs/04_store.ipynb #2ecc38c6
+# %% ../nbs/04_store.ipynb #2299b60e
 @patch
 def compact(self: XentRecord) -> None:
     "Put all epochs of a split into one file, in which the rows of an item stand together, and remove the single ones."
