@@ -226,7 +226,7 @@ def test_frames_masks_and_functions(ranked):
 @pytest.mark.parametrize('kw, error, words', [
     (dict(), ValueError, 'give one of'), (dict(keep=.5, drop=.1), ValueError, 'give one of'), (dict(keep=1.5), ValueError, 'the share is 1.5'),
     (dict(keep=0.), ValueError, 'no training item would be left'), (dict(keep=[N]), IndexError, 'item 40 does not exist'), (dict(keep=[-1]), IndexError, 'item -1 does not exist'),
-    (dict(keep=np.ones(3, dtype=bool)), ValueError, r'shape \[3\], expected \[40\]'), (dict(keep=[.5, .7]), TypeError, 'expected whole numbers'),
+    (dict(keep=1), TypeError, 'a share is a float'), (dict(drop=0), TypeError, 'a share is a float'), (dict(keep=np.ones(3, dtype=bool)), ValueError, r'shape \[3\], expected \[40\]'), (dict(keep=[.5, .7]), TypeError, 'expected whole numbers'),
     (dict(keep=pd.Series([True] * N)), TypeError, 'does not say which items'), (dict(keep=[1], balanced=True), ValueError, 'needs a share'),
     (dict(keep=.5, by='beauty'), KeyError, "no score is called 'beauty'")])
 def test_prune_refuses(ranked, kw, error, words):
