@@ -29,12 +29,8 @@ from fastai.torch_core import set_seed  # noqa: E402
 from overhead import FASHION, Rows, cnn, idx  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 
-import fastai_xent.label_issues  # noqa: E402,F401
-from fastai_xent.acts import prune, relabel, reweight  # noqa: E402
+from fastai_xent.all import XentLossFlat, XentRecorder, XentSampler, prune, relabel, reweight  # noqa: E402
 from fastai_xent.demo import small_cnn  # noqa: E402
-from fastai_xent.losses import XentLossFlat  # noqa: E402
-from fastai_xent.recorder import XentRecorder  # noqa: E402
-from fastai_xent.sampler import XentSampler  # noqa: E402
 
 SEEDS = range(3)
 

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/acts.html.md"""
 # %% auto #0
 __all__ = ['check_items', 'items_named', 'prune', 'reweight', 'relabel']
 
-# %% ../nbs/05a_acts.ipynb #76a9f4e1
+# %% ../nbs/05a_acts.ipynb #915be8d4
 import warnings
 from copy import copy
 
@@ -27,7 +27,7 @@ from .items import class_names, item_source, items_frame
 from .recorder import _difference
 from .store import XentRecord
 
-# %% ../nbs/05a_acts.ipynb #ef732a27
+# %% ../nbs/05a_acts.ipynb #1ae94dbd
 class _Kept(Subset):
     "Some items of a dataset. What it does not have itself, the dataset below has."
     def __init__(self, dataset, indices): super().__init__(dataset, [int(i) for i in indices])
@@ -60,7 +60,7 @@ def _shorter(ds, keep):
     res.splits = L(source[keep].tolist() if i == ds.split_idx else o for i, o in enumerate(ds.splits))
     return res
 
-# %% ../nbs/05a_acts.ipynb #be55685f
+# %% ../nbs/05a_acts.ipynb #11f702ed
 def _labels(ds, at) -> list: # A class for each of the items `at`, None where there is none
     "The labels that a dataset gives, read without a trace in the random states."
     if isinstance(ds, Tabular): return [None if pd.isna(o) else int(o) for o in ds.items[ds.y_names[0]].iloc[at]]
@@ -90,7 +90,7 @@ def check_items(
         if now: why = f"{len(now)} of {len(at)} items that were looked at have other labels, the first is item {now[0][0]}, class {int(targ[now[0][0]])} then and {now[0][1]} now"
     if why: raise ValueError(f"the training items are not those of the record: {why}; use the `dls` that were recorded{', and the `key_fn` of the recorder' if key_fn is None else ''}")
 
-# %% ../nbs/05a_acts.ipynb #508ef6c0
+# %% ../nbs/05a_acts.ipynb #77d1d8df
 def items_named(
     what, # A frame with a column `item`, a boolean mask `n`, indices, or a function of the items' frame
     record: XentRecord,
@@ -109,13 +109,14 @@ def items_named(
     if what.dtype == bool:
         if what.shape != (n,): raise ValueError(f"the mask has shape {list(what.shape)}, expected [{n}], one value an item")
         return what.copy()
+    if what.ndim != 1: raise TypeError(f"items are named by {what!r}, expected a list of items; a share is a float, such as 0.7 or 1.0")
     if what.size and what.dtype.kind not in 'iu': raise TypeError(f"items are named by {what.dtype}, expected whole numbers, a boolean mask, or a frame with a column `item`")
     if what.size and not (0 <= what.min() and what.max() < n): raise IndexError(f"item {what.max() if what.max() >= n else what.min()} does not exist: the record has items 0 to {n - 1}")
     mask = np.zeros(n, dtype=bool)
     mask[what.astype(np.int64)] = True
     return mask
 
-# %% ../nbs/05a_acts.ipynb #7f3b5c59
+# %% ../nbs/05a_acts.ipynb #45216e30
 def _torch_like(dl, ds, wgts=None):
     "A torch loader with the settings of another one."
     if type(dl.batch_sampler) is not BatchSampler or type(dl.sampler) not in (RandomSampler, SequentialSampler) or (type(dl.sampler) is RandomSampler and (dl.sampler.replacement or dl.sampler._num_samples)):
@@ -147,7 +148,7 @@ def _with_train(dls, dl) -> DataLoaders:
     res.loaders = [dl, *dls.loaders[1:]]
     return res
 
-# %% ../nbs/05a_acts.ipynb #dcb1ef93
+# %% ../nbs/05a_acts.ipynb #9fdecd43
 def _first(score, share, groups):
     "The share of each group's items with the largest score; nan is in no group."
     res, tie = np.zeros(len(score), dtype=bool), np.random.default_rng(0).permutation(len(score))
@@ -171,7 +172,7 @@ def prune(
     _check_loader(dls.train)
     check_items(dls, record, key_fn)
     targ = np.nan_to_num(record.score(Label()), nan=-1)
-    if isinstance(what, float):
+    if isinstance(what, (float, np.floating)):
         if not 0 <= what <= 1: raise ValueError(f"the share is {what}, expected a number from 0 to 1")
         score = record.score(by) * (1 if get_score(by).largest_first else -1)
         named = _first(score, what, targ if balanced else np.zeros_like(targ))
@@ -186,7 +187,7 @@ def prune(
     at = np.flatnonzero(stays)
     return _with_train(dls, _like(dls.train, _shorter(dls.train.dataset, at), at))
 
-# %% ../nbs/05a_acts.ipynb #a214a322
+# %% ../nbs/05a_acts.ipynb #06ec15a1
 def _weights(weights, record, n) -> np.ndarray: # `n`
     if weights is None: return np.nan_to_num(np.exp(-record.score('margin_loss')), nan=1.)
     if isinstance(weights, pd.DataFrame):
@@ -224,7 +225,7 @@ def reweight(
     if not dl.shuffle: raise ValueError(f"the training loader does not shuffle, and fastai's {cls.__name__} draws by weight only if it does; make it with shuffle=True")
     return _with_train(dls, dl.new(cls=cls, wgts=w))
 
-# %% ../nbs/05a_acts.ipynb #6f12f3c2
+# %% ../nbs/05a_acts.ipynb #8e8fd990
 def _class(record, label, item) -> int:
     "The number of a class, from its name or number."
     vocab, c = record.meta['vocab'], record.meta['classes']

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/sampler.html.md"""
 # %% auto #0
 __all__ = ['n_skipped', 'thin', 'XentSampler']
 
-# %% ../nbs/05b_sampler.ipynb #ffe6e899
+# %% ../nbs/05b_sampler.ipynb #1dd3f99e
 import math
 import random
 import traceback
@@ -26,7 +26,7 @@ from .items import NoItemIdentity, RowTap, _FastaiTap, tap_rows
 from .linear import Features
 from .rows import NotRecordable, RowBuffer, read_batch
 
-# %% ../nbs/05b_sampler.ipynb #24ac9e36
+# %% ../nbs/05b_sampler.ipynb #5ab66ca3
 def n_skipped(
     m: int, # Number of easy rows
     n: int, # Number of rows
@@ -36,7 +36,7 @@ def n_skipped(
 ) -> int:
     "How many easy rows to leave out."
     for k in range(int(r * m), 0, -1):
-        if (n - k >= bs if drop_last else (n - k) % bs != 1) if (bs or 1) > 1 else True: return k
+        if (bs or 1) == 1 or (n - k >= bs if drop_last else (n - k) % bs != 1): return k
     return 0
 
 def thin(
@@ -52,7 +52,7 @@ def thin(
     keep[rng.choice(at, k, replace=False)] = False
     return keep, len(at) / (len(at) - k) if k else 1.
 
-# %% ../nbs/05b_sampler.ipynb #4fe0b54e
+# %% ../nbs/05b_sampler.ipynb #df504ac4
 def _twin(dl):
     "A shallow copy of a loader that iterates by itself, with its own random state, and without taps."
     twin = copy(dl)
@@ -103,7 +103,7 @@ class _Thinned(_FastaiTap):
         if len(items) != n: items = self.rows([i], [n])   # says what is wrong
         return np.where(self.easy[items], p.scale, 1.).astype(np.float32)
 
-# %% ../nbs/05b_sampler.ipynb #f939189f
+# %% ../nbs/05b_sampler.ipynb #964640b5
 _IN_BATCH = ('before_batch', 'after_pred', 'after_loss')
 _HEARD = ('before_train', *_IN_BATCH, 'after_train')
 
@@ -147,13 +147,14 @@ class XentSampler(Callback):
         if message not in self._told: warnings.warn(message, stacklevel=3)
         self._told.add(message)
 
-# %% ../nbs/05b_sampler.ipynb #589e356c
+# %% ../nbs/05b_sampler.ipynb #567de29d
 @patch
 def before_train(self: XentSampler):
     "Hand the Learner a thinned twin of its loader."
     self._tap, learn, dl = None, self.learn, self.learn.dl
     if 'lr_finder' in vars(learn): return
     for cb in learn.cbs:
+        if isinstance(cb, XentSampler) and cb is not self: raise NotRecordable("this Learner has two XentSamplers, and one is enough; remove the other with `learn.remove_cb`")
         if isinstance(cb, MixHandler) and cb.run: raise NotRecordable(f"{cb.name} mixes the rows of a batch: a skipped example would also be missing as a partner")
     if not isinstance(dl, DataLoader): raise NoItemIdentity(f"the training loader is {type(dl).__module__}.{type(dl).__name__}, expected fastai's DataLoader; wrap the dataset in a `TfmdDL`")
     if 'dl' in vars(dl): raise NoItemIdentity("the training is distributed: each process would leave out rows of its own, and they would no longer take the same number of steps")

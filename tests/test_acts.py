@@ -18,7 +18,7 @@ from fastai.torch_core import set_seed
 from helpers import C, MIDDLE, Coded, Points, Through, coded, learner, quiet, rng_state, wrong_rows
 
 from fastai_xent.acts import check_items, items_named, prune, relabel, reweight
-from fastai_xent.dynamics import Label
+from fastai_xent import dynamics
 from fastai_xent.items import item_names, item_source, items_frame
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
@@ -128,7 +128,7 @@ def test_relabel_changes_the_right_labels(kind):
     assert audit['why'].tolist() == ['the given label is the likely one: kept' if own[i] % C == c else 'given' for i, c in new.items()]
     np.testing.assert_array_equal(audit['name'].isna(), record.items()['name'].iloc[list(new)].isna())
     again = record_of(relabelled, 1 if kind != 'WeightedDL' else 12)
-    targ = again.score(Label())
+    targ = again.score(dynamics.Label())
     for i, c in new.items(): assert np.isnan(targ[i]) or targ[i] == c
     # the record of the first training still fits
     assert len(prune(relabelled, record, keep=[0, 3]).train.dataset) == 2
@@ -197,7 +197,7 @@ def test_equal_scores_are_not_taken_in_order():
     learn.dls = dls
     learn.fit(1)
     record = learn.xent_recorder.record
-    record.score = lambda by='margin_loss', *_: np.ones(60) if not isinstance(by, Label) else (np.arange(60) // 20).astype(float)
+    record.score = lambda by='margin_loss', *_: np.ones(60) if not isinstance(by, dynamics.Label) else (np.arange(60) // 20).astype(float)
     kept = np.array(left(prune(dls, record, keep=.5)))
     assert all(3 < (kept // 20 == c).sum() < 17 for c in range(3))
     assert left(prune(dls, record, keep=.5)) == kept.tolist()
@@ -226,7 +226,7 @@ def test_frames_masks_and_functions(ranked):
 @pytest.mark.parametrize('kw, error, words', [
     (dict(), ValueError, 'give one of'), (dict(keep=.5, drop=.1), ValueError, 'give one of'), (dict(keep=1.5), ValueError, 'the share is 1.5'),
     (dict(keep=0.), ValueError, 'no training item would be left'), (dict(keep=[N]), IndexError, 'item 40 does not exist'), (dict(keep=[-1]), IndexError, 'item -1 does not exist'),
-    (dict(keep=np.ones(3, dtype=bool)), ValueError, r'shape \[3\], expected \[40\]'), (dict(keep=[.5, .7]), TypeError, 'expected whole numbers'),
+    (dict(keep=1), TypeError, 'a share is a float'), (dict(drop=0), TypeError, 'a share is a float'), (dict(keep=np.ones(3, dtype=bool)), ValueError, r'shape \[3\], expected \[40\]'), (dict(keep=[.5, .7]), TypeError, 'expected whole numbers'),
     (dict(keep=pd.Series([True] * N)), TypeError, 'does not say which items'), (dict(keep=[1], balanced=True), ValueError, 'needs a share'),
     (dict(keep=.5, by='beauty'), KeyError, "no score is called 'beauty'")])
 def test_prune_refuses(ranked, kw, error, words):

@@ -364,6 +364,10 @@ def test_mixup_is_refused(said):
     assert trained(learner([XentSampler(), MixUp()])) == [5] * 4
     assert len(said()) == 1 and 'missing as a partner' in said()[0]
 
+def test_two_samplers_are_refused(said):
+    assert trained(learner([XentSampler(), XentSampler()])) == [5] * 4
+    assert len(said()) == 2 and all('one is enough' in o for o in said())
+
 def test_torch_loaders_are_refused(said):
     learn = learner([XentSampler()])
     learn.dls = DataLoaders(torch.utils.data.DataLoader(Points(), batch_size=8), torch.utils.data.DataLoader(Points(9), batch_size=8))
