@@ -52,10 +52,10 @@ def _rest_norm(r: _Rest, axis: int) -> Tensor:
     norm = torch.linalg.vector_norm(r.e, dim=axis, keepdim=True) / S
     return (torch.sigmoid(-r.d) * norm.square().add_(1).sqrt_()).squeeze(axis)
 
-def _rest_entropy(r: _Rest, axis: int) -> Tensor:
-    "−Σ p ln p, n d…; with a = |d| the part of label or rest is softplus(−a) + a σ(−a)"
+def _rest_entropy(r: _Rest, axis: int, room: Tensor|None = None) -> Tensor:
+    "−Σ p ln p, n d…; with a = |d| the part of label or rest is softplus(−a) + a σ(−a). `room` may be written over."
     a, S = r.d.abs().clamp_max(torch.finfo(r.d.dtype).max), r.S.clamp_min(torch.finfo(r.S.dtype).tiny)
-    rest = S.log() + torch.special.entr(r.e).sum(axis, keepdim=True) / S
+    rest = S.log() + torch.special.entr(r.e, out=room).sum(axis, keepdim=True) / S
     return (_rest_loss(a) + a * torch.sigmoid(-a) + torch.sigmoid(-r.d) * rest).squeeze(axis)
 
 # %% ../nbs/00_numerics.ipynb #6995678d
