@@ -89,11 +89,13 @@ def _xent_kernel(
         if STATS:
             first = tl.where(rest != rest, j[None, :], tl.where(rest >= tl.maximum(m, zy)[:, None], j[None, :] + far, 2 * far - 1))
             first = tl.reduce(first, 1, _MIN)
-        e = tl.exp2((rest - tl.maximum(m, lowest)[:, None]) * log2e)
+        x = rest - tl.maximum(m, lowest)[:, None]
+        x = tl.where(x < -1000., -1000., x)  # e is 0 there, and so is e ln e
+        e = tl.exp2(x * log2e)
         S = tl.reduce(e, 1, _SUM)
         if STATS:
             Q = tl.reduce(e * e, 1, _SUM)
-            X = tl.reduce(tl.where(e > 0., e * (rest - m[:, None]), 0. * e), 1, _SUM)
+            X = tl.reduce(e * x, 1, _SUM)
         if SMOOTH:
             wk = tl.load(weight + j, mask=have, other=0.) if WEIGHT else have.to(tl.float32)
             W = tl.reduce(wk, 0, _SUM)
@@ -161,7 +163,7 @@ def _xent_kernel(
         if STATS and SMOOTH: G = tl.reduce(g * g, 1, _SUM)
     elif GRAD or STATS:
         top = tl.maximum(m, zy)
-        Qs, Xs, Gs = tl.full([P, C], 0., tl.float32), tl.full([P, C], 0., tl.float32), tl.full([P, C], 0., tl.float32)
+        Qs, Gs, X = tl.full([P, C], 0., tl.float32), tl.full([P, C], 0., tl.float32), tl.full([P], 0., tl.float32)
         firsts = tl.full([P, C], 2 * far - 1, tl.int32)
         chunks: tl.constexpr = (c + C - 1) // C
         for back in tl.range(0, chunks, num_stages=3):
@@ -169,7 +171,9 @@ def _xent_kernel(
             have = k < c
             z = tl.load(at[:, None] + (k * ahead)[None, :], mask=wanted[:, None] & have[None, :], other=-inf).to(tl.float32)
             mine = k[None, :] == y[:, None]
-            e = tl.where(mine, 0., tl.exp2((z - tl.maximum(m, lowest)[:, None]) * log2e))
+            x = z - tl.maximum(m, lowest)[:, None]
+            x = tl.where(mine | (x < -1000.), -1000., x)
+            e = tl.exp2(x * log2e)
             g = slope[:, None] * e
             if SMOOTH:
                 wk = tl.load(weight + k, mask=have, other=0.) if WEIGHT else have.to(tl.float32)
@@ -180,11 +184,11 @@ def _xent_kernel(
                          mask=inside[:, None] & have[None, :])
             if STATS:
                 Qs += e * e
-                Xs += tl.where(e > 0., e * (z - m[:, None]), 0. * e)
+                X += tl.reduce(e * x, 1, _SUM)
                 if SMOOTH: Gs += g * g
                 here = tl.where(z != z, k[None, :], tl.where(z >= top[:, None], k[None, :] + far, 2 * far - 1))
                 firsts = tl.minimum(firsts, here)
-        if STATS: Q, X, G, first = tl.reduce(Qs, 1, _SUM), tl.reduce(Xs, 1, _SUM), tl.reduce(Gs, 1, _SUM), tl.reduce(firsts, 1, _MIN)
+        if STATS: Q, G, first = tl.reduce(Qs, 1, _SUM), tl.reduce(Gs, 1, _SUM), tl.reduce(firsts, 1, _MIN)
 
     if STATS:
         first = tl.minimum(first, tl.where(zy != zy, y, tl.where(zy >= m, y + far, 2 * far - 1)))

@@ -35,7 +35,7 @@ def _may_reuse(grad: Tensor) -> bool:
 
 def _rows_loss(done: FusedPass, y: Tensor) -> Tensor:
     "The loss of each row, 0 where ignored."
-    return torch.from_numpy(np.where(done.klass < 0, 0, done.facts[0])).view(y.shape)
+    return torch.from_numpy(np.where(done.klass < 0, 0, done.facts[0]).reshape(y.shape))
 
 class _FusedLoss(torch.autograd.Function):
     "The loss that `fused_pass` has computed for `pred`: its gradient is there already."
@@ -157,19 +157,20 @@ class XentLoss(nn.CrossEntropyLoss):
     ) -> Tensor: # A scalar, or `n d…` if reduction is 'none'; float32, or float64 for float64 logits
         "The cross-entropy of `pred` and `targ`. The rows' statistics are in `stats` until the next call."
         own = vars(self)                              # a module's own way to set an attribute takes longer than the loss of a small batch
+        own['_last'] = None
         pred, targ, weight = _plain(pred), _plain(targ), self.weight
         like = pred.shape, pred.dtype, targ.shape, targ.dtype, self.axis, self.reduction
         if own['_fits'] is None or own['_fits'][0] != like: own['_fits'] = like, *self._check(pred, targ)
         _, axis, probs = own['_fits']
         if weight is not None: weight = self._check_weight(weight, pred, axis)
-        way = _way(pred, probs, self.label_smoothing)
-        y = targ if probs else targ.long()
-        last = own['_last'] = _Call(pred.detach(), targ.detach(), weight, dict(ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, axis=axis))
-        loss = self._fused_loss(pred, y, weight, axis) if way == 'fused' else self._triton_loss(pred, y, weight, axis) if way == 'triton' else None
+        way, y = _way(pred, probs, self.label_smoothing), targ if probs else targ.long()
+        last = _Call(pred.detach(), targ.detach(), weight, dict(ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, axis=axis))
+        loss = self._fused_loss(pred, y, weight, axis, last) if way == 'fused' else self._triton_loss(pred, y, weight, axis, last) if way == 'triton' else None
         if loss is None:
             last.watch()
             loss = self._torch_loss(pred, y, weight, axis, probs)
-            if self.keep_stats: self.stats
+        own['_last'] = last
+        if self.keep_stats: self.stats
         return loss
 
     def _check(self, pred, targ):
@@ -198,18 +199,18 @@ def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
     return total / n.masked_fill(n == 0, 1).to(total.dtype)
 
 @patch
-def _fused_loss(self: XentLoss, pred, y, weight, axis):
+def _fused_loss(self: XentLoss, pred, y, weight, axis, last):
     "Loss and statistics by `fused_pass`; None if there is no compiler."
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
     z = pred if pred.dtype == torch.float64 else pred.float()
     done = fused_pass(z, y, weight, self.ignore_index, axis, self.reduction, needs_grad)
     if done is None: return None
-    self._last.done = done._replace(loss=None, grad=None)
+    last.done = done._replace(loss=None, grad=None)
     if needs_grad: return _FusedLoss.apply(pred, y, weight, axis, self.ignore_index, self.reduction, done)
     return _rows_loss(done, y) if done.loss is None else done.loss
 
 @patch
-def _triton_loss(self: XentLoss, pred, y, weight, axis):
+def _triton_loss(self: XentLoss, pred, y, weight, axis, last):
     "Loss and statistics by the Triton kernel; None if it does not run."
     from fastai_xent.kernels import bad_target, kernel_loss
     self._late.look()
@@ -218,7 +219,7 @@ def _triton_loss(self: XentLoss, pred, y, weight, axis):
     loss = kernel_loss(pred, y, weight, self.ignore_index, self.label_smoothing, axis, self.reduction, facts, always=WAY == 'triton')
     if loss is None: return None
     if y.is_cuda: self._late.put(facts['found'], bad_target, y.shape, pred.shape[axis], self.ignore_index)
-    self._last.stats = facts['stats']
+    last.stats = facts['stats']
     return loss
 
 # %% ../nbs/01_losses.ipynb #2aabc418

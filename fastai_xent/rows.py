@@ -189,7 +189,7 @@ class RowBuffer:
         if self.at and self.at[-1] == i: return
         part = {} if not extra else {k: v.detach().clone() for k, v in extra.items()}
         last = _last_call(batch)
-        if last is not None and last.done is not None and not batch.dense: part.update(_copied(last.done, batch.targ))
+        if last is not None and last.done is not None and not batch.dense: part.update(last.done.columns())
         elif _may_wait(batch, last): self._wait(batch, part)
         else: self._now(batch, last, part)
         self.at.append(i)
@@ -273,10 +273,6 @@ def _last_call(b: Batch):
 def _stats_of(last) -> XentStats|None:
     "The statistics that came with the loss."
     return last.done.stats(last.targ.shape) if last.done is not None else last.stats
-
-def _copied(done, targ: Tensor) -> dict:
-    "The facts of one pass as columns of their own."
-    return dict(zip(_FLOATS, done.facts.astype(np.float32)), pred=done.klass.astype(np.int32), targ=targ.numpy().astype(np.int32))
 
 def _may_wait(b: Batch, last) -> bool:
     "A small batch on a device, whose statistics nobody has."
