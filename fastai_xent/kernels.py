@@ -89,13 +89,13 @@ def _xent_kernel(
         if STATS:
             first = tl.where(rest != rest, j[None, :], tl.where(rest >= tl.maximum(m, zy)[:, None], j[None, :] + far, 2 * far - 1))
             first = tl.reduce(first, 1, _MIN)
-        x = rest - tl.maximum(m, lowest)[:, None]
-        x = tl.where(x < -1000., -1000., x)  # e is 0 there, and so is e ln e
-        e = tl.exp2(x * log2e)
+        fall = rest - tl.maximum(m, lowest)[:, None]
+        fall = tl.where(fall < -1000., -1000., fall)           # e is 0 there, and so is e ln e
+        e = tl.exp2(fall * log2e)
         S = tl.reduce(e, 1, _SUM)
         if STATS:
             Q = tl.reduce(e * e, 1, _SUM)
-            X = tl.reduce(e * x, 1, _SUM)
+            X = tl.reduce(e * fall, 1, _SUM)
         if SMOOTH:
             wk = tl.load(weight + j, mask=have, other=0.) if WEIGHT else have.to(tl.float32)
             W = tl.reduce(wk, 0, _SUM)
@@ -171,9 +171,9 @@ def _xent_kernel(
             have = k < c
             z = tl.load(at[:, None] + (k * ahead)[None, :], mask=wanted[:, None] & have[None, :], other=-inf).to(tl.float32)
             mine = k[None, :] == y[:, None]
-            x = z - tl.maximum(m, lowest)[:, None]
-            x = tl.where(mine | (x < -1000.), -1000., x)
-            e = tl.exp2(x * log2e)
+            fall = z - tl.maximum(m, lowest)[:, None]
+            fall = tl.where(mine | (fall < -1000.), -1000., fall)
+            e = tl.exp2(fall * log2e)
             g = slope[:, None] * e
             if SMOOTH:
                 wk = tl.load(weight + k, mask=have, other=0.) if WEIGHT else have.to(tl.float32)
@@ -184,7 +184,7 @@ def _xent_kernel(
                          mask=inside[:, None] & have[None, :])
             if STATS:
                 Qs += e * e
-                X += tl.reduce(e * x, 1, _SUM)
+                X += tl.reduce(e * fall, 1, _SUM)
                 if SMOOTH: Gs += g * g
                 here = tl.where(z != z, k[None, :], tl.where(z >= top[:, None], k[None, :] + far, 2 * far - 1))
                 firsts = tl.minimum(firsts, here)

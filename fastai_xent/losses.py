@@ -117,7 +117,7 @@ def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
 class _Call:
     "What a loss remembers of its last call."
     def __init__(self, pred, targ, weight, settings, stats=None):
-        self.pred, self.targ, self.weight, self.settings, self.stats, self.done = pred, targ, weight, settings, stats, None
+        self.pred, self.targ, self.weight, self.settings, self.stats, self.done, self.versions = pred, targ, weight, settings, stats, None, None
     def watch(self):
         "Note how often the arguments were edited until now."
         self.versions = [_version(o) for o in (self.pred, self.targ, self.weight)]
@@ -157,19 +157,18 @@ class XentLoss(nn.CrossEntropyLoss):
     ) -> Tensor: # A scalar, or `n d…` if reduction is 'none'; float32, or float64 for float64 logits
         "The cross-entropy of `pred` and `targ`. The rows' statistics are in `stats` until the next call."
         own = vars(self)                              # a module's own way to set an attribute takes longer than the loss of a small batch
-        own['_last'] = None
+        own['_last'] = None                           # until the arguments are known to be good
         pred, targ, weight = _plain(pred), _plain(targ), self.weight
         like = pred.shape, pred.dtype, targ.shape, targ.dtype, self.axis, self.reduction
         if own['_fits'] is None or own['_fits'][0] != like: own['_fits'] = like, *self._check(pred, targ)
         _, axis, probs = own['_fits']
         if weight is not None: weight = self._check_weight(weight, pred, axis)
         way, y = _way(pred, probs, self.label_smoothing), targ if probs else targ.long()
-        last = _Call(pred.detach(), targ.detach(), weight, dict(ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, axis=axis))
+        last = own['_last'] = _Call(pred.detach(), targ.detach(), weight, dict(ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, axis=axis))
         loss = self._fused_loss(pred, y, weight, axis, last) if way == 'fused' else self._triton_loss(pred, y, weight, axis, last) if way == 'triton' else None
         if loss is None:
             last.watch()
             loss = self._torch_loss(pred, y, weight, axis, probs)
-        own['_last'] = last
         if self.keep_stats: self.stats
         return loss
 
@@ -264,8 +263,8 @@ def _mean_or_nothing(self: XentLoss, z, y, weight, kw):
 def stats(self: XentLoss) -> XentStats:
     "The statistics of the last call's rows, in the shape of its targets, without a graph."
     last = self._last
-    if last is None: raise RuntimeError("no statistics yet: call the loss first")
-    if last.stats is None and last.done is not None: last.stats = last.done.stats(last.targ.shape)
+    if last is not None and last.stats is None and last.done is not None: last.stats = last.done.stats(last.targ.shape)
+    if last is None or (last.stats is None and last.versions is None): raise RuntimeError("no statistics yet: call the loss first")
     if last.stats is None:
         last.check()
         last.stats = xent_stats(last.pred, last.targ, last.weight, **last.settings)
