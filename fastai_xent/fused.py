@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/fused.html.md"""
 # %% auto #0
 __all__ = ['FusedPass', 'fused_pass', 'traced', 'usable', 'fused_stats']
 
-# %% ../nbs/00b_fused.ipynb #a587c89e
+# %% ../nbs/00b_fused.ipynb #a3afa7f1
 import math
 import os
 import warnings
@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from .numerics import XentStats, _check_targ, _check_weight, _class_axis, _plain, _raise_bad_targ, xent_stats
 
-# %% ../nbs/00b_fused.ipynb #f06a940d
+# %% ../nbs/00b_fused.ipynb #9899a184
 _LN2 = math.log(2)
 
 _NEAR = Chebyshev.interpolate(np.exp, 6, domain=[-_LN2 / 2, _LN2 / 2])           # as good as the series to one more power
@@ -62,7 +62,7 @@ def _exp(x):
     "exp(x) and x exp(x) for x ≤ 0"
     return _exp32(x) if isinstance(x, np.float32) else _exp64(x)
 
-# %% ../nbs/00b_fused.ipynb #a852b25f
+# %% ../nbs/00b_fused.ipynb #fffead81
 _HALF = int(np.float64(math.sqrt(.5)).view(np.int64))
 
 def _artanh2(s):
@@ -84,7 +84,7 @@ def _log1p(t):
     far = t > .41421356
     return (_LN2 if far else 0.) + _artanh2((t - 1) / (t + 3) if far else t / (t + 2))
 
-# %% ../nbs/00b_fused.ipynb #1c47ba1f
+# %% ../nbs/00b_fused.ipynb #065e7035
 _BITS32, _BITS64 = np.int32(2**31 - 1), np.int64(2**63 - 1)
 _LEAST32, _LEAST64 = np.float32(-np.inf).view(np.int32) ^ _BITS32, np.float64(-np.inf).view(np.int64) ^ _BITS64
 _LOWEST32, _LOWEST64 = np.finfo(np.float32).min, np.finfo(np.float64).min
@@ -122,7 +122,7 @@ def _sums(z, m, e):
         X += x
     return S, Q, X
 
-# %% ../nbs/00b_fused.ipynb #3ac22e2c
+# %% ../nbs/00b_fused.ipynb #576db759
 _TINY, _HUGE = 2.**-1022, 2.**1000
 
 def _facts(f, r, out, at, h):
@@ -154,7 +154,7 @@ def _facts(f, r, out, at, h):
     for i in range(r): label[i] = -w[i] * share[i] * miss[i]
     for i in range(r): rest[i] = w[i] * share[i] * miss[i] / S[i]
 
-# %% ../nbs/00b_fused.ipynb #686fe169
+# %% ../nbs/00b_fused.ipynb #ef7344b2
 def _block(c):
     "Rows that are handled at once: some 32,000 logits"
     return max(1, min(256, 32768 // c))
@@ -227,7 +227,7 @@ def _rows_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, las
                 g[i][targ[i]] = h[1][q]
         _forget(klass[start:start + r], out, start)
 
-# %% ../nbs/00b_fused.ipynb #a49425f7
+# %% ../nbs/00b_fused.ipynb #0359179d
 def _block_of_plane(c):
     "Positions that are handled at once"
     return max(64, min(512, 32768 // c))
@@ -315,7 +315,7 @@ def _planes_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, l
             for k in range(c): _plane_grad(e[k][:r], yr, np.int32(k), h[0][:r], h[1][:r], g[o, k][at:at + r])
         _forget(klass[base:base + r], out, base)
 
-# %% ../nbs/00b_fused.ipynb #eb43b183
+# %% ../nbs/00b_fused.ipynb #493ad0eb
 _STRICT = dict(error_model='numpy', fastmath={'contract'})                       # a product and a sum may be rounded once
 _LOOSE = dict(error_model='numpy', fastmath={'contract', 'reassoc', 'nsz'})      # sums may be taken in any order
 _PARTS = [_exp32, _exp64, _artanh2, _log, _log1p, _top32, _top64, _copy,
@@ -386,7 +386,7 @@ def _kernels(dtype, planes: bool) -> _Kernels|None:
         except Exception as e: why = e                # whatever an import or a compiler may raise
     warnings.warn(f"numba does not compile the loss of fastai_xent, so losses on the CPU are slower: {type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
 
-# %% ../nbs/00b_fused.ipynb #aa412c81
+# %% ../nbs/00b_fused.ipynb #550251bb
 class FusedPass(NamedTuple):
     "What one pass over the logits leaves behind."
     loss: Tensor|None   # The weighted mean or the sum, a scalar; None for 'none'
@@ -468,7 +468,7 @@ def _as(g: Tensor, shape, moved: int|None) -> Tensor:
     if moved is None: return g if g.ndim == len(shape) else g.view(shape)
     return g.view([*shape[:moved], *shape[moved + 1:], shape[moved]]).movedim(-1, moved)
 
-# %% ../nbs/00b_fused.ipynb #b76d97ac
+# %% ../nbs/00b_fused.ipynb #43986cb6
 def traced(x: Tensor) -> bool:
     "Is somebody tracing or transforming what happens to `x`?"
     return (torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()

@@ -3,7 +3,6 @@ import math
 import re
 import subprocess
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
