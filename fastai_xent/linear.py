@@ -15,26 +15,31 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .losses import _REDUCTIONS, XentLossFlat, _may_reuse, _reduce, _version
+from .fused import fused_pass, usable
+from .losses import _REDUCTIONS, XentLossFlat, _Call, _first_bad, _may_reuse, _read_first, _reduce
 from .numerics import (XentStats, _argmax, _bad_targ, _check_smoothing, _check_targ, _check_weight, _plain,
-                                  _raise_bad_targ, _rest_loss, _rest_norm, _soft_grad, _soft_loss, _soft_targ, _versus_rest)
+                                  _raise_bad_targ, _rest_entropy, _rest_loss, _rest_norm, _soft_grad, _soft_loss, _soft_targ, _versus_rest)
 
 # %% ../nbs/01a_linear.ipynb #73de4dd5
+_NO_LABEL = -2**62 # no label has this number: the rows without one are told apart by their scale
+
 def _chunk_xent(z, y, weight, eps, scale):
     "Statistics of the rows `z`, and the gradient of their losses in `z`, each row times its `scale` (none if that is None)."
-    r = _versus_rest(z, y, 1)
+    done = fused_pass(z, y, weight, _NO_LABEL, want_grad=scale is not None, scale=scale) if not eps and usable(z) else None
+    if done is not None: return done.stats(y.shape), done.grad
+    r, klass = _versus_rest(z, y, 1), _argmax(z, 1)
     d, el2n, w = r.d.squeeze(1), _rest_norm(r, 1), 1. if weight is None else weight[y]
     if eps:
         t = _soft_targ(z, y, False, weight, eps, 1)
         g = _soft_grad(z, t, 1)
         loss, norm = _soft_loss(z, t, 1), torch.linalg.vector_norm(g, dim=1)
         if scale is not None: g.mul_(scale.unsqueeze(1))
-    else:
-        loss, norm = w * _rest_loss(d), w * el2n
-        if scale is not None:
-            S = r.S.clamp_min(torch.finfo(z.dtype).tiny)
-            g = r.e.scatter_(1, y.unsqueeze(1), -S).mul_(torch.sigmoid(-r.d) / S * (w * scale).unsqueeze(1))
-    return XentStats(loss, norm, el2n, torch.sigmoid(d), r.margin.squeeze(1), _argmax(z, 1)), None if scale is None else g
+    else: loss, norm = w * _rest_loss(d), w * el2n
+    entropy = _rest_entropy(r, 1, room=z)             # the logits have done their work
+    if not eps and scale is not None:
+        S = r.S.clamp_min(torch.finfo(z.dtype).tiny)
+        g = r.e.scatter_(1, y.unsqueeze(1), -S).mul_(torch.sigmoid(-r.d) / S * (w * scale).unsqueeze(1))
+    return XentStats(loss, norm, el2n, torch.sigmoid(d), r.margin.squeeze(1), entropy, klass), None if scale is None else g
 
 # %% ../nbs/01a_linear.ipynb #3eaf75eb
 _CHUNK = 2**22 # logits that exist at a time, unless that is fewer rows than a matrix product needs to be fast
@@ -143,7 +148,7 @@ def linear_xent(
 
 def _in_shape(stats, out, shape):
     "Statistics without those of the rows that are `out`, in the shape of the targets."
-    return XentStats(*(o.masked_fill(out, torch.nan).view(shape) for o in stats[:5]), stats.pred.masked_fill(out, -1).view(shape))
+    return XentStats(*(o.masked_fill(out, torch.nan).view(shape) for o in stats[:-1]), stats.pred.masked_fill(out, -1).view(shape))
 
 # %% ../nbs/01a_linear.ipynb #16085df8
 _KEEPS = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.cpu, Tensor.cuda, Tensor.detach, Tensor.clone, torch.clone,
@@ -232,11 +237,10 @@ class LinearXentLossFlat(XentLossFlat):
         targ = self._fit(h, _plain(targ))
         if targ.is_cuda and not targ.is_floating_point():
             func._late.look()
-            func._late.put(targ, _bad_targ(targ, self.n_classes, self.ignore_index), self.n_classes, self.ignore_index)
+            func._late.put(_first_bad(targ, _bad_targ(targ, self.n_classes, self.ignore_index)), _read_first, targ.shape, self.n_classes, self.ignore_index)
         loss, stats = linear_xent(h, inp.head.weight, targ, inp.head.bias, weight=func.weight, ignore_index=self.ignore_index,
                                   label_smoothing=self.label_smoothing, reduction=reduction, chunk=self.chunk, with_stats=True)
-        args = dict(pred=h.detach(), targ=targ.detach(), weight=func.weight)
-        func._last = dict(args=args, versions=[_version(o) for o in args.values()], stats=stats)
+        func._last = _Call(h.detach(), targ.detach(), func.weight, {}, stats)
         loss = loss.float()
         return self._as_fastai(loss) if self.compat and loss.ndim else loss
 

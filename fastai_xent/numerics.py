@@ -1,4 +1,4 @@
-"""Cross-entropy of logits, its gradient, and six facts about every row, accurate where the textbook formulas are not
+"""Cross-entropy of logits, its gradient, and seven facts about every row, accurate where the textbook formulas are not
 
 Docs: https://fastai-xent.github.io/fastai_xent/numerics.html.md"""
 
@@ -51,6 +51,12 @@ def _rest_norm(r: _Rest, axis: int) -> Tensor:
     S = r.S.clamp_min(torch.finfo(r.S.dtype).tiny)
     norm = torch.linalg.vector_norm(r.e, dim=axis, keepdim=True) / S
     return (torch.sigmoid(-r.d) * norm.square().add_(1).sqrt_()).squeeze(axis)
+
+def _rest_entropy(r: _Rest, axis: int, room: Tensor|None = None) -> Tensor:
+    "−Σ p ln p, n d…; with a = |d| the part of label or rest is softplus(−a) + a σ(−a). `room` may be written over."
+    a, S = r.d.abs().clamp_max(torch.finfo(r.d.dtype).max), r.S.clamp_min(torch.finfo(r.S.dtype).tiny)
+    rest = S.log() + torch.special.entr(r.e, out=room).sum(axis, keepdim=True) / S
+    return (_rest_loss(a) + a * torch.sigmoid(-a) + torch.sigmoid(-r.d) * rest).squeeze(axis)
 
 # %% ../nbs/00_numerics.ipynb #6995678d
 _INT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
@@ -174,6 +180,7 @@ class XentStats(NamedTuple):
     el2n: Tensor      # ‖softmax(z) − onehot(label)‖₂, unweighted and unsmoothed; from 0 to √2 (Paul et al. 2021)
     p_targ: Tensor    # Probability of the label
     margin: Tensor    # Logit of the label − largest other logit (Pleiss et al. 2020); positive where the label wins
+    entropy: Tensor   # Of the prediction, −Σ p ln p, in nats; whatever the label is
     pred: Tensor      # The class with the largest logit, int64; −1 where ignored
 
 def _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis) -> Tensor:
@@ -200,7 +207,7 @@ def xent_stats(
     axis: int = 1, # The class axis
     mix: tuple|None = None, # For rows mixed from two items, as MixUp does: the other item's target `n d…`, and the share of the row's own item, `n`
 ) -> XentStats:
-    "Loss, gradient norm, EL2N, probability of the label, margin and predicted class of every row, without a graph."
+    "Loss, gradient norm, EL2N, probability of the label, margin, entropy and predicted class of every row, without a graph."
     z, y, ignored, probs, axis = _read(pred, targ, weight, ignore_index, label_smoothing, axis)
     r = _versus_rest(z, y, axis)
     el2n, d = _rest_norm(r, axis), r.d.squeeze(axis)
@@ -212,5 +219,5 @@ def xent_stats(
         if mix is not None: t = _mixed(z, t.masked_fill(ignored.unsqueeze(axis), 0.), mix, weight, ignore_index, label_smoothing, axis)
         loss, grad_norm = _soft_loss(z, t, axis), torch.linalg.vector_norm(_soft_grad(z, t, axis), dim=axis)
     trained = [loss, grad_norm] if mix is not None else [f.masked_fill(ignored, math.nan) for f in (loss, grad_norm)]
-    of_label = [f.masked_fill(ignored, math.nan) for f in (el2n, torch.sigmoid(d), r.margin.squeeze(axis))]
+    of_label = [f.masked_fill(ignored, math.nan) for f in (el2n, torch.sigmoid(d), r.margin.squeeze(axis), _rest_entropy(r, axis))]
     return XentStats(*trained, *of_label, _argmax(z, axis).masked_fill(ignored, -1))

@@ -29,7 +29,7 @@ from fastprogress.fastprogress import progress_bar
 
 import fastai_xent.bridges  # noqa: F401 a record's `add_probs`
 from .items import NoItemIdentity, class_names, fingerprint, items_frame, tap_rows
-from .losses import XentLoss
+from .numerics import XentStats
 from .rows import Batch, MixTap, NotRecordable, RowBuffer, expected_loss, put_back, read_batch, row_stats
 from .store import XentRecord
 
@@ -41,7 +41,6 @@ class _Listening:
     dataset: object  # What the loader reads
     tap: object      # Knows which item a row is
     rows: RowBuffer  # The rows so far
-    loss: object = None     # The `XentLoss` that computes its statistics in one pass for us, if there is one
     mix: MixTap|None = None # Looks on while rows are mixed
     maps: list = field(default_factory=list) # Positions of chosen items: (item, columns)
     probs: '_Probs|None' = None # Probabilities of all classes, if they are kept
@@ -50,7 +49,6 @@ class _Listening:
         "Leave loader, loss and mixing callback as they were."
         self.tap.remove()
         if self.mix is not None: self.mix.remove()
-        if self.loss is not None: self.loss._listening = False
 
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss', 'after_train', 'after_validate',
           'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
@@ -198,8 +196,7 @@ def _open(self: XentRecorder, split):
     self._heard, learn = True, self.learn
     now = self._listen(split, learn.dl)
     if now is None: return
-    self._now, loss = now, getattr(learn.loss_func, 'func', learn.loss_func)
-    if isinstance(loss, XentLoss): now.loss, loss._listening = loss, True
+    self._now = now
     mixers = [cb for cb in learn.cbs if isinstance(cb, MixHandler) and cb.run] if split == 'train' else []
     if mixers: now.mix = MixTap(mixers[0]).install()
     if len(mixers) > 1: raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: what they make of them is not known")
@@ -414,8 +411,7 @@ def _take_maps(self: XentRecorder, batch, i):
 
 def _by_item(maps: list) -> dict: # item → column → array
     "The kept positions, on the host."
-    names = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'pred')
-    return {item: {k: v.cpu().numpy() for k, v in zip(names, cols)} for item, cols in maps}
+    return {item: {k: v.cpu().numpy() for k, v in zip(XentStats._fields, cols)} for item, cols in maps}
 
 # %% ../nbs/05_recorder.ipynb #04e306f3
 def _most_bytes(keep_probs) -> float: # 0: keep none

@@ -21,6 +21,7 @@ from fastai.losses import BaseLoss
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
+from .fused import fused_stats
 from .linear import Features
 from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats, _plain, _rows, xent_stats
@@ -66,10 +67,10 @@ def row_stats(
 ) -> XentStats: # In the shape of the targets
     "The statistics of rows that were trained with `loss_func`."
     settings = xent_settings(loss_func)
-    if settings is not None: return xent_stats(pred, targ, **settings, mix=mix)
+    if settings is not None: return fused_stats(pred, targ, **settings, mix=mix)
     axis = getattr(loss_func, 'axis', 1) % pred.ndim
     loss, grad_norm = _asked_loss(loss_func, pred, targ, axis, mix)
-    return xent_stats(pred, targ, axis=axis)._replace(loss=loss, grad_norm=grad_norm)
+    return fused_stats(pred, targ, axis=axis)._replace(loss=loss, grad_norm=grad_norm)
 
 # %% ../nbs/04a_rows.ipynb #0ff3db6b
 class _Partners(TorchFunctionMode):
@@ -137,14 +138,15 @@ def read_batch(
     axis = getattr(loss_func, 'axis', 1) if settings is None else settings['axis']
     if pred.ndim < 2 or not pred.is_floating_point() or not -pred.ndim <= axis < pred.ndim:
         raise NotRecordable(f"predictions are {pred.dtype} of shape {list(pred.shape)}, expected class logits with the classes in axis {axis}")
-    axis, what = axis % pred.ndim, f"targets are {targ.dtype} of shape {list(targ.shape)} for predictions of shape {list(pred.shape)} and {loss_func}"
+    axis = axis % pred.ndim
+    def refuse(why): raise NotRecordable(f"targets are {targ.dtype} of shape {list(targ.shape)} for predictions of shape {list(pred.shape)} and {loss_func}{why}")
     rows = _rows(pred, axis)
     if targ.is_floating_point():
-        if settings is None or targ.shape != pred.shape: raise NotRecordable(f"{what}: a regression, or several labels an item; expected classes")
+        if settings is None or targ.shape != pred.shape: refuse(": a regression, or several labels an item; expected classes")
     elif list(targ.shape) != rows:
-        if [s for s in targ.shape if s != 1] != [s for s in rows if s != 1]: raise NotRecordable(f"{what}; expected targets of shape {rows}")
+        if [s for s in targ.shape if s != 1] != [s for s in rows if s != 1]: refuse(f"; expected targets of shape {rows}")
         targ = targ.view(rows)
-    if settings is None and pred.shape[axis] == 1: raise NotRecordable(f"{what}: a regression, or one logit for two classes; expected a logit for each class")
+    if settings is None and pred.shape[axis] == 1: refuse(": a regression, or one logit for two classes; expected a logit for each class")
     batch = Batch(pred, targ, loss_func, axis)
     if mix_tap is not None:
         batch.partner, other, lam = mix_tap.mixed(len(pred))
@@ -164,100 +166,118 @@ def per_item(
     "The means over each item's valid positions; nan where there is none."
     valid = (stats.pred >= 0).flatten(1)
     n_pos = valid.sum(1)
-    means = [torch.where(valid, f.flatten(1), 0.).sum(1) / n_pos for f in stats[:5]]
+    means = [torch.where(valid, f.flatten(1), 0.).sum(1) / n_pos for f in stats[:-1]]
     return XentStats(*means, torch.full_like(n_pos, -1)), n_pos
 
 # %% ../nbs/04a_rows.ipynb #798668e6
-_FLOATS = XentStats._fields[:5]
+_FLOATS = XentStats._fields[:-1]
 _WAITING = 2**20 # logits that are kept until their statistics are computed
 
 class RowBuffer:
     "Statistics of the rows of one pass, in order of arrival."
     def __init__(self, capacity: int): # A first guess of the number of rows
-        self.at, self.sizes, self.steps, self.capacity, self.n, self.waiting, self.kept = [], [], [], max(capacity, 1), 0, 0, {}
+        self.at, self.sizes, self.steps, self.capacity, self.n = [], [], [], max(capacity, 1), 0
+        self.parts, self.late, self.z = [], [], None  # columns of each batch; those whose statistics come later, and their logits
 
     def add(self,
         i: int, # Number of the batch in its pass
         batch: Batch,
         step: int = -1, # Number of the training batch in its fit
+        extra: dict|None = None, # Further columns: a tensor of `n` numbers by name
     ) -> None:
         "Take a batch. A batch that comes twice is taken once."
         if self.at and self.at[-1] == i: return
+        part = {} if not extra else {k: v.detach().clone() for k, v in extra.items()}
+        last = _last_call(batch)
+        if last is not None and last.done is not None and not batch.dense: part.update(last.done.columns())
+        elif _may_wait(batch, last): self._wait(batch, part)
+        else: self._now(batch, last, part)
         self.at.append(i)
         self.sizes.append(len(batch.pred))
         self.steps.append(step)
-        if not self._small(batch): self._keep_now(batch)
-        else: self._wait(batch)
+        self.parts.append(part)
+        self.n += len(batch.pred)
 
-    def _small(self, b):
-        return not b.dense and b.mix is None and not b.targ.is_floating_point() and b.pred.numel() <= _WAITING // 4 and xent_settings(b.loss_func) is not None \
-            and _kept_stats(b) is None
-
-    def _keep_now(self, b):
-        self._flush()
-        stats = _kept_stats(b)
-        try: stats = row_stats(b.loss_func, b.pred, b.targ, b.mix) if stats is None else stats
+    def _now(self, b, last, part):
+        "The statistics of a batch, taken over or computed."
+        try: stats = b.stats or last and _stats_of(last) or row_stats(b.loss_func, b.pred, b.targ, b.mix)
         except IndexError as e: raise NotRecordable(str(e)) from None     # a target that is no class, and a loss that does not mind
-        extra = {} if b.mix is None else dict(lam=b.mix[1], partner=b.partner + self.n)
-        if b.dense: stats, extra['n_pos'] = per_item(stats)
-        targ = stats.pred if b.dense else b.targ.argmax(b.axis) if b.targ.is_floating_point() else b.targ
-        self._keep(stats, targ, **extra)
+        if b.mix is not None: part.update(lam=b.mix[1], partner=b.partner + self.n)
+        if b.dense: stats, part['n_pos'] = per_item(stats)
+        targ = stats.pred if b.dense else b.targ.argmax(b.axis) if b.targ.is_floating_point() else b.targ.clone()
+        part.update(stats._asdict(), targ=targ)
 
-    def _wait(self, b):
+    def _wait(self, b, part):
         "Leave a copy of the logits in the buffer."
         settings, c = xent_settings(b.loss_func), b.pred.shape[1]
         w = settings['weight']
-        key = (c, b.pred.dtype, settings['ignore_index'], settings['label_smoothing'], id(w), getattr(w, '_version', 0))
-        if self.waiting and (key != self.key or self.waiting + len(b.pred) > len(self.z)): self._flush()
-        if not self.waiting:
+        key = (c, b.pred.dtype, b.pred.device, settings['ignore_index'], settings['label_smoothing'], id(w), getattr(w, '_version', 0))
+        at = sum(n for _, n in self.late)
+        if self.late and (key != self.key or at + len(b.pred) > len(self.z)): at = self._flush()
+        if not self.late:
             self.key, self.settings = key, {**settings, 'weight': None if w is None else w.clone()}
-            if not hasattr(self, 'z') or self.z.shape[1] != c or len(self.z) < len(b.pred) or self.z.dtype != b.pred.dtype:
+            if self.z is None or self.z.shape[1] != c or len(self.z) < len(b.pred) or self.z.dtype != b.pred.dtype or self.z.device != b.pred.device:
                 rows = max(len(b.pred), min(self.capacity, _WAITING // c))
                 self.z, self.y = b.pred.new_empty(rows, c), b.pred.new_empty(rows, dtype=torch.long)
-        to = slice(self.waiting, self.waiting + len(b.pred))
+        to = slice(at, at + len(b.pred))
         self.z[to] = b.pred
         self.y[to] = b.targ
-        self.waiting += len(b.pred)
+        self.late.append((part, len(b.pred)))
 
-    def _flush(self):
-        if not self.waiting: return
-        z, y, self.waiting = self.z[:self.waiting], self.y[:self.waiting], 0
-        self._keep(xent_stats(z, y, **self.settings), y)
-
-    def _column(self, name, like, n):
-        "Room for `n` more values of a column; what is not written stays nan or −1."
-        if name not in self.kept or self.n + n > len(self.kept[name]):
-            old, dtype = self.kept.get(name), torch.float32 if like.is_floating_point() else torch.int32
-            new = torch.full((max(self.capacity, 2 * self.n, self.n + n),), torch.nan if dtype.is_floating_point else -1, dtype=dtype, device=like.device)
-            if old is not None: new[:self.n] = old[:self.n]
-            self.kept[name] = new
-        return self.kept[name][self.n:self.n + n]
-
-    def _keep(self, stats, targ, **extra):
-        "Append the statistics of some rows."
-        n = len(stats.loss)
-        for name, v in {**stats._asdict(), 'targ': targ, **extra}.items(): self._column(name, v, n)[:] = v
-        for name in self.kept.keys() - {*stats._fields, 'targ', *extra}: self._column(name, self.kept[name], n)
-        self.n += n
+    def _flush(self) -> int: # Logits that wait after it
+        "Compute the statistics of the batches that wait."
+        late, self.late, at = self.late, [], 0
+        if not late: return 0
+        y = self.y[:sum(n for _, n in late)].clone()
+        stats = xent_stats(self.z[:len(y)], y, **self.settings)
+        for part, n in late:
+            part.update({k: v[at:at + n] for k, v in stats._asdict().items()}, targ=y[at:at + n])
+            at += n
+        return 0
 
     def cols(self) -> dict: # Arrays by column's name; `partner` as a place among these rows
         "Everything so far, brought to the host at once."
         self._flush()
         if not self.n: return {}
-        cols = {}
-        for kind in (torch.float32, torch.int32):
-            names = [k for k, v in self.kept.items() if v.dtype == kind]
-            cols.update(zip(names, torch.stack([self.kept[k][:self.n] for k in names]).cpu().numpy()))
+        names = list(dict.fromkeys([*XentStats._fields, 'targ', *(k for p in self.parts for k in p)]))
+        cols = _on_host({name: _joined([p.get(name) for p in self.parts], self.sizes) for name in names})
         if max(self.steps) >= 0: cols['step'] = np.repeat(np.array(self.steps, dtype=np.int32), self.sizes)
         return cols
 
-def _kept_stats(b: Batch) -> XentStats|None:
-    "The statistics that the loss has computed for this very batch in the pass of the loss."
-    if b.stats is not None: return b.stats
+def _joined(pieces: list, sizes: list):
+    "One column, float32 or int32; where a batch does not have it, it is nan or −1."
+    like = next(o for o in pieces if o is not None)
+    if isinstance(like, np.ndarray) and all(o is None or isinstance(o, np.ndarray) for o in pieces):
+        dtype = np.float32 if like.dtype.kind == 'f' else np.int32
+        return np.concatenate([np.full(n, np.nan if dtype is np.float32 else -1) if o is None else o for o, n in zip(pieces, sizes)], dtype=dtype, casting='unsafe')
+    pieces = [torch.from_numpy(o) if isinstance(o, np.ndarray) else o for o in pieces]
+    like = next(o for o in pieces if o is not None)
+    dtype = torch.float32 if like.is_floating_point() else torch.int32
+    return torch.cat([like.new_full((n,), torch.nan if dtype.is_floating_point else -1, dtype=dtype) if o is None else o.to(like.device, dtype) for o, n in zip(pieces, sizes)])
+
+def _on_host(cols: dict) -> dict:
+    "The columns as arrays; those on another device come in one transfer a dtype."
+    res = {k: v for k, v in cols.items() if isinstance(v, np.ndarray)}
+    for kind in {(v.dtype, v.device) for k, v in cols.items() if k not in res}:
+        names = [k for k, v in cols.items() if isinstance(v, Tensor) and (v.dtype, v.device) == kind]
+        res.update(zip(names, torch.stack([cols[k] for k in names]).cpu().numpy()))
+    return {k: res[k] for k in cols}
+
+def _last_call(b: Batch):
+    "What the loss remembers of its last call, if that was for this very batch."
     func = getattr(b.loss_func, 'func', b.loss_func)
-    last = getattr(func, '_last', None) if isinstance(func, XentLoss) and b.mix is None else None
-    fits = last is not None and 'stats' in last and last['args']['pred'].data_ptr() == b.pred.data_ptr() and last['args']['pred'].shape == b.pred.shape
-    return last['stats'] if fits else None
+    last = func._last if isinstance(func, XentLoss) and b.mix is None and b.stats is None else None
+    if last is None or last.pred.data_ptr() != b.pred.data_ptr() or last.pred.shape != b.pred.shape: return None
+    return last if last.targ.data_ptr() == b.targ.data_ptr() and last.targ.numel() == b.targ.numel() else None
+
+def _stats_of(last) -> XentStats|None:
+    "The statistics that came with the loss."
+    return last.done.stats(last.targ.shape) if last.done is not None else last.stats
+
+def _may_wait(b: Batch, last) -> bool:
+    "A small batch on a device, whose statistics nobody has."
+    return b.pred.device.type != 'cpu' and b.stats is None and (last is None or last.stats is None) and not b.dense and b.mix is None \
+        and not b.targ.is_floating_point() and b.pred.numel() <= _WAITING // 4 and xent_settings(b.loss_func) is not None
 
 # %% ../nbs/04a_rows.ipynb #f4304465
 def expected_loss(batch: Batch) -> Tensor: # A scalar

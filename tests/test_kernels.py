@@ -3,7 +3,6 @@ import math
 import re
 import subprocess
 import warnings
-from contextlib import contextmanager
 from pathlib import Path
 from tempfile import NamedTemporaryFile
 from types import SimpleNamespace
@@ -74,13 +73,6 @@ def assert_stats(stats, exact, **tol):
         assert got.dtype == torch.float32 and got.shape == want.shape
         assert_close(got.double(), want.double(), equal_nan=True, msg=lambda m: f'{name}: {m}', **(tol or F32))
     assert_close(stats.pred, exact.pred)
-
-
-@contextmanager
-def enabled(value=True):
-    old, kernels.ENABLED = kernels.ENABLED, value
-    try: yield
-    finally: kernels.ENABLED = old
 
 
 # -- the forward pass
@@ -369,13 +361,12 @@ def test_facts():
 def test_usable():
     z = torch.zeros(2, 3, device=DEVICE)
     assert usable(z) == z.is_cuda
-    with enabled(True): assert usable(z) and usable(z.half()) and usable(z.bfloat16()) and not usable(z.double())
-    with enabled(False): assert not usable(z) and kernel_loss(z, torch.zeros(2, dtype=torch.long, device=DEVICE)) is None
+    assert usable(z, True) and usable(z.half(), True) and usable(z.bfloat16(), True) and not usable(z.double(), True)
 
 
 def test_without_triton(monkeypatch):
     monkeypatch.setattr(kernels, 'find_spec', lambda name: None)
-    with enabled(True): assert not usable(torch.zeros(2, 3))
+    assert not usable(torch.zeros(2, 3), True)
 
 
 def test_failure_warns_once(monkeypatch):
@@ -389,7 +380,24 @@ def test_failure_warns_once(monkeypatch):
         warnings.simplefilter('error')
         assert kernel_loss(on_gpu, targ) is None
     monkeypatch.setattr(KernelLoss, 'apply', broken)
-    with enabled(), pytest.raises(RuntimeError, match='no compiler'): kernel_loss(pred, targ)
+    with pytest.raises(RuntimeError, match='no compiler'): kernel_loss(pred, targ, always=True)
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
+def test_the_small_problem_is_solved(dtype):
+    kernels._try.__wrapped__(torch.device(DEVICE), dtype)
+
+
+@pytest.mark.parametrize('wrong', ['loss', 'grad', *XentStats._fields])
+def test_a_wrong_answer_to_the_small_problem_is_noticed(monkeypatch, wrong):
+    real = kernels._pass
+    def spoilt(*args, **kw):
+        out = real(*args, **kw)
+        if wrong == 'loss' : return out._replace(rows=out.rows * 1.01)
+        if wrong == 'grad': return out._replace(grad=out.grad * 1.01)
+        return out._replace(stats=out.stats._replace(**{wrong: getattr(out.stats, wrong) + 1}))
+    monkeypatch.setattr(kernels, '_pass', spoilt)
+    with pytest.raises(ArithmeticError, match='answers to a small problem are wrong'): kernels._try.__wrapped__(torch.device(DEVICE), torch.float32)
 
 
 def test_memory_runs_out_loudly(monkeypatch):

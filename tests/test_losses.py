@@ -106,10 +106,10 @@ def graph(loss):
     return {o.name() for o in seen}
 
 
-@pytest.fixture(params=['one_pass', 'torch'])
+@pytest.fixture(params=['fused', 'torch'])
 def way(request, monkeypatch):
-    "Every batch goes this way, whatever its size."
-    monkeypatch.setattr(losses, '_ONE_PASS', 0 if request.param == 'one_pass' else 2**62)
+    "The way of every batch that can go it."
+    monkeypatch.setattr(losses, 'WAY', None if request.param == 'fused' else 'torch')
     return request.param
 
 
@@ -174,47 +174,43 @@ def test_flat_gives_what_fastai_gives_for_masks(way, shape, option, reduction):
 @each_reduction
 @each_option
 @each_layout
-def test_small_batches_are_torch_s_bit_for_bit(shape, axis, option, reduction):
+def test_the_torch_way_is_torch_s_bit_for_bit(monkeypatch, shape, axis, option, reduction):
+    monkeypatch.setattr(losses, 'WAY', 'torch')
     pred, targ, kw = problem(shape, axis, **option)
-    assert pred.numel() < losses._ONE_PASS
     for Loss in (XentLoss, XentLossFlat):
         assert_same(run(Loss(**kw, axis=axis, reduction=reduction), pred, targ), reference(pred, targ, kw, axis, reduction))
 
 
 @each_reduction
 @each_option
-@pytest.mark.parametrize('size, name', [((32, 1000), 'torch'), ((33, 1000), 'one_pass')], ids=['below', 'above'])
-def test_sizes_on_both_sides_of_the_threshold_agree_with_torch(size, name, option, reduction):
-    assert (size[0] * size[1] >= losses._ONE_PASS) == (name == 'one_pass')
-    pred, targ, kw = problem(size, 1, **{k: v for k, v in option.items() if k != 'weight'})
-    if option.get('weight'): kw['weight'] = torch.linspace(.5, 2, size[1])
+@pytest.mark.parametrize('shape', [(1, 1000), (33, 1000), (300, 10), (3, 5, 40, 41)], ids=str)
+def test_larger_batches_agree_with_torch(shape, option, reduction):
+    pred, targ, kw = problem(shape, 1, **{k: v for k, v in option.items() if k != 'weight'})
+    if option.get('weight'): kw['weight'] = torch.linspace(.5, 2, shape[1])
     assert_same(run(XentLoss(**kw, reduction=reduction), pred, targ), reference(pred, targ, kw, 1, reduction), **F32)
 
 
 @both_keep
-def test_the_shape_of_a_batch_alone_decides_its_way(keep_stats):
-    big, small = torch.zeros(33, 1000, requires_grad=True), torch.zeros(32, 1000, requires_grad=True)
-    loss_func = XentLoss(keep_stats=keep_stats)
-    names = graph(loss_func(big, torch.zeros(33, dtype=torch.long)))
-    assert any('RestLoss' in o for o in names) and not any('NllLoss' in o for o in names)
-    names = graph(loss_func(small, torch.zeros(32, dtype=torch.long)))
-    assert any('NllLoss' in o for o in names) and not any('RestLoss' in o for o in names)
+def test_settings_alone_decide_the_way(keep_stats):
+    targ = torch.zeros(6, dtype=torch.long)
+    for kw, y, fused in (({}, targ, True), (dict(weight=torch.ones(4)), targ, True), (dict(label_smoothing=.1), targ, False), ({}, torch.ones(6, 4) / 4, False)):
+        names = graph(XentLoss(**kw, keep_stats=keep_stats)(torch.zeros(6, 4, requires_grad=True), y))
+        assert any('FusedLoss' in o for o in names) == fused
 
 
 def test_both_ways_agree(monkeypatch):
     for (shape, axis), option in product(LAYOUTS.values(), OPTIONS.values()):
         pred, targ, kw = problem(shape, axis, **option)
         got = []
-        for size in (0, 2**62):
-            monkeypatch.setattr(losses, '_ONE_PASS', size)
+        for name in (None, 'torch'):
+            monkeypatch.setattr(losses, 'WAY', name)
             got.append(run(XentLoss(**kw, axis=axis), pred, targ))
         assert_same(*got, **F32)
 
 
-def test_a_confident_row_has_a_loss_and_a_gradient_where_torch_has_none(monkeypatch):
+def test_a_confident_row_has_a_loss_and_a_gradient_where_torch_has_none():
     pred, targ = torch.tensor([[20., 0., 0.], [60., 0., 0.]]), torch.tensor([0, 0])
     assert_close(F.cross_entropy(pred, targ), torch.tensor(0.), **EXACT)
-    monkeypatch.setattr(losses, '_ONE_PASS', 0)
     loss, grad = run(XentLoss(reduction='none'), pred, targ)
     assert_close(loss.double(), F.softplus(math.log(2) - pred[:, 0].double(), threshold=99), rtol=1e-5, atol=0)
     want = xent_grad(pred.double(), targ) * down(loss).double()[:, None]
@@ -408,8 +404,7 @@ def test_gradients_accumulate_in_a_leaf_and_stay_their_own(way, Loss):
     assert_close(leaf.grad, ONCE + run(nn.CrossEntropyLoss(), Z, other)[1] / .5, **F32)
 
 
-def test_the_buffer_of_the_one_pass_becomes_the_gradient_unless_the_graph_is_kept(monkeypatch):
-    monkeypatch.setattr(losses, '_ONE_PASS', 0)
+def test_the_buffer_of_the_one_pass_becomes_the_gradient_unless_the_graph_is_kept():
     saved, leaf = [], Z.clone().requires_grad_()
     with torch.autograd.graph.saved_tensors_hooks(lambda t: (saved.append(t.data_ptr()), t)[1], lambda t: t): loss = XentLoss()(leaf, Y)
     kept, = torch.autograd.grad(loss, leaf, retain_graph=True)
@@ -452,12 +447,6 @@ def test_first_and_second_derivatives_are_those_of_finite_differences(way, Loss,
     if reduction != 'none': loss_func = getattr(loss_func, 'func', loss_func)     # before the float32 of fastai's scalars: differences need all digits
     f, leaf = lambda z: loss_func(z, targ), pred.requires_grad_()
     assert torch.autograd.gradcheck(f, leaf) and torch.autograd.gradgradcheck(f, leaf)
-
-
-def test_derivatives_of_the_rest_loss_are_those_of_finite_differences():
-    pred, targ, _ = problem((2, 3, 2), 1, dtype=torch.float64, scale=1.)
-    rows = lambda z: losses._RestLoss.apply(z, targ, 1, None)
-    assert torch.autograd.gradcheck(rows, pred.requires_grad_()) and torch.autograd.gradgradcheck(rows, pred)
 
 
 @each_loss
@@ -669,17 +658,19 @@ def test_stats_are_refused_before_a_call(way, Loss, keep_stats):
 
 @pytest.mark.parametrize('like', [torch.Tensor, TensorBase, TensorImage])
 def test_stats_are_refused_after_the_logits_were_edited(like):
-    pred, loss_func = Z.clone().as_subclass(like), XentLossFlat()
+    pred, loss_func = Z.clone().as_subclass(like), XentLossFlat(label_smoothing=.1)    # these come later, not with the loss
     loss_func(pred, Y)
     pred += 1
     with pytest.raises(RuntimeError, match='the logits were changed in place after the loss was called'): loss_func.stats
 
 
-def test_stats_are_refused_after_a_step_of_logits_that_are_parameters(way):
+def test_stats_after_a_step_of_logits_that_are_parameters_are_those_of_before_or_none(way):
     leaf, loss_func = Z.clone().requires_grad_(), XentLoss()
     loss_func(leaf, Y).backward()
     torch.optim.SGD([leaf], lr=1.).step()
-    with pytest.raises(RuntimeError, match='changed in place'): loss_func.stats
+    if way == 'fused': assert_same(loss_func.stats, xent_stats(Z, Y), **F32)
+    else:
+        with pytest.raises(RuntimeError, match='changed in place'): loss_func.stats
 
 
 @each_loss
@@ -1103,9 +1094,9 @@ class Arrival:
 
 
 def test_a_message_of_a_bad_target_raises_when_it_has_arrived_and_only_once():
-    late, none, bad = losses._LateCheck(), torch.tensor([0, 0, 3]), torch.tensor([2, 7, 99])
+    late, none, bad = losses._LateCheck(), torch.tensor([0, 3, 0]), torch.tensor([7, 99, 2])
     late.look()
-    late.queue.extend([(Arrival(True), none, [8], 10, -100), (Arrival(False), bad, [4, 2], 10, -100)])
+    late.queue.extend([(Arrival(True), none, losses._read_first, [8], 10, -100), (Arrival(False), bad, losses._read_first, [4, 2], 10, -100)])
     late.look()
     assert len(late.queue) == 1
     late.queue[0][0].done = True

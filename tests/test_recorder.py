@@ -113,7 +113,7 @@ SAME = {
     'label smoothing': dict(loss_func=LabelSmoothingCrossEntropyFlat), 'dropout': dict(model=lambda: Net(dropout=.5)), 'mixup': dict(cbs=lambda: [MixUp()]), "mixup, fastai's loss": dict(cbs=lambda: [MixUp()], loss_func=CrossEntropyLossFlat),
     'accumulate': dict(cbs=lambda: [GradientAccumulation(20)]), "accumulate, fastai's loss": dict(cbs=lambda: [GradientAccumulation(20)], loss_func=CrossEntropyLossFlat),
     'one cycle': dict(train=train_one_cycle), 'fine tune': dict(train=train_fine_tune), 'start epoch': dict(train=train_start), 'twice': dict(train=train_twice), 'looking': dict(train=train_looking, model=lambda: Net(dropout=.5)),
-    'large batches': dict(one_pass=0), "large batches, fastai's loss": dict(one_pass=0, loss_func=CrossEntropyLossFlat), 'large batches, accumulate': dict(one_pass=0, cbs=lambda: [GradientAccumulation(20)]), 'large batches, mixup': dict(one_pass=0, cbs=lambda: [MixUp()]),
+    "torch's way": dict(way='torch'), "torch's way, fastai's loss": dict(way='torch', loss_func=CrossEntropyLossFlat), "torch's way, accumulate": dict(way='torch', cbs=lambda: [GradientAccumulation(20)]), "torch's way, mixup": dict(way='torch', cbs=lambda: [MixUp()]),
     'all': dict(workers=2, model=lambda: Net(dropout=.5), cbs=lambda: [MixUp(), GradientAccumulation(20)], train=train_one_cycle),
 }
 
@@ -121,7 +121,7 @@ SAME = {
 def test_same_training(name, tmp_path, monkeypatch):
     "Weights, optimizer, shown losses and random states are the same to the bit."
     kw = dict(SAME[name])
-    if 'one_pass' in kw: monkeypatch.setattr(losses, '_ONE_PASS', kw.pop('one_pass'))
+    if 'way' in kw: monkeypatch.setattr(losses, 'WAY', kw.pop('way'))
     train, cbs, loss, model = kw.pop('train', train_plain), kw.pop('cbs', list), kw.pop('loss_func', XentLossFlat), kw.pop('model', Net)
     def run(rec):
         set_seed(1)
@@ -169,11 +169,11 @@ VALUES = {
 }
 del VALUES['axis']
 
-@pytest.mark.parametrize('one_pass', [None, 0])
+@pytest.mark.parametrize('way', [None, 'torch'])
 @pytest.mark.parametrize('name', VALUES)
-def test_values(name, one_pass, monkeypatch):
+def test_values(name, way, monkeypatch):
     "Every row of every epoch, train and valid, against float64 and autograd on the predictions of the very model state."
-    if one_pass is not None: monkeypatch.setattr(losses, '_ONE_PASS', one_pass)
+    monkeypatch.setattr(losses, 'WAY', way)
     make, rows, kw = VALUES[name]
     truth, rec = Truth(rows, **kw), XentRecorder()
     learn = learner([truth, rec], make(), metrics=accuracy if isinstance(make(), BaseLoss) else None)
@@ -698,8 +698,8 @@ def test_no_waiting_for_the_device(monkeypatch):
                 calls.append((name, frame.f_code.co_name, frame.f_lineno))
             return real(self, *args, **kw)
         monkeypatch.setattr(torch.Tensor, name, counted)
-    for loss, one_pass, cbs in ((XentLossFlat, 2**15, []), (XentLossFlat, 0, []), (CrossEntropyLossFlat, 0, []), (FocalLossFlat, 0, []), (lambda: XentLossFlat(W, label_smoothing=.1), 0, []), (XentLossFlat, 0, [MixUp()])):
-        monkeypatch.setattr(losses, '_ONE_PASS', one_pass)
+    for loss, way, cbs in ((XentLossFlat, None, []), (XentLossFlat, 'torch', []), (CrossEntropyLossFlat, None, []), (CrossEntropyLossFlat, 'torch', []), (FocalLossFlat, None, []), (lambda: XentLossFlat(W, label_smoothing=.1), None, []), (XentLossFlat, None, [MixUp()])):
+        monkeypatch.setattr(losses, 'WAY', way)
         rec = XentRecorder()
         learn = learner([rec, Window(-5, True), Window(-5, False), *cbs], loss())
         learn.fit(2)

@@ -121,11 +121,11 @@ OPTIONS = {'plain': {}, 'weight': dict(weight=W), 'smooth': dict(label_smoothing
 
 def item_of(x): return x[:, -1].round().long()
 
-@pytest.mark.parametrize('one_pass', [2**15, 0])
+@pytest.mark.parametrize('way', [None, 'torch'])
 @pytest.mark.parametrize('Loss', [XentLossFlat, CrossEntropyLossFlat, nn.CrossEntropyLoss])
 @pytest.mark.parametrize('option', OPTIONS)
-def test_options(option, Loss, one_pass, monkeypatch):
-    monkeypatch.setattr(losses, '_ONE_PASS', one_pass)
+def test_options(option, Loss, way, monkeypatch):
+    monkeypatch.setattr(losses, 'WAY', way)
     kw = OPTIONS[option]
     learn, rec, batches = spied(lambda cbs: learner(cbs, Loss(**kw)))
     fit(learn, 2)
@@ -205,12 +205,12 @@ def unmix(kind, raw, x):
 
 MIXED = {**{f'XentLossFlat, {k}': functools.partial(XentLossFlat, **kw) for k, kw in OPTIONS.items()}, **{f'CrossEntropyLossFlat, {k}': functools.partial(CrossEntropyLossFlat, **kw) for k, kw in OPTIONS.items()}}
 
-@pytest.mark.parametrize('one_pass', [2**15, 0])
+@pytest.mark.parametrize('way', [None, 'torch'])
 @pytest.mark.parametrize('name', MIXED)
 @pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
-def test_mixed(kind, name, one_pass, monkeypatch):
+def test_mixed(kind, name, way, monkeypatch):
     "λ and the partner are those that the input shows; loss and gradient are those of the mixture; the rest speaks of the row's own label."
-    monkeypatch.setattr(losses, '_ONE_PASS', one_pass)
+    monkeypatch.setattr(losses, 'WAY', way)
     kw = OPTIONS[name.split(', ')[1]]
     ignore = kw.get('ignore_index', -100)
     learn, rec, batches = spied(lambda cbs: mixer(kind, cbs, MIXED[name]()))
@@ -428,12 +428,12 @@ def item_means(want, kind) -> tuple:
     ok = want['ok'].flatten(1)
     return {k: (v.flatten(1).nan_to_num(nan=0.) * ok).sum(1) / ok.sum(1) for k, v in want.items() if k != 'ok'}, ok.sum(1)
 
-@pytest.mark.parametrize('one_pass', [2**15, 0])
+@pytest.mark.parametrize('way', [None, 'torch'])
 @pytest.mark.parametrize('option', DENSE_OPTIONS)
 @pytest.mark.parametrize('kind, Loss', [(k, o) for k, v in DENSE_LOSSES.items() for o in v])
-def test_dense(kind, Loss, option, one_pass, monkeypatch):
+def test_dense(kind, Loss, option, way, monkeypatch):
     "One row an item: means over its valid positions, and their count; null where there is none."
-    monkeypatch.setattr(losses, '_ONE_PASS', one_pass)
+    monkeypatch.setattr(losses, 'WAY', way)
     (shape, axis), kw = KINDS[kind], DENSE_OPTIONS[option]
     ignore = kw.get('ignore_index', -100)
     learn, rec, batches = spied(lambda cbs: dense_learner(kind, cbs, Loss(axis=axis, **kw)))

@@ -1,0 +1,189 @@
+"The kernels for CPUs: layouts, precision, extremes, threads, and what happens without a compiler."
+import os
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.testing import assert_close
+
+from fastai_xent import fused, losses
+from fastai_xent.fused import fused_pass, fused_stats
+from fastai_xent.losses import XentLoss
+from fastai_xent.numerics import XentStats, xent_grad, xent_stats
+from fastai_xent.rows import Batch, RowBuffer
+
+ROOT = Path(__file__).parent.parent
+inf, nan = float('inf'), float('nan')
+
+def problem(shape, axis=1, dtype=torch.float32, scale=3., seed=0, ignore=-100):
+    g = torch.Generator().manual_seed(seed)
+    z = torch.randn(shape, generator=g, dtype=torch.float64).mul(scale).to(dtype)
+    y = torch.randint(0, shape[axis], [s for i, s in enumerate(shape) if i != axis % len(shape)], generator=g)
+    return z, y.masked_fill(torch.rand(y.shape, generator=g) < .2, ignore)
+
+SHAPES = {'rows': ((37, 11), 1), 'one row': ((1, 5), 1), 'one class': ((9, 1), 1), 'two classes': ((300, 2), 1), 'wide': ((3, 5000), 1), 'no rows': ((0, 4), 1), 'bare': ((6,), 0),
+          'mask': ((2, 5, 9, 13), 1), 'classes last': ((2, 9, 13, 5), 3), 'classes first': ((5, 70), 0), 'few positions': ((4, 6, 3), 1), 'long': ((2, 3, 1100), 1),
+          'many classes in a mask': ((1, 700, 6, 6), 1), 'no positions': ((2, 3, 0), 1)}
+VIEWS = {'plain': lambda z: z, 'reversed strides': lambda z: z.permute(*range(z.ndim)[::-1]).contiguous().permute(*range(z.ndim)[::-1]),
+         'every other': lambda z: z.repeat_interleave(2, z.ndim - 1)[..., ::2]}
+
+@pytest.mark.parametrize('weighted', [False, True])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('view', VIEWS)
+@pytest.mark.parametrize('shape, axis', SHAPES.values(), ids=SHAPES)
+def test_against_double(shape, axis, view, dtype, weighted):
+    z, y = problem(shape, axis, dtype)
+    w = torch.linspace(0, 2, shape[axis]) if weighted else None
+    z = VIEWS[view](z)
+    got = fused_pass(z, y, w, -100, axis)
+    tol = dict(rtol=2e-6, atol=2e-7) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-14)
+    exact, grad = xent_stats(z.double(), y, w, axis=axis), xent_grad(z.double(), y, w, axis=axis)
+    for name, a, b in zip(XentStats._fields, got.stats(y.shape), exact):
+        assert a.dtype == (dtype if a.is_floating_point() else torch.int64)
+        assert_close(a.to(b.dtype), b, equal_nan=True, msg=lambda m: f'{name}: {m}', **tol)
+    assert got.grad.shape == z.shape and got.grad.dtype == dtype
+    assert_close(got.grad.double(), grad, **tol)
+
+@pytest.mark.parametrize('shape', [(181, 3), (181, 1000), (1, 3, 181)], ids=str)
+def test_no_worse_than_torch_along_a_margin(shape):
+    "The largest relative error of loss and norm, from confidently wrong to known."
+    c, m = shape[1], torch.linspace(-100, 80, 181)
+    z = torch.randn(181, c, generator=torch.Generator().manual_seed(0))
+    z[:, 0] = m
+    if len(shape) == 3: z = z.T[None].contiguous()
+    y = torch.zeros([s for i, s in enumerate(shape) if i != 1], dtype=torch.long)
+    ours, exact = fused_stats(z, y), xent_stats(z.double(), y)
+    rel = lambda a, b: ((a.double() - b) / b).abs().max().item()
+    for name in ('loss', 'el2n', 'entropy', 'p_targ'): assert rel(getattr(ours, name), getattr(exact, name)) < 1e-5, name
+    assert rel(ours.loss, exact.loss) <= rel(F.cross_entropy(z, y, reduction='none'), exact.loss)
+    assert torch.equal(ours.margin, xent_stats(z, y).margin)
+
+ODD = [[0., 0., 0.], [-inf, 0., 1.], [0., -inf, -inf], [inf, 0., 1.], [0., inf, 1.], [nan, 0., 1.], [0., nan, 1.], [-inf, -inf, -inf], [3e38, -3e38, 0.], [-3e38, 3e38, 0.],
+       [2., 2., 1.], [1., 2., 2.], [-0., 0., 0.], [1e-40, 0., 0.], [0., -nan, 1.]]
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('plane', [False, True])
+@pytest.mark.parametrize('label', [0, 1, 2])
+def test_extremes_are_as_in_numerics(label, plane, dtype):
+    z = torch.tensor(ODD, dtype=dtype).repeat(3, 1)
+    y = torch.full((len(z),), label)
+    at = (lambda t: t.T[None].contiguous()) if plane else lambda t: t
+    got = fused_pass(at(z), y[None] if plane else y)
+    for name, a, b in zip(XentStats._fields, got.stats(y.shape), xent_stats(z, y)): assert_close(a, b, rtol=1e-5, atol=1e-7, equal_nan=True, msg=lambda m: f'{name}: {m}')
+    assert_close(got.grad, at(xent_grad(z, y)), rtol=1e-5, atol=1e-7, equal_nan=True)
+
+def test_entropy_is_that_of_the_prediction():
+    z, y = problem((50, 7), dtype=torch.float64, ignore=0)
+    p = z.softmax(1)
+    want = -(p * p.log()).sum(1)
+    assert_close(fused_stats(z, y).entropy, want)
+    assert_close(xent_stats(z, y, label_smoothing=.1, weight=torch.rand(7)).entropy, want)
+
+@pytest.mark.parametrize('shape', [(900, 1000), (4, 21, 120, 121)], ids=str)
+def test_the_number_of_threads_changes_no_bit(shape):
+    z, y = problem(shape)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(1)
+        alone = fused_pass(z, y, reduction='mean')
+        for threads in (2, 3, 7):
+            torch.set_num_threads(threads)
+            many = fused_pass(z, y, reduction='mean')
+            assert torch.equal(many.loss, alone.loss) and torch.equal(many.grad, alone.grad) and np.array_equal(many.facts, alone.facts, equal_nan=True)
+    finally: torch.set_num_threads(before)
+
+FORK = """
+import os, torch
+from fastai_xent.losses import XentLoss
+torch.set_num_threads(2)
+z, y = torch.randn(600, 1000, generator=torch.Generator().manual_seed(0)), torch.arange(600)
+loss = XentLoss()(z, y)                    # the pool's threads are there now, and are not in the child
+pid = os.fork()
+if not pid: os._exit(0 if torch.equal(XentLoss()(z, y), loss) else 3)
+assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
+"""
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason='this system has no fork')
+def test_a_forked_process_gets_threads_of_its_own():
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', FORK], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert not res.returncode, res.stderr
+
+def test_without_a_compiler_torch_does_the_work_after_one_warning(monkeypatch):
+    z, y = problem((6, 4))
+    want = XentLoss()(z, y)
+    def missing(keep): raise ImportError('no numba here')
+    monkeypatch.setattr(fused, '_compile', missing)
+    fused._kernels.cache_clear()
+    try:
+        leaf = z.clone().requires_grad_()
+        with pytest.warns(RuntimeWarning, match='numba does not compile.*no numba here'): loss = XentLoss()(leaf, y)
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            loss.backward()
+            func = XentLoss()
+            func(leaf, y)
+            assert_close(func.stats, xent_stats(z, y), equal_nan=True)
+            assert_close(fused_stats(z, y), xent_stats(z, y), equal_nan=True)
+        assert_close(loss.detach(), want)
+        assert_close(leaf.grad, xent_grad(z, y) / (y != -100).sum())
+    finally: fused._kernels.cache_clear()
+
+def test_wrong_kernels_are_not_used(monkeypatch):
+    real = fused._compile
+    monkeypatch.setattr(fused, '_compile', lambda keep: real(keep)._replace(total=lambda losses, klass: 7.))
+    fused._kernels.cache_clear()
+    try:
+        with pytest.warns(RuntimeWarning, match='ArithmeticError: two equal logits give'): assert fused_pass(torch.zeros(2, 3), torch.tensor([0, 1])) is None
+    finally: fused._kernels.cache_clear()
+
+def test_who_traces_gets_torch_s_operations():
+    z, y = problem((6, 4), ignore=0)
+    assert_close(torch.func.grad(lambda z: XentLoss()(z, y))(z), xent_grad(z, y) / 6)
+    assert_close(torch.func.vmap(lambda a, b: XentLoss()(a[None], b[None]))(z, y), F.cross_entropy(z, y, reduction='none'))
+    assert_close(torch.func.jvp(lambda z: XentLoss(reduction='sum')(z, y), (z,), (torch.ones_like(z),))[1], torch.zeros(()), atol=1e-6, rtol=0)
+    assert XentLoss()(z.to('meta'), y.to('meta')).device.type == 'meta'
+
+def test_an_infinite_factor_does_not_reach_ignored_rows():
+    leaf, y = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, -100])
+    XentLoss()(leaf, y).backward(torch.tensor(inf))
+    assert leaf.grad[0].isinf().all() and not leaf.grad[1].any()
+
+def test_a_target_that_is_no_class_is_named():
+    with pytest.raises(IndexError, match=r'targ\[1, 2\] is 5, expected a class from 0 to 4'): fused_pass(torch.zeros(2, 5, 40), torch.zeros(2, 40, dtype=torch.long).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(5)))
+
+def test_rows_keep_extra_columns_and_their_own_copies():
+    rows, func = RowBuffer(4), XentLoss()
+    z, y = problem((6, 4))
+    for i, part in enumerate((slice(0, 4), slice(4, 6))):
+        func(z[part], y[part])
+        targ = y[part].clone()
+        rows.add(i, Batch(z[part], y[part], func, 1), i, extra=dict(grand=torch.arange(2.)) if i else None)
+        for o in func.stats: o.zero_()                # somebody edits what he was given
+        y[part] = 0
+        y[part] = targ
+    cols = rows.cols()
+    for name, want in zip(XentStats._fields, xent_stats(z, y)): assert_close(torch.tensor(cols[name]).to(want.dtype), want, rtol=1e-5, atol=1e-6, equal_nan=True)
+    assert_close(cols['grand'], np.array([nan] * 4 + [0, 1], np.float32), equal_nan=True)
+    assert cols['targ'].tolist() == y.tolist() and cols['step'].tolist() == [0] * 4 + [1] * 2
+
+def test_a_loss_of_another_batch_is_not_taken_for_this_one():
+    func, (z, y) = XentLoss(), problem((6, 4))
+    func(z, y)
+    func(z, y.flip(0))                                # the same logits with other targets
+    rows = RowBuffer(6)
+    rows.add(0, Batch(z, y, func, 1))
+    assert_close(torch.tensor(rows.cols()['loss']), xent_stats(z, y).loss, rtol=1e-5, atol=1e-6, equal_nan=True)
+
+def test_half_precision_is_widened():
+    z, y = problem((20, 9), dtype=torch.bfloat16)
+    leaf = z.clone().requires_grad_()
+    func = XentLoss()
+    loss = func(leaf, y)
+    loss.backward()
+    assert loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16 and losses._way(z, False, 0.) == 'fused'
+    assert_close(func.stats, xent_stats(z, y), equal_nan=True, rtol=1e-5, atol=1e-6)
