@@ -135,7 +135,7 @@ def numpy_sql(folder, n, epochs):
 
 def training(folder, n, epochs, record, fits):
     "A Learner whose dataset and model need next to nothing, for `fits` epochs."
-    import fastai.callback.progress
+    import fastai.callback.progress  # noqa: F401  no_bar
     import torch
     from fastai.data.core import DataLoaders
     from fastai.learner import Learner

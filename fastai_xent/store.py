@@ -45,7 +45,7 @@ _SCHEMA = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in _FLOATS)
 _COLUMNS = ('fit', 'epoch', 'split', *_SCHEMA.names)
 _ITEMS = pa.schema([('item', pa.int32()), ('name', pa.string()), ('source', pa.int64())])
 
-# %% ../nbs/04_store.ipynb #0e5d9694
+# %% ../nbs/04_store.ipynb #7c614c9c
 _DIGITS = 8 # Binary digits after the leading one
 _SHORT = (*_FLOATS, 'lam', 'entropy', 'grand')
 
@@ -60,7 +60,7 @@ def shorten(
     cut = bits & ~np.uint32((1 << drop) - 1)                # toward 0
     return np.where(np.isfinite(x), np.where(np.isfinite(short.view(np.float32)), short, cut), bits).view(np.float32)
 
-# %% ../nbs/04_store.ipynb #c6ca1688
+# %% ../nbs/04_store.ipynb #8643e428
 _GROUP = 2**16 # Rows of a row group
 _HOW = dict(compression='zstd', compression_level=1, write_statistics=['item'], use_dictionary=['targ', 'occurrence'], max_rows_per_page=2**17, data_page_size=2**22,
             column_encoding={**dict.fromkeys(('item', 'n_pos'), 'DELTA_BINARY_PACKED'), **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys((*_SHORT, 'step'), 'BYTE_STREAM_SPLIT')})
@@ -136,7 +136,7 @@ def _read_items(source, lo: int, hi: int, columns=None, filesystem=None) -> pa.T
 def _between(t: pa.Table, lo: int, hi: int) -> pa.Table:
     "The rows of items `lo` to `hi` of a table that is sorted by item."
     a, b = np.searchsorted(t['item'].to_numpy(), [lo, hi])
-    return t.slice(a, b - a)
+    return t.slice(a, b - a) if 4 * (b - a) > len(t) else t.take(np.arange(a, b))       # a slice would keep the whole table in memory
 
 # %% ../nbs/04_store.ipynb #272accbf
 class _Place:
@@ -578,7 +578,7 @@ def map(self: XentRecord,
                 return {o: np.array(v, dtype=np.int64 if o == 'pred' else np.float32).reshape(row['shape']) for o, v in row.items() if o not in ('item', 'shape')}
     raise KeyError(f"no map of item {i} of {split!r}" + (f" in epoch {epoch}" if epoch >= 0 else '') + "; choose items before training, with `XentRecorder(maps=[…])`")
 
-# %% ../nbs/04_store.ipynb #bce7c1e5
+# %% ../nbs/04_store.ipynb #329ff08b
 @patch
 def _marks(self: XentRecord, found: dict) -> list:
     "What identifies the rows of these epochs."
@@ -715,7 +715,7 @@ def top(self: XentRecord,
     df = self._chosen(split, self._segment(split, segment), order).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return df.assign(targ=targ, likely=likely, score=score[order])
 
-# %% ../nbs/04_store.ipynb #fb75791d
+# %% ../nbs/04_store.ipynb #6972d592
 @patch
 def scores(self: XentRecord,
     split: str = 'train',
@@ -740,7 +740,7 @@ def seen(self: XentRecord,
     return items[['item', 'name']].assign(rows=g.size().reindex(items['item'], fill_value=0).to_numpy(),
                                           **{f'last_{o}': g[o].last().reindex(items['item']).astype('Int64').array for o in ('epoch', 'step')})
 
-# %% ../nbs/04_store.ipynb #ad615d0e
+# %% ../nbs/04_store.ipynb #0fb6a8b2
 try: import fcntl
 except ImportError: fcntl = None                            # Windows has no such locks
 
@@ -758,7 +758,7 @@ def lock(self: XentRecord, alone: bool = False):
         return None
     return f
 
-# %% ../nbs/04_store.ipynb #2299b60e
+# %% ../nbs/04_store.ipynb #3635ad4e
 @patch
 def compact(self: XentRecord) -> None:
     "Put all epochs of a split into one file, in which the rows of an item stand together, and remove the single ones."
@@ -802,7 +802,7 @@ def keep_cost(self: XentRecord,
     fit: float, # Seconds of the fit
 ) -> None:
     "Remember what the recording of a fit has cost. It changes nothing that another writer relies on."
-    meta = self.meta if self.path is None else self._read_meta()
+    meta = self.meta if self.path is None else {'precision': 'full', **self._read_meta(), 'format': FORMAT}
     old = meta.get('cost', dict(recording=0., fit=0.))
     cost = dict(recording=round(old['recording'] + recording, 3), fit=round(old['fit'] + fit, 3))
     if self.path is not None: self._write_meta({**meta, 'cost': cost})

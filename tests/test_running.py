@@ -15,12 +15,12 @@ import pytest
 from helpers import learner
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_store import RUN, expected, fill, frame, rows, runs, same_frame
+from test_store import RUN, fill, frame, rows, runs
 
 from fastai_xent import store
 from fastai_xent.dynamics import SCORES, Confidence, Mean, MeanColumn, Reducer, register_score
 from fastai_xent.recorder import XentRecorder
-from fastai_xent.running import NoStates, States, by_key, fold
+from fastai_xent.running import NoStates, States
 from fastai_xent.store import XentRecord, shorten
 
 def answers(record) -> dict:
