@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/head.html.md"""
 # %% auto #0
 __all__ = ['find_head', 'HeadTap']
 
-# %% ../nbs/02a_head.ipynb #0ed4d9a2
+# %% ../nbs/02a_head.ipynb #1d4dac3a
 import math
 
 import torch
@@ -17,12 +17,13 @@ from torch.nn.utils.parametrize import is_parametrized
 from .linear import Features, _last_layer
 from .numerics import _plain
 
-# %% ../nbs/02a_head.ipynb #25a55367
+# %% ../nbs/02a_head.ipynb #be0072ec
 def find_head(
     model: nn.Module,
     head: nn.Module|str = 'auto', # The last layer, or 'auto' to find it
 ) -> nn.Linear:
     "The linear layer whose outputs are the logits."
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
     layer = _last_layer(model) if isinstance(head, str) else head
     what = f"the last layer of {type(model).__name__} is {type(layer).__name__}" if isinstance(head, str) else f"head is {type(head).__name__}"
     if not isinstance(layer, nn.Linear): raise TypeError(f"{what}, expected nn.Linear: elsewhere grand is no product of two lengths; if there is a linear last layer, name it with `head=`")

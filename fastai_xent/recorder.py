@@ -26,8 +26,10 @@ from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib, rank_distrib, to_device
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
+from torch import nn
 
 import fastai_xent.bridges  # noqa: F401 a record's `add_probs`
+from .head import HeadTap, find_head
 from .items import NoItemIdentity, class_names, fingerprint, items_frame, tap_rows
 from .numerics import XentStats
 from .rows import Batch, MixTap, NotRecordable, RowBuffer, expected_loss, put_back, read_batch, row_stats
@@ -42,13 +44,19 @@ class _Listening:
     tap: object      # Knows which item a row is
     rows: RowBuffer  # The rows so far
     mix: MixTap|None = None # Looks on while rows are mixed
+    head: HeadTap|None = None # Looks on while the last layer works
     maps: list = field(default_factory=list) # Positions of chosen items: (item, columns)
     probs: '_Probs|None' = None # Probabilities of all classes, if they are kept
 
+    def batch(self):
+        "A batch begins. The order of the pass is fixed when its first batch is here."
+        self.tap.freeze()
+        if self.head is not None: self.head.seen.clear()
     def stop(self):
         "Leave loader, loss and mixing callback as they were."
         self.tap.remove()
         if self.mix is not None: self.mix.remove()
+        if self.head is not None: self.head.remove()
 
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss', 'after_train', 'after_validate',
           'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
@@ -67,6 +75,7 @@ class XentRecorder(Callback):
         precision: str = 'short', # Of floats in a new record on disk: 'short' or 'full', see `XentRecord.new`
         key_fn=None, # Names an item of the dataset (a path, a row of a data frame); default: path, row label or text
         eval_every: int = 0, # After every so many epochs, look at all of train without augmentation, as split 'train_eval'; 0: never
+        head: nn.Module|str|None = None, # Record `grand`, the gradient's length in the last linear layer: 'auto' finds the layer, or name it; None: do not
         maps=(), # Items whose numbers are kept for each position, for masks and sequences
         keep_probs: bool|str|int = False, # Keep the probability of every class? True: up to 2 GB an epoch and split; a number: up to so many bytes; or 'any size'
         check: bool = False, # Compare the rows with the loss in every batch? For tests: it waits for the device
@@ -78,7 +87,7 @@ class XentRecorder(Callback):
             except FileNotFoundError: record = XentRecord.new(path, precision=precision)
         self._record, self._resumed = record, bool(resume and record.keys)
         self.key_fn, self.eval_every, self.maps, self.check = key_fn, eval_every, set(maps), check
-        self.keep_probs = _most_bytes(keep_probs)
+        self.keep_probs, self.head = _most_bytes(keep_probs), head
         self.seconds, self.fit_seconds, self._told = 0., 0., set()
         self._fresh()
 
@@ -207,7 +216,14 @@ def _listen(self: XentRecorder, split, dl):
     try: tap = tap_rows(dl).install()
     except NoItemIdentity as e: return self._tell(f"XentRecorder records nothing of {split!r}: {e}")
     bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
-    return _Listening(split, dl.dataset, tap, RowBuffer(len(dl) * bs))
+    return _Listening(split, dl.dataset, tap, RowBuffer(len(dl) * bs), head=self._head_tap())
+
+@patch
+def _head_tap(self: XentRecorder):
+    "A tap on the last layer, if one is asked for and there is one."
+    if self.head is None: return None
+    try: return HeadTap(find_head(self.learn.model, self.head)).install()
+    except (TypeError, ValueError) as e: self._tell(f"XentRecorder records no grand: {e}")
 
 @patch
 def before_train(self: XentRecorder):
@@ -238,8 +254,7 @@ def _leave(self: XentRecorder, why):
 
 @patch
 def before_batch(self: XentRecorder):
-    "The order of this pass is fixed when its first batch is here."
-    if self._now is not None: self._now.tap.freeze()
+    if self._now is not None: self._now.batch()
 
 # %% ../nbs/05_recorder.ipynb #5da56b29
 @patch
@@ -261,7 +276,7 @@ def _take(self: XentRecorder, batch: Batch, i, step):
     if self.maps and (not batch.dense or batch.stats is not None): self._tell("XentRecorder keeps no maps: these items have one target each, and no positions to map")
     elif self.maps: self._take_maps(batch, i)
     if self.keep_probs: self._take_probs(batch, i)
-    now.rows.add(i, batch, step)
+    now.rows.add(i, batch, step, None if now.head is None else dict(grand=now.head.factor(batch.pred)))
 
 @patch
 def _compare(self: XentRecorder, batch):
@@ -285,11 +300,19 @@ def _close(self: XentRecorder):
     except NoItemIdentity as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now.split!r}: {e}")
     cols['padding'] = now.tap.padding
     if 'partner' in cols: cols['partner'] = cols['item'][cols['partner']]
+    if 'grand' in cols: self._finish_grand(cols, now.split)
     if np.isnan(cols['loss']).all() and not np.isnan(cols['margin']).all(): cols['loss'] = cols['grad_norm'] = None   # a loss that cannot be asked
     self._meet(now.split, now.dataset, cols)
     if self._stopped: return
     self._wrote = True
     self._write(self._fit, self._epoch, now.split, cols, now.maps, _by_row(now.probs, cols))
+
+@patch
+def _finish_grand(self: XentRecorder, cols, split):
+    "From the last layer's share to the gradient's length in it; and a word on rows that have none."
+    missing = np.isnan(cols['grand']) & ~np.isnan(cols['grad_norm'])
+    cols['grand'] = cols['grand'] * cols['grad_norm']
+    if missing.any(): self._tell(f"XentRecorder has no grand for {missing.sum():,} of {len(missing):,} rows of {split!r}: the logits that the loss got are not what the last layer gave for these rows, once and a row an item")
 
 @patch
 def _meet(self: XentRecorder, split, dataset, cols):
@@ -498,7 +521,7 @@ def _evaluate(self: XentRecorder, epoch):
         try:
             with as_valid:
                 for i, b in enumerate(dl if bar is None else progress_bar(dl, parent=getattr(bar, 'mbar', None), leave=False)):
-                    now.tap.freeze()
+                    now.batch()
                     b = to_device(b, device)
                     n_inp = getattr(learn.dls, 'n_inp', max(1, len(b) - 1))
                     seen = _Seen(model(*b[:n_inp]), b[n_inp:], learn.loss_func)

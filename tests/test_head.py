@@ -1,13 +1,18 @@
 "The last layer's share of an example's gradient, against autograd example by example."
 import copy
 
-import pytest, torch, torch.nn.functional as F
+import numpy as np, pytest, torch, torch.nn.functional as F
+from fastai.callback.core import Callback
+from fastai.callback.mixup import MixUp
 from torch import nn
+from torch.testing import assert_close
 
 from fastai_xent.head import HeadTap, find_head
 from fastai_xent.linear import head_in_loss
+from fastai_xent.losses import XentLossFlat
 from fastai_xent.numerics import xent_stats
-from torch.testing import assert_close
+from fastai_xent.recorder import XentRecorder
+from helpers import Net, Points, ended, learner, same_bits, warned
 
 N, C = 7, 4
 GEN = torch.Generator().manual_seed(0)
@@ -119,3 +124,71 @@ def test_a_scale_in_forward_is_noticed():
     tap = HeadTap(find_head(model)).install()
     assert tap.factor(model(X)).isnan().all()
     tap.remove()
+
+
+# -- recorded
+
+class InLastLayer(Callback):
+    "The truth of each batch, by autograd example by example, before the recorder sees it."
+    order = 39
+    def __init__(self, head): self.head, self.rows = head, {}
+    def after_loss(self):
+        learn, split = self.learn, 'train' if self.learn.training else 'valid'
+        item, mix = learn.xb[0][:, -1].round().long(), getattr(learn, 'mix_up', None)
+        with torch.enable_grad():
+            h = self.seen.clone()
+            z = F.linear(h, self.head.weight, self.head.bias)
+            want = by_autograd(z, learn.yb[0], self.head)
+        for i, g in zip(item.tolist(), want.tolist()): self.rows.setdefault((split, self.epoch), {})[i] = g
+    def before_fit(self): self.handle = self.head.register_forward_hook(lambda m, args, out: setattr(self, 'seen', args[0].detach()))
+    def after_fit(self): self.handle.remove()
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_a_recorded_run_has_it_for_every_item(workers):
+    learn = learner([recorder := XentRecorder(head='auto')], workers=workers)
+    truth = InLastLayer(learn.model.body[-1])
+    learn.add_cb(truth)
+    with warned() as said: learn.fit(2)
+    assert not said
+    df = recorder.record.to_df()
+    for (split, epoch), rows in truth.rows.items():
+        got = df[(df['split'] == split) & (df['epoch'] == epoch)].set_index('item')['grand'].to_dict()
+        assert got.keys() == rows.keys() and len(rows) == (36 if split == 'train' else 18)
+        assert_close(torch.tensor([got[i] for i in sorted(rows)], dtype=torch.float64), torch.tensor([rows[i] for i in sorted(rows)], dtype=torch.float64), rtol=1e-4, atol=1e-6)
+    assert not np.isnan(recorder.record.score('grand')).any()
+
+def test_mixed_rows_have_that_of_their_mixed_target():
+    learn = learner([recorder := XentRecorder(head='auto'), MixUp(.4)])
+    learn.fit(1)
+    df = recorder.record.to_df('train')
+    assert df['lam'].notna().any() and df['grand'].notna().all() and (df['grand'] >= df['grad_norm']).all()
+
+def test_it_does_not_change_the_training():
+    a, b = ended(fitted(learner())), ended(fitted(learner([XentRecorder(head='auto')])))
+    same_bits(a.end, b.end)
+    assert not any(m._forward_hooks for m in b.model.modules())
+
+def fitted(learn):
+    learn.fit(2)
+    return learn
+
+class Tempered(Net):
+    def forward(self, x): return super().forward(x) / 2
+
+def test_what_cannot_be_told_is_said_and_the_rest_recorded():
+    for model, words in ((Tempered(), 'no grand for 36 of 36 rows'), (nn.Sequential(Net(), nn.Softplus()), 'records no grand: the last layer of Sequential is Softplus')):
+        learn = learner([recorder := XentRecorder(head='auto')], model=model)
+        with warned() as said: learn.fit(1)
+        assert any(words in o for o in said), said
+        df = recorder.record.to_df()
+        assert len(df) == 54 and df['grand'].isna().all() and df['loss'].notna().all()
+
+def test_a_dense_batch_has_none():
+    class Dense(nn.Module):
+        def __init__(self): super().__init__(); self.fc = nn.Linear(4, 3)
+        def forward(self, x): return self.fc(x[:, :4])[:, :, None].expand(-1, -1, 2).contiguous()
+    class Two(Points):
+        def __getitem__(self, i): return self.x[i], self.y[i].expand(2)
+    learn = learner([recorder := XentRecorder(head='auto')], model=Dense(), train=Two(), valid=Two(18), loss_func=XentLossFlat(axis=1))
+    with warned() as said: learn.fit(1)
+    assert any('no grand' in o for o in said) and recorder.record.to_df()['grand'].isna().all() and recorder.record.to_df()['loss'].notna().all()
