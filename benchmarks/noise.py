@@ -15,7 +15,6 @@ import time
 import warnings
 from datetime import date
 from functools import cache
-from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 warnings.filterwarnings('ignore', category=FutureWarning)
