@@ -19,7 +19,7 @@ def gap_confidence(
 ) -> tuple: # Rival's probability minus the label's, and probability of the predicted class, `r` each
     "What a row says of the label and its strongest rival."
     m, p = margin.astype(np.float64), p_targ.astype(np.float64)
-    with np.errstate(over='ignore', invalid='ignore'): rival = np.where((m < -80) | (p < 1e-35), m < 0, np.minimum(p * np.exp(-m), 1))
+    with np.errstate(over='ignore', invalid='ignore'): rival = np.where(p < 1e-37, m < 0, np.minimum(p * np.exp(-m), 1))   # float32 has no smaller p: the rival's is next to 1
     rival = np.where(np.isnan(m) | np.isnan(p), np.nan, rival)
     return rival - p, np.maximum(rival, p)
 
@@ -36,7 +36,7 @@ def epoch_weight(
 
 # %% ../nbs/03a_issues.ipynb #92b7fd31
 class LabelDoubt(Reducer):
-    "Mean over epochs of softplus(−margin), in nats, where an epoch counts by the spread of its gaps. For label errors, in runs that memorise as in runs that do not."
+    "Mean over epochs of softplus(−margin)·(1 + gap)/2, in nats, where an epoch counts by the spread of its gaps. For label errors, memorised or not."
     columns = ('margin', 'p_targ', 'pred')
     def init(self, n): return dict(rival=np.full(n, -1, dtype=np.int32), **{o: np.zeros(n, dtype=np.float32) for o in ('weight', 'doubt', 'gap', 'confidence', 'votes')})
     def update(self, state, item, weight, margin, p_targ, pred):
@@ -44,7 +44,7 @@ class LabelDoubt(Reducer):
         rows = np.flatnonzero(~np.isnan(gap) & (weight > 0))
         item, weight, gap, n = item[rows], weight[rows], gap[rows], len(state['weight'])
         weight = weight * epoch_weight(gap, weight)
-        values = dict(weight=1., doubt=np.logaddexp(0, -margin[rows].astype(np.float64)), gap=gap, confidence=confidence[rows])
+        values = dict(weight=1., doubt=np.logaddexp(0, -margin[rows].astype(np.float64)) * (1 + gap) / 2, gap=gap, confidence=confidence[rows])
         for k, v in values.items(): state[k] += np.bincount(item, weight * v, minlength=n).astype(np.float32)
         self.vote(state, item, pred[rows].astype(np.int32), weight * np.maximum(gap, 0))
     def vote(self, state, item, pred, votes):
@@ -122,7 +122,7 @@ def p_wrong(
     if rate == 0 or np.ptp(s) == 0: p[known] = rate
     else:
         x = s + np.log1p(-.98 * np.exp(-s))                                                 # ln(eˢ − 1), a little raised where it would be −∞
-        b = 1.1 * np.clip(_humps(x, rate), .05, 100)**.6
+        b = 1.4 * np.clip(_humps(x, rate), .05, 100)**(1 / 3)
         lo, hi = x.min() - 60 / b, x.max() + 60 / b
         for _ in range(80):                                                                  # halve the interval that holds t
             t = (lo + hi) / 2
