@@ -148,7 +148,7 @@ def main(quick, only):
     task = Task('digits', scikit_digits(), small_cnn, 1e-2) if quick else Task('Fashion-MNIST', fashion(), cnn, 1e-2)
     jobs = dict(sampler=lambda: fewer_steps(task, *((1_397, 12, [.5]) if quick else (10_000, 16, [.5, .7]))),
                 noise=lambda: noisy(task, *((1_000, 6, [.2, .4]) if quick else (5_000, 8, [.2, .4]))),
-                clean=lambda: clean(task, *(([1_000], [6], [.5]) if quick else ([1_000, 5_000], [15, 8], [.8, .5]))))
+                clean=lambda: clean(task, *(([1_000], [6], [.5]) if quick else ([5_000, 1_000], [8, 15], [.7]))))
     for name, job in jobs.items():
         if only in (None, name): job()
 

@@ -15,7 +15,6 @@ import time
 import warnings
 from datetime import date
 from functools import cache
-from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 warnings.filterwarnings('ignore', category=FutureWarning)
@@ -86,12 +85,12 @@ def mlp(n_in, hidden, c, depth):
         n_in = hidden
     return nn.Sequential(*layers, nn.Linear(n_in, c))
 
-def bag(n, c, width): return nn.Sequential(nn.EmbeddingBag(n, width, mode='sum', padding_idx=0), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(.2), nn.Linear(width, c))
+def bag(x, c, width): return nn.Sequential(nn.EmbeddingBag(int(x.max()) + 1, width, mode='sum', padding_idx=0), nn.BatchNorm1d(width), nn.ReLU(), nn.Dropout(.2), nn.Linear(width, c))
 
 #       data, regime → model, epochs, batch size
 SETS = {'digits': (digits, dict(fits=(lambda x, c: mlp(64, 64, c, 1), 15, 64), memorises=(lambda x, c: mlp(64, 256, c, 2), 30, 64))),
         'Fashion-MNIST': (fashion, dict(fits=(lambda x, c: cnn(), 8, 64), memorises=(lambda x, c: mlp(784, 256, c, 2), 20, 128))),
-        'TREC': (trec, dict(fits=(lambda x, c: bag(int(x.max()) + 1, c, 32), 4, 64), memorises=(lambda x, c: bag(int(x.max()) + 1, c, 64), 15, 64))),
+        'TREC': (trec, dict(fits=(lambda x, c: bag(x, c, 32), 4, 64), memorises=(lambda x, c: bag(x, c, 64), 15, 64))),
         'Adult': (adult, dict(fits=(lambda x, c: mlp(x.shape[1], 64, c, 1), 8, 128), memorises=(lambda x, c: mlp(x.shape[1], 256, c, 2), 20, 128)))}
 
 class Rows:
@@ -123,21 +122,22 @@ def replace(y, c, kind, share, rng):
     y[k] = (y[k] + (1 if kind == 'pair' else rng.integers(1, c, len(k)))) % c
     return y
 
-def train(x, y, xv, yv, make, c, epochs, bs, seed, cbs=()):
+def train(x, y, xv, yv, model, epochs, bs, seed, cbs=()):
+    "`model` is called when the seed is set."
     set_seed(seed)
     rows = lambda x, y: Rows(x, torch.arange(len(y)), torch.tensor(y))
     dls = DataLoaders(TfmdDL(rows(x, y), bs=bs, shuffle=True, drop_last=True, num_workers=0), TfmdDL(rows(xv, yv), bs=1000, num_workers=0))
-    learn = Learner(dls, First(make(x, c)), loss_func=XentLossFlat(), cbs=list(cbs))
+    learn = Learner(dls, First(model()), loss_func=XentLossFlat(), cbs=list(cbs))
     learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
     with learn.no_logging(): learn.fit_one_cycle(epochs, 5e-3)
     return learn
 
-def five_fold(x, y, make, c, epochs, bs, seed):
+def five_fold(x, y, model, c, epochs, bs, seed):
     "cleanlab's self-confidence: the label's probability, of a model that was not trained on the item."
     p, fold = np.zeros((len(y), c)), np.random.default_rng(seed).integers(0, 5, len(y))
     for k in range(5):
         a, b = fold != k, fold == k
-        learn = train(x[a], y[a], x[b], y[b], make, c, epochs, bs, seed)
+        learn = train(x[a], y[a], x[b], y[b], model, epochs, bs, seed)
         learn.model.eval()
         with torch.no_grad(): p[b] = learn.model.model(x[b]).softmax(1).numpy()
     return -(get_self_confidence_for_each_label(y, p) if get_self_confidence_for_each_label else p[np.arange(len(y)), y])
@@ -150,11 +150,12 @@ def one(name, regime, kind, share, seed, folds, clean_valid=False):
     x, truth = data(name)
     make, epochs, bs = SETS[name][1][regime]
     c, rng = int(truth.max()) + 1, np.random.default_rng(seed)
+    model = lambda: make(x, c)
     order = rng.permutation(len(truth))
     v, t = order[:len(order) // 5], order[len(order) // 5:]
     y, yv = replace(truth[t], c, kind, share, rng), replace(truth[v], c, kind, 0 if clean_valid else share, rng)
     check = AUMCalculator is not None and seed == 0
-    learn = train(x[t], y, x[v], yv, make, c, epochs, bs, seed, [XentRecorder(eval_every=epochs), *([Aum()] if check else [])])
+    learn = train(x[t], y, x[v], yv, model, epochs, bs, seed, [XentRecorder(eval_every=epochs), *([Aum()] if check else [])])
     record = learn.xent_recorder.record
     if check:
         theirs = np.array([learn.aum.calc.sums[i] / learn.aum.calc.counts[i] if i in learn.aum.calc.counts else np.nan for i in range(len(y))])
@@ -162,7 +163,7 @@ def one(name, regime, kind, share, seed, folds, clean_valid=False):
     end = record.score('margin_loss', 'train_eval')
     scores = {'LabelDoubt (default)': record.score(LabelDoubt()), 'margin loss (A)': record.score('margin_loss'), 'A + ½ of an eval pass (C)': record.score('margin_loss') + .5 * end,
               'mean loss': record.score('loss'), 'EL2N, mean': record.score('el2n'), 'aum': -record.score('aum'), 'top losses': record.score('loss', 'train_eval')}
-    if folds: scores['five-fold'] = five_fold(x[t], y, make, c, epochs, bs, seed)
+    if folds: scores['five-fold'] = five_fold(x[t], y, model, c, epochs, bs, seed)
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         issues = record.label_issues()
@@ -224,14 +225,13 @@ def calibration(df):
 
 
 def settings(quick, seeds):
-    "(set, regime, kind, planted, seed, five-fold?, clean valid?)"
+    "(set, regime, kind, planted, seed, five-fold?, clean valid?), so ordered that a run that is stopped has something of everything."
+    names = [o for o in (['digits'] if quick else SETS) if data(o) is not None]
     for seed in range(seeds):
-        for name in ['digits'] if quick else SETS:
-            if data(name) is None: continue
-            for regime in ('fits', 'memorises'):
-                for kind, share in [('sym', 0.), *[('sym', .05)] * (regime == 'fits'), *((k, p) for p in (.1, .2, .4) for k in ('sym', 'pair'))]:
-                    yield name, regime, kind, share, seed, regime == 'fits' and share == .2, False
-                if seed == 0: yield name, regime, 'sym', .2, seed, False, True
+        for kind, share in [(k, p) for p in (.2, .1, .4) for k in ('sym', 'pair')] + [('sym', 0.), ('sym', .05)]:
+            for name in names:
+                for regime in ('fits', 'memorises'): yield name, regime, kind, share, seed, regime == 'fits' and share == .2, False
+        if seed == 0: yield from ((name, regime, 'sym', .2, seed, False, True) for name in names for regime in ('fits', 'memorises'))
 
 def main(quick=False, seeds=3):
     torch.set_num_threads(1)
@@ -244,7 +244,7 @@ def main(quick=False, seeds=3):
             if share >= .1 and not clean_valid: ranks += [dict(what, score=k, **{m: f(s, wrong) for m, f in MEASURES.items()}) for k, s in scores.items()]
             print(f"{time.perf_counter() - start:6.0f} s  {name}, {regime}, {kind} {share:.0%}, seed {seed}", file=sys.stderr, flush=True)
     except KeyboardInterrupt: ended = '; stopped by hand'
-    ranks, claims = pd.DataFrame(ranks), pd.DataFrame(claims)
+    ranks, claims = (pd.DataFrame(o).sort_values(['set', 'regime', 'planted', 'kind'], kind='stable') for o in (ranks, claims))
     cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), platform.processor()) if sys.platform == 'linux' else platform.processor()
     print(f"{cpu}, {os.cpu_count()} cores, one thread; Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; {date.today()}; {len(claims)} trainings, {time.perf_counter() - start:.0f} s ({time.process_time():.0f} s of CPU){ended}")
     if AUMCalculator is None: print("\nskipped: the package aum is not installed, so its figures are those of our own reducer, unchecked")

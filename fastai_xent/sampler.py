@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/sampler.html.md"""
 # %% auto #0
 __all__ = ['n_skipped', 'thin', 'XentSampler']
 
-# %% ../nbs/05b_sampler.ipynb #1dd3f99e
+# %% ../nbs/05b_sampler.ipynb #890393f4
 import math
 import random
 import traceback
@@ -26,7 +26,7 @@ from .items import NoItemIdentity, RowTap, _FastaiTap, tap_rows
 from .linear import Features
 from .rows import NotRecordable, RowBuffer, read_batch
 
-# %% ../nbs/05b_sampler.ipynb #5ab66ca3
+# %% ../nbs/05b_sampler.ipynb #489b75f1
 def n_skipped(
     m: int, # Number of easy rows
     n: int, # Number of rows
@@ -52,7 +52,7 @@ def thin(
     keep[rng.choice(at, k, replace=False)] = False
     return keep, len(at) / (len(at) - k) if k else 1.
 
-# %% ../nbs/05b_sampler.ipynb #df504ac4
+# %% ../nbs/05b_sampler.ipynb #6dd5fff7
 def _twin(dl):
     "A shallow copy of a loader that iterates by itself, with its own random state, and without taps."
     twin = copy(dl)
@@ -68,7 +68,7 @@ class _Thinned(_FastaiTap):
         super().__init__(_twin(full))
         self.full, self.easy, self.r, self.rng, self.scale = full, easy, r, rng, 1.
         self.n_full = getattr(full, 'partial_n', None) or full.n
-        self._resize(self.n_full - n_skipped(round(easy.mean() * self.n_full), self.n_full, r, full.bs, full.drop_last))
+        self._resize(self.n_full - n_skipped(round(easy.sum() * self.n_full / max(full.n, 1)), self.n_full, r, full.bs, full.drop_last))
 
     def remove(self): pass                            # it goes when the twin goes; a recorder's tap on top may come and go
 
@@ -86,7 +86,8 @@ class _Thinned(_FastaiTap):
             head = list(islice(idxs, n + 1))
             if len(head) > n: return chain(head, idxs)    # perhaps without end: the tap refuses it
             idxs = head
-        keep, self.scale = thin(self.easy[np.array(idxs, dtype=np.int64)], self.r, self.rng, self.full.bs, self.full.drop_last)
+        try: keep, self.scale = thin(self.easy[np.array(idxs, dtype=np.int64)], self.r, self.rng, self.full.bs, self.full.drop_last)
+        except Exception as e: self.error, keep = e, np.ones(len(idxs), dtype=bool)   # nothing is skipped, and the callback hears why
         self.n_full = len(keep)
         self._resize(int(keep.sum()))
         return [i for i, k in zip(idxs, keep) if k]
@@ -103,7 +104,7 @@ class _Thinned(_FastaiTap):
         if len(items) != n: items = self.rows([i], [n])   # says what is wrong
         return np.where(self.easy[items], p.scale, 1.).astype(np.float32)
 
-# %% ../nbs/05b_sampler.ipynb #964640b5
+# %% ../nbs/05b_sampler.ipynb #494080bd
 _IN_BATCH = ('before_batch', 'after_pred', 'after_loss')
 _HEARD = ('before_train', *_IN_BATCH, 'after_train')
 
@@ -147,7 +148,7 @@ class XentSampler(Callback):
         if message not in self._told: warnings.warn(message, stacklevel=3)
         self._told.add(message)
 
-# %% ../nbs/05b_sampler.ipynb #567de29d
+# %% ../nbs/05b_sampler.ipynb #b9112056
 @patch
 def before_train(self: XentSampler):
     "Hand the Learner a thinned twin of its loader."
@@ -159,7 +160,8 @@ def before_train(self: XentSampler):
     if not isinstance(dl, DataLoader): raise NoItemIdentity(f"the training loader is {type(dl).__module__}.{type(dl).__name__}, expected fastai's DataLoader; wrap the dataset in a `TfmdDL`")
     if 'dl' in vars(dl): raise NoItemIdentity("the training is distributed: each process would leave out rows of its own, and they would no longer take the same number of steps")
     tap_rows(dl)                                      # refuses what has no items
-    if self._dataset is not dl.dataset: self._dataset, self.losses = dl.dataset, np.full(dl.n, np.nan, dtype=np.float32)
+    n = max(dl.n, len(dl.dataset) if hasattr(dl.dataset, '__len__') else 0)
+    if self._dataset is not dl.dataset or len(self.losses) != n: self._dataset, self.losses = dl.dataset, np.full(n, np.nan, dtype=np.float32)
     if self._rng is None: self._rng = np.random.default_rng(abs(torch.initial_seed()))
     self._tap = _Thinned(dl, self._easy(), self.r, self._rng).install()
     self._rows, learn.dl = RowBuffer(len(self._tap.dl) * (dl.bs or 1)), self._tap.dl

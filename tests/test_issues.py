@@ -9,7 +9,7 @@ from fastai.callback.schedule import fit_one_cycle  # noqa: F401
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn

@@ -415,6 +415,29 @@ def test_a_callback_that_removes_rows(said):
     assert trained(learner([XentSampler(), Shorten()])) == [5] * 4
     assert len(said()) == 1 and 'added or removed rows' in said()[0]
 
+def test_loaders_that_read_other_items_than_the_first():
+    class Middle(TfmdDL):
+        def get_idxs(self): return [i + 20 for i in super().get_idxs()]
+    recorder, sampler, follows = XentRecorder(), XentSampler(anneal=0), Follows()
+    through_learner(Middle(Coded(60), n=30, bs=4, shuffle=True, num_workers=0), cbs=[recorder, sampler, follows]).fit(4)
+    assert max(follows.epochs[1:]) < 8 and np.isfinite(sampler.losses).nonzero()[0].tolist() == list(range(20, 50))
+    assert not wrong_rows(recorder.record.to_df('train')).any()
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_an_error_inside_the_loader_does_not_end_the_training(said, workers):
+    class Beyond(Points):
+        "Has no items by its own account."
+        def __len__(self): return 0
+    class Shifted(TfmdDL):
+        by = 0
+        def get_idxs(self): return [i + self.by for i in super().get_idxs()]
+    learn = learner([XentSampler(anneal=0)])
+    dl = learn.dls.loaders[0] = Shifted(Beyond(40), n=36, bs=8, shuffle=True, num_workers=workers)
+    assert trained(learn, 2)[1] < 5
+    dl.by = 4                                         # items 36 to 39 are beyond what the loader said it has
+    assert trained(learn, 1)[-1] == 5
+    assert len(said()) == 1 and 'index 3' in said()[0]
+
 def test_our_own_error_does_not_end_the_training(said, monkeypatch):
     def broken(self): raise RuntimeError('broken')
     monkeypatch.setattr(XentSampler, '_easy', broken)
