@@ -46,7 +46,8 @@ class LabelDoubt(Reducer):
         weight = weight * epoch_weight(gap, weight)
         values = dict(weight=1., doubt=np.logaddexp(0, -margin[rows].astype(np.float64)) * (1 + gap) / 2, gap=gap, confidence=confidence[rows])
         for k, v in values.items(): state[k] += np.bincount(item, weight * v, minlength=n).astype(np.float32)
-        self.vote(state, item, pred[rows].astype(np.int32), weight * np.maximum(gap, 0))
+        pred = np.nan_to_num(pred[rows].astype(np.float64), nan=-1).astype(np.int32)          # a mask has no one class
+        self.vote(state, item, pred, weight * np.maximum(gap, 0) * (pred >= 0))
     def vote(self, state, item, pred, votes):
         for rows in _turns(item, votes > 0):
             i, c, v = item[rows], pred[rows], votes[rows]

@@ -68,6 +68,7 @@ def label_issues(self: XentRecord,
     if noise_rate is not None and not 0 <= noise_rate < 1: raise ValueError(f"noise_rate is {noise_rate}, expected a share from 0 to less than 1")
     c = self._n_classes()
     state, targ, _ = doubts = self._doubts(split, segment, c)
+    if (targ < 0).all(): raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; masks and sequences have one a position")
     rate, sd, excess = self._noise_rate(split, doubts, c) if noise_rate is None else (float(noise_rate), 0., 0.)
     if noise_rate is None and (rate > .4 or sd > .06):
         warnings.warn(f"the noise rate, {rate:.0%} ± {sd:.0%}, is hard to tell from what the model does not know; take `p_wrong` for an order, or give `noise_rate=`", stacklevel=2)

@@ -2,6 +2,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fastai_xent.all import LabelDoubt, XentLossFlat, XentRecorder
+from fastai_xent.all import LabelDoubt, XentLossFlat, XentRecord, XentRecorder
 from fastai_xent.dynamics import get_score
 from fastai_xent.issues import epoch_weight, gap_confidence, noise_rate, p_wrong, plateau
 from helpers import quiet
@@ -242,6 +243,21 @@ def test_items_that_were_never_seen_are_no_issues():
     unseen = issues[issues['item'] >= 16]
     assert len(unseen) == 4 and unseen['p_wrong'].isna().all() and unseen['score'].isna().all() and not unseen['is_issue'].any()
     assert unseen['targ'].isna().all() and issues['p_wrong'].notna().sum() == 16
+
+def test_masks_have_no_label_to_doubt():
+    n, record = 6, XentRecord()
+    record.set_items('train', pd.DataFrame(dict(item=np.arange(n), name=None, source=np.arange(n))), 'abc')
+    for e in range(3):
+        cols = dict(item=np.arange(n), pred=-np.ones(n), targ=-np.ones(n), n_pos=np.full(n, 4), **{o: np.linspace(.1, .9, n) for o in ('loss', 'grad_norm', 'el2n', 'p_targ')}, margin=np.linspace(-1, 1, n))
+        record.add(0, e, 'train', cols)
+    record.meta['classes'] = 3
+    assert np.isfinite(record.score(LabelDoubt())).all()
+    with pytest.raises(ValueError, match='expected one class an item'): record.label_issues()
+
+def test_repeated_and_mixed_rows_count_by_their_share():
+    e = dict(item=np.array([0, 0, 1]), weight=np.array([.5, 1., 1.]), margin=np.array([-2., 1, 2]), p_targ=np.array([.1, .6, .8]), pred=np.array([1., 0, 0]))
+    score, _ = plain(2, [e])
+    np.testing.assert_allclose(LabelDoubt().finalize(run(2, [e])), score, rtol=1e-5)
 
 
 # -- the originals
