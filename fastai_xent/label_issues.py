@@ -20,7 +20,7 @@ from .store import XentRecord, _read
 
 # %% ../nbs/04e_label_issues.ipynb #4569010d
 @patch
-def _doubts(self: XentRecord, split, segment, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → (rate of the plateau, share of agreement)
+def _doubts(self: XentRecord, split, segment, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → (rate of the plateau, share of agreement, mean confidence)
     "What a split's rows say of its labels."
     reducer, n = LabelDoubt(), self.meta['splits'][split]['segments'][self._segment(split, segment)]['n']
     state, targ, epochs = reducer.init(n), np.full(n, -1), {}
@@ -34,7 +34,7 @@ def _doubts(self: XentRecord, split, segment, n_classes) -> tuple: # State of `L
         plain = known & np.isnan(lam) & (weight > 0)
         if not plain.any(): continue
         gap, confidence = gap_confidence(t['margin'][plain], t['p_targ'][plain])
-        epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean())
+        epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean()), float(confidence.mean())
     return state, targ, epochs
 
 # %% ../nbs/04e_label_issues.ipynb #95d165fb

@@ -156,10 +156,12 @@ def test_plateau_of_nothing():
     assert np.isnan(plateau(np.array([np.nan]), np.array([False]), 3)).all()
 
 def test_an_excess_of_train_over_valid_is_added_once_the_model_knows_something():
-    valid = {0: (.3, .3), 1: (.0, .8), 2: (.0, .9)}
-    assert noise_rate((0., .01), {0: (.5, .3), 1: (.6, .4), 2: (.2, .7)}, valid)[0] == pytest.approx(.2)     # epoch 1 follows one that knew little
-    assert noise_rate((0., .01), {2: (.02, .9)}, valid) == (0., .01, 0.)
-    assert noise_rate((.3, .01), {2: (.9, .1)}, valid)[0] == .5
+    valid = {0: (.3, .3, .3), 1: (.0, .8, .7), 2: (.0, .9, .8)}
+    early = {0: (.5, .3, .3), 1: (.6, .4, .5), 2: (.2, .7, .8)}
+    assert noise_rate((0., .01), early, valid)[0] == pytest.approx(.2)                # epoch 1 follows one that knew little
+    assert noise_rate((0., .01), {2: (.02, .9, .8)}, valid) == (0., .01, 0.)
+    assert noise_rate((0., .01), {2: (.2, .7, .5)}, valid) == (0., .01, 0.)           # train was distorted
+    assert noise_rate((.3, .01), {2: (.9, .1, .8)}, valid)[0] == .5
     assert noise_rate((.1, .01)) == (.1, .01, 0.)
 
 
@@ -204,6 +206,21 @@ def test_clean_data_has_next_to_no_issues():
     learn, _, _ = digits(0.)
     issues = learn.xent_recorder.record.label_issues()
     assert issues.attrs['noise_rate'] < .01 and issues['is_issue'].mean() < .01
+
+class Distort(Callback):
+    "Augmentation that makes train much harder than valid."
+    order = 5
+    def __init__(self, noise, hide): self.noise, self.hide = noise, hide
+    def before_batch(self):
+        if not self.training: return
+        x = self.xb[0]
+        self.learn.xb = ((x + self.noise * torch.randn_like(x)) * (torch.rand_like(x) > self.hide),)
+
+@pytest.mark.parametrize('noise, hide', [(.3, .05), (.6, .2), (1.2, .3)])
+def test_augmentation_is_not_taken_for_noise(noise, hide):
+    learn, _, _ = digits(0., cbs=[Distort(noise, hide)])
+    issues = learn.xent_recorder.record.label_issues()
+    assert issues.attrs['noise_rate'] < .03 and issues['is_issue'].mean() < .01
 
 def test_a_clean_valid_does_not_hide_the_noise_of_train():
     learn, wrong, _ = digits(.2, valid_share=0.)
