@@ -53,7 +53,8 @@ class LabelDoubt(Reducer):
         weight = weight * epoch_weight(totals)
         values = dict(weight=1., doubt=np.logaddexp(0, -margin[rows].astype(np.float64)) * (1 + gap) / 2, gap=gap, confidence=confidence[rows])
         for k, v in values.items(): state[k] += np.bincount(item, weight * v, minlength=n).astype(np.float32)
-        self.vote(state, item, pred[rows].astype(np.int32), weight * np.maximum(gap, 0))
+        pred = np.nan_to_num(pred[rows].astype(np.float64), nan=-1).astype(np.int32)          # a mask has no one class
+        self.vote(state, item, pred, weight * np.maximum(gap, 0) * (pred >= 0))
     def vote(self, state, item, pred, votes):
         for rows in _turns(item, votes > 0):
             i, c, v = item[rows], pred[rows], votes[rows]
@@ -92,15 +93,15 @@ def plateau(
 # %% ../nbs/03a_issues.ipynb #e6f5727e
 def noise_rate(
     valid: tuple, # Noise rate and its standard deviation, from `plateau` of valid's mean confidence and gap
-    train_epochs: dict|None = None, # epoch → `plateau`'s rate of train's rows, and the share in which the prediction is the label
+    train_epochs: dict|None = None, # epoch → `plateau`'s rate of train's rows, the share in which the prediction is the label, and the mean confidence
     valid_epochs: dict|None = None, # The same of valid
     slack: float = .03, # An excess of train over valid up to here is taken for chance
 ) -> tuple: # Noise rate of train, its standard deviation, and how much of it is train's excess over valid
     "The noise rate of train, measured on valid, and corrected if valid is cleaner."
-    rate, sd = valid
-    v = valid_epochs or {}
-    best = max((agree for _, agree in v.values()), default=0)
-    over = [r - max(v[e - 1][0], v[e][0]) for e, (r, _) in (train_epochs or {}).items() if e - 1 in v and e in v and v[e - 1][1] >= .8 * best]
+    (rate, sd), v = valid, valid_epochs or {}
+    best = max((agree for _, agree, _ in v.values()), default=0)
+    over = [r - max(v[e - 1][0], v[e][0]) for e, (r, _, sure) in (train_epochs or {}).items()
+            if e - 1 in v and e in v and v[e - 1][1] >= .8 * best and sure >= (v[e - 1][2] + v[e][2]) / 2 - .03]
     excess = max(over, default=0.)
     return (rate, sd, 0.) if excess <= slack else (min(rate + excess, .5), float(np.hypot(sd, slack)), excess)
 

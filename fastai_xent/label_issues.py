@@ -20,7 +20,7 @@ from .store import XentRecord, _read
 
 # %% ../nbs/04e_label_issues.ipynb #4569010d
 @patch
-def _doubts(self: XentRecord, split, segment, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → (rate of the plateau, share of agreement)
+def _doubts(self: XentRecord, split, segment, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → (rate of the plateau, share of agreement, mean confidence)
     "What a split's rows say of its labels."
     reducer, n = LabelDoubt(), self.meta['splits'][split]['segments'][self._segment(split, segment)]['n']
     state, targ, epochs = reducer.init(n), np.full(n, -1), {}
@@ -34,7 +34,7 @@ def _doubts(self: XentRecord, split, segment, n_classes) -> tuple: # State of `L
         plain = known & np.isnan(lam) & (weight > 0)
         if not plain.any(): continue
         gap, confidence = gap_confidence(t['margin'][plain], t['p_targ'][plain])
-        epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean())
+        epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean()), float(confidence.mean())
     return state, targ, epochs
 
 # %% ../nbs/04e_label_issues.ipynb #95d165fb
@@ -68,6 +68,7 @@ def label_issues(self: XentRecord,
     if noise_rate is not None and not 0 <= noise_rate < 1: raise ValueError(f"noise_rate is {noise_rate}, expected a share from 0 to less than 1")
     c = self._n_classes()
     state, targ, _ = doubts = self._doubts(split, segment, c)
+    if (targ < 0).all(): raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; masks and sequences have one a position")
     rate, sd, excess = self._noise_rate(split, doubts, c) if noise_rate is None else (float(noise_rate), 0., 0.)
     if noise_rate is None and (rate > .4 or sd > .06):
         warnings.warn(f"the noise rate, {rate:.0%} ± {sd:.0%}, is hard to tell from what the model does not know; take `p_wrong` for an order, or give `noise_rate=`", stacklevel=2)

@@ -2,6 +2,7 @@
 import warnings
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -14,7 +15,7 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fastai_xent.all import LabelDoubt, XentLossFlat, XentRecorder
+from fastai_xent.all import LabelDoubt, XentLossFlat, XentRecord, XentRecorder
 from fastai_xent.dynamics import get_score
 from fastai_xent.issues import epoch_weight, gap_confidence, noise_rate, p_wrong, plateau
 from helpers import quiet
@@ -155,10 +156,12 @@ def test_plateau_of_nothing():
     assert np.isnan(plateau(np.array([np.nan]), np.array([False]), 3)).all()
 
 def test_an_excess_of_train_over_valid_is_added_once_the_model_knows_something():
-    valid = {0: (.3, .3), 1: (.0, .8), 2: (.0, .9)}
-    assert noise_rate((0., .01), {0: (.5, .3), 1: (.6, .4), 2: (.2, .7)}, valid)[0] == pytest.approx(.2)     # epoch 1 follows one that knew little
-    assert noise_rate((0., .01), {2: (.02, .9)}, valid) == (0., .01, 0.)
-    assert noise_rate((.3, .01), {2: (.9, .1)}, valid)[0] == .5
+    valid = {0: (.3, .3, .3), 1: (.0, .8, .7), 2: (.0, .9, .8)}
+    early = {0: (.5, .3, .3), 1: (.6, .4, .5), 2: (.2, .7, .8)}
+    assert noise_rate((0., .01), early, valid)[0] == pytest.approx(.2)                # epoch 1 follows one that knew little
+    assert noise_rate((0., .01), {2: (.02, .9, .8)}, valid) == (0., .01, 0.)
+    assert noise_rate((0., .01), {2: (.2, .7, .5)}, valid) == (0., .01, 0.)           # train was distorted
+    assert noise_rate((.3, .01), {2: (.9, .1, .8)}, valid)[0] == .5
     assert noise_rate((.1, .01)) == (.1, .01, 0.)
 
 
@@ -204,6 +207,21 @@ def test_clean_data_has_next_to_no_issues():
     issues = learn.xent_recorder.record.label_issues()
     assert issues.attrs['noise_rate'] < .01 and issues['is_issue'].mean() < .01
 
+class Distort(Callback):
+    "Augmentation that makes train much harder than valid."
+    order = 5
+    def __init__(self, noise, hide): self.noise, self.hide = noise, hide
+    def before_batch(self):
+        if not self.training: return
+        x = self.xb[0]
+        self.learn.xb = ((x + self.noise * torch.randn_like(x)) * (torch.rand_like(x) > self.hide),)
+
+@pytest.mark.parametrize('noise, hide', [(.3, .05), (.6, .2), (1.2, .3)])
+def test_augmentation_is_not_taken_for_noise(noise, hide):
+    learn, _, _ = digits(0., cbs=[Distort(noise, hide)])
+    issues = learn.xent_recorder.record.label_issues()
+    assert issues.attrs['noise_rate'] < .03 and issues['is_issue'].mean() < .01
+
 def test_a_clean_valid_does_not_hide_the_noise_of_train():
     learn, wrong, _ = digits(.2, valid_share=0.)
     issues = learn.xent_recorder.record.label_issues()
@@ -242,6 +260,21 @@ def test_items_that_were_never_seen_are_no_issues():
     unseen = issues[issues['item'] >= 16]
     assert len(unseen) == 4 and unseen['p_wrong'].isna().all() and unseen['score'].isna().all() and not unseen['is_issue'].any()
     assert unseen['targ'].isna().all() and issues['p_wrong'].notna().sum() == 16
+
+def test_masks_have_no_label_to_doubt():
+    n, record = 6, XentRecord()
+    record.set_items('train', pd.DataFrame(dict(item=np.arange(n), name=None, source=np.arange(n))), 'abc')
+    for e in range(3):
+        cols = dict(item=np.arange(n), pred=-np.ones(n), targ=-np.ones(n), n_pos=np.full(n, 4), **{o: np.linspace(.1, .9, n) for o in ('loss', 'grad_norm', 'el2n', 'p_targ')}, margin=np.linspace(-1, 1, n))
+        record.add(0, e, 'train', cols)
+    record.meta['classes'] = 3
+    assert np.isfinite(record.score(LabelDoubt())).all()
+    with pytest.raises(ValueError, match='expected one class an item'): record.label_issues()
+
+def test_repeated_and_mixed_rows_count_by_their_share():
+    e = dict(item=np.array([0, 0, 1]), weight=np.array([.5, 1., 1.]), margin=np.array([-2., 1, 2]), p_targ=np.array([.1, .6, .8]), pred=np.array([1., 0, 0]))
+    score, _ = plain(2, [e])
+    np.testing.assert_allclose(LabelDoubt().finalize(run(2, [e])), score, rtol=1e-5)
 
 
 # -- the originals
