@@ -293,6 +293,7 @@ def _close(self: XentRecorder):
     if now is None: return
     self._drop()
     rows, now.rows = now.rows, None
+    self._settle(room=rows.n)                             # before the rows are there twice
     cols, at, sizes = rows.cols(), rows.at, rows.sizes
     del rows                                              # a million rows are some 30 MB
     if not cols: return

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/running.html.md"""
 # %% auto #0
 __all__ = ['NoStates', 'States', 'BrokenScore', 'by_key', 'fold']
 
-# %% ../nbs/03b_running.ipynb #5e910593
+# %% ../nbs/03b_running.ipynb #8b12d834
 import json
 import zlib
 from collections.abc import Mapping
@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from .dynamics import Reducer
 
-# %% ../nbs/03b_running.ipynb #f398121e
+# %% ../nbs/03b_running.ipynb #4a209be5
 _CHUNK = 2**16 # Items that are folded at once, and rows of a row group
 
 class NoStates(Exception):
@@ -70,7 +70,7 @@ class _State(Mapping):
             self.known[name] = self.states.column(self.key, name)
         return self.known[name]
 
-# %% ../nbs/03b_running.ipynb #7f4f07c6
+# %% ../nbs/03b_running.ipynb #3d4ac1fd
 class BrokenScore(Exception):
     "A reducer has failed; `key` says which, and the cause says how."
     def __init__(self, key): super().__init__(f"the state {key!r} could not be folded"); self.key = key

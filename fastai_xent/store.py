@@ -45,7 +45,7 @@ _SCHEMA = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in _FLOATS)
 _COLUMNS = ('fit', 'epoch', 'split', *_SCHEMA.names)
 _ITEMS = pa.schema([('item', pa.int32()), ('name', pa.string()), ('source', pa.int64())])
 
-# %% ../nbs/04_store.ipynb #7c614c9c
+# %% ../nbs/04_store.ipynb #c703a43d
 _DIGITS = 8 # Binary digits after the leading one
 _SHORT = (*_FLOATS, 'lam', 'entropy', 'grand')
 
@@ -60,7 +60,7 @@ def shorten(
     cut = bits & ~np.uint32((1 << drop) - 1)                # toward 0
     return np.where(np.isfinite(x), np.where(np.isfinite(short.view(np.float32)), short, cut), bits).view(np.float32)
 
-# %% ../nbs/04_store.ipynb #8643e428
+# %% ../nbs/04_store.ipynb #0a632c19
 _GROUP = 2**16 # Rows of a row group
 _HOW = dict(compression='zstd', compression_level=1, write_statistics=['item'], use_dictionary=['targ', 'occurrence'], max_rows_per_page=2**17, data_page_size=2**22,
             column_encoding={**dict.fromkeys(('item', 'n_pos'), 'DELTA_BINARY_PACKED'), **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys((*_SHORT, 'step'), 'BYTE_STREAM_SPLIT')})
@@ -531,6 +531,7 @@ def sql(self: XentRecord,
             t = self._items_table(split, k)
             names.append(t.append_column('split', pa.array([split] * len(t), pa.string())).append_column('segment', pa.array([k] * len(t), pa.int32())))
     with duckdb.connect() as con:
+        con.execute('set enable_progress_bar = false')
         con.register('items', pa.concat_tables(names))
         self._view(con)
         return con.execute(query).df()
@@ -539,13 +540,17 @@ def sql(self: XentRecord,
 def _view(self: XentRecord, con) -> None:
     "Make the rows known to DuckDB as `record`: it reads plain local files by itself, and the rest through Arrow."
     found = self._found()
-    quoted = lambda names: '[' + ', '.join("'" + self._place.at(n).replace("'", "''") + "'" for n in names) + ']'
-    parts = [n for o in found.values() if isinstance(o, list) for n in o]
-    if self.path is None or not self._place.local or not parts or len(parts) < sum(len(o) if isinstance(o, list) else 1 for o in found.values()) or re.search(r'[*?\[\]{}=\\%]', self._place.root):
-        tables = [f'record_{j}' for j, _ in enumerate(self._scan(found))]
-        for name, o in zip(tables, self._scan(found)): con.register(name, o)
-        return con.execute('create view record as ' + ' union all by name '.join(f'select {", ".join(_ALL.names)} from {o}' for o in tables))
-    con.execute(f"create view record as select * from read_parquet({quoted(parts)}, hive_partitioning=true, hive_types={{'fit': INTEGER, 'split': VARCHAR, 'epoch': INTEGER}}, union_by_name=true)")
+    if self.path is None or not self._place.local or not found or re.search(r'[*?\[\]{}=\\%]', self._place.root):
+        tables = self._scan(found)
+        for j, o in enumerate(tables): con.register(f'record_{j}', o)
+        sources = [f'select {", ".join(_ALL.names)} from record_{j}' for j, _ in enumerate(tables)]
+    else:
+        file = lambda name: "'" + self._place.at(name).replace("'", "''") + "'"
+        parts = [file(n) for o in found.values() if isinstance(o, list) for n in o]
+        sources = [f"select * from read_parquet([{', '.join(parts)}], hive_partitioning=true, hive_types={{'fit': INTEGER, 'split': VARCHAR, 'epoch': INTEGER}}, union_by_name=true)"] * bool(parts)
+        packed = {k[1]: o.name for k, o in found.items() if isinstance(o, _Packed)}
+        sources += [f"select *, '{split}' as split from read_parquet({file(name)}, hive_partitioning=false)" for split, name in packed.items()]
+    con.execute('create view record as ' + ' union all by name '.join(sources))
 
 # %% ../nbs/04_store.ipynb #01cc12ef
 @patch
@@ -578,7 +583,7 @@ def map(self: XentRecord,
                 return {o: np.array(v, dtype=np.int64 if o == 'pred' else np.float32).reshape(row['shape']) for o, v in row.items() if o not in ('item', 'shape')}
     raise KeyError(f"no map of item {i} of {split!r}" + (f" in epoch {epoch}" if epoch >= 0 else '') + "; choose items before training, with `XentRecorder(maps=[…])`")
 
-# %% ../nbs/04_store.ipynb #329ff08b
+# %% ../nbs/04_store.ipynb #1aef693e
 @patch
 def _marks(self: XentRecord, found: dict) -> list:
     "What identifies the rows of these epochs."
@@ -715,7 +720,7 @@ def top(self: XentRecord,
     df = self._chosen(split, self._segment(split, segment), order).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
     return df.assign(targ=targ, likely=likely, score=score[order])
 
-# %% ../nbs/04_store.ipynb #6972d592
+# %% ../nbs/04_store.ipynb #995d9e31
 @patch
 def scores(self: XentRecord,
     split: str = 'train',
@@ -740,7 +745,7 @@ def seen(self: XentRecord,
     return items[['item', 'name']].assign(rows=g.size().reindex(items['item'], fill_value=0).to_numpy(),
                                           **{f'last_{o}': g[o].last().reindex(items['item']).astype('Int64').array for o in ('epoch', 'step')})
 
-# %% ../nbs/04_store.ipynb #0fb6a8b2
+# %% ../nbs/04_store.ipynb #c2730f1f
 try: import fcntl
 except ImportError: fcntl = None                            # Windows has no such locks
 
@@ -758,7 +763,7 @@ def lock(self: XentRecord, alone: bool = False):
         return None
     return f
 
-# %% ../nbs/04_store.ipynb #3635ad4e
+# %% ../nbs/04_store.ipynb #95089b8e
 @patch
 def compact(self: XentRecord) -> None:
     "Put all epochs of a split into one file, in which the rows of an item stand together, and remove the single ones."
