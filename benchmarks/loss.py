@@ -68,7 +68,7 @@ def compare(what, rival_name, ours, rival, goal='', seconds=3.) -> None:
 
 def peak(f) -> int:
     "The most bytes that torch's allocator, and numpy's, have given out during a `step`, beyond those before: both peaks, as if they were at the same time."
-    f()                                               # compiles
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True): f()        # kernels compile, and the profiler sets up what it needs
     for o in f.leaves: o.grad = None
     tracemalloc.start()
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof: f()

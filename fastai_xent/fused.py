@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/fused.html.md"""
 # %% auto #0
 __all__ = ['FusedPass', 'fused_pass', 'traced', 'usable', 'fused_stats']
 
-# %% ../nbs/00b_fused.ipynb #a3afa7f1
+# %% ../nbs/00b_fused.ipynb #dd03036d
 import math
 import os
 import warnings
@@ -23,7 +23,7 @@ from torch.autograd import forward_ad
 
 from .numerics import XentStats, _check_targ, _check_weight, _class_axis, _plain, _raise_bad_targ, xent_stats
 
-# %% ../nbs/00b_fused.ipynb #9899a184
+# %% ../nbs/00b_fused.ipynb #f0bd6d9e
 _LN2 = math.log(2)
 
 _NEAR = Chebyshev.interpolate(np.exp, 6, domain=[-_LN2 / 2, _LN2 / 2])           # as good as the series to one more power
@@ -62,7 +62,7 @@ def _exp(x):
     "exp(x) and x exp(x) for x ≤ 0"
     return _exp32(x) if isinstance(x, np.float32) else _exp64(x)
 
-# %% ../nbs/00b_fused.ipynb #fffead81
+# %% ../nbs/00b_fused.ipynb #ad0be140
 _HALF = int(np.float64(math.sqrt(.5)).view(np.int64))
 
 def _artanh2(s):
@@ -84,7 +84,7 @@ def _log1p(t):
     far = t > .41421356
     return (_LN2 if far else 0.) + _artanh2((t - 1) / (t + 3) if far else t / (t + 2))
 
-# %% ../nbs/00b_fused.ipynb #065e7035
+# %% ../nbs/00b_fused.ipynb #fa297bd3
 _BITS32, _BITS64 = np.int32(2**31 - 1), np.int64(2**63 - 1)
 _LEAST32, _LEAST64 = np.float32(-np.inf).view(np.int32) ^ _BITS32, np.float64(-np.inf).view(np.int64) ^ _BITS64
 _LOWEST32, _LOWEST64 = np.finfo(np.float32).min, np.finfo(np.float64).min
@@ -122,7 +122,7 @@ def _sums(z, m, e):
         X += x
     return S, Q, X
 
-# %% ../nbs/00b_fused.ipynb #576db759
+# %% ../nbs/00b_fused.ipynb #1d72c097
 _TINY, _HUGE = 2.**-1022, 2.**1000
 
 def _facts(f, r, out, at, h):
@@ -154,7 +154,7 @@ def _facts(f, r, out, at, h):
     for i in range(r): label[i] = -w[i] * share[i] * miss[i]
     for i in range(r): rest[i] = w[i] * share[i] * miss[i] / S[i]
 
-# %% ../nbs/00b_fused.ipynb #ef7344b2
+# %% ../nbs/00b_fused.ipynb #9aa8f90a
 def _block(c):
     "Rows that are handled at once: some 32,000 logits"
     return max(1, min(256, 32768 // c))
@@ -218,6 +218,7 @@ def _rows_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, las
             if S != S or zi[k] != zi[k]:
                 j = _first_nan(zi)
                 if j >= 0: klass[start + q] = j
+                if max(_first_nan(zi[:k]), _first_nan(zi[k + 1:])) >= 0: f[1][q] = np.nan
         _facts(f, r, out, start, h)
         for q in range(r):
             i = start + q
@@ -227,7 +228,7 @@ def _rows_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, las
                 g[i][targ[i]] = h[1][q]
         _forget(klass[start:start + r], out, start)
 
-# %% ../nbs/00b_fused.ipynb #0359179d
+# %% ../nbs/00b_fused.ipynb #a5550b1a
 def _block_of_plane(c):
     "Positions that are handled at once"
     return max(64, min(512, 32768 // c))
@@ -309,13 +310,15 @@ def _planes_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, l
         for p in range(r):
             if yr[p] >= 0 and (S[p] != S[p] or zy[p] != zy[p]):
                 for j in range(c - 1, -1, -1):
-                    if z[o, j, at + p] != z[o, j, at + p]: klass[base + p] = j
+                    if z[o, j, at + p] != z[o, j, at + p]:
+                        klass[base + p] = j
+                        if j != yr[p]: f[1][p] = np.nan
         _facts(f, r, out, base, h)
         if len(g):
             for k in range(c): _plane_grad(e[k][:r], yr, np.int32(k), h[0][:r], h[1][:r], g[o, k][at:at + r])
         _forget(klass[base:base + r], out, base)
 
-# %% ../nbs/00b_fused.ipynb #493ad0eb
+# %% ../nbs/00b_fused.ipynb #876a7d58
 _STRICT = dict(error_model='numpy', fastmath={'contract'})                       # a product and a sum may be rounded once
 _LOOSE = dict(error_model='numpy', fastmath={'contract', 'reassoc', 'nsz'})      # sums may be taken in any order
 _PARTS = [_exp32, _exp64, _artanh2, _log, _log1p, _top32, _top64, _copy,
@@ -386,7 +389,7 @@ def _kernels(dtype, planes: bool) -> _Kernels|None:
         except Exception as e: why = e                # whatever an import or a compiler may raise
     warnings.warn(f"numba does not compile the loss of fastai_xent, so losses on the CPU are slower: {type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
 
-# %% ../nbs/00b_fused.ipynb #550251bb
+# %% ../nbs/00b_fused.ipynb #aa37f21c
 class FusedPass(NamedTuple):
     "What one pass over the logits leaves behind."
     loss: Tensor|None   # The weighted mean or the sum, a scalar; None for 'none'
@@ -468,7 +471,7 @@ def _as(g: Tensor, shape, moved: int|None) -> Tensor:
     if moved is None: return g if g.ndim == len(shape) else g.view(shape)
     return g.view([*shape[:moved], *shape[moved + 1:], shape[moved]]).movedim(-1, moved)
 
-# %% ../nbs/00b_fused.ipynb #43986cb6
+# %% ../nbs/00b_fused.ipynb #0b106c81
 def traced(x: Tensor) -> bool:
     "Is somebody tracing or transforming what happens to `x`?"
     return (torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()

@@ -239,7 +239,7 @@ def _torch_loss(self: XentLoss, pred, y, weight, axis, probs):
         y = y.masked_fill(bad, self.ignore_index)
     try:
         if self.reduction != 'mean': loss = F.cross_entropy(z, y, reduction=self.reduction, **kw)
-        elif y.is_cuda:                               # to look at the loss would be to wait for it
+        elif y.device.type != 'cpu' or traced(z):     # to look at the loss would be to wait for it
             ok = y != self.ignore_index
             counts = ok if weight is None else weight[y.masked_fill(~ok, 0)] * ok
             loss = _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts, 'mean')
@@ -247,7 +247,7 @@ def _torch_loss(self: XentLoss, pred, y, weight, axis, probs):
             loss = F.cross_entropy(z, y, **kw)
             if math.isnan(loss.item()): loss = self._mean_or_nothing(z, y, weight, kw)
     except (IndexError, RuntimeError):
-        _raise_bad_targ(y, pred.shape[axis], self.ignore_index)
+        if not traced(z): _raise_bad_targ(y, pred.shape[axis], self.ignore_index)
         raise
     return loss if bad is None else loss.masked_fill(bad if self.reduction == 'none' else bad.any(), math.nan)
 
