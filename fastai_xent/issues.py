@@ -10,7 +10,7 @@ __all__ = ['gap_confidence', 'gap_sums', 'epoch_weight', 'LabelDoubt', 'plateau'
 # %% ../nbs/03a_issues.ipynb #ebad933d
 import numpy as np
 
-from .dynamics import Reducer, _turns
+from .dynamics import Reducer, _turns, register_score
 
 # %% ../nbs/03a_issues.ipynb #3ebac158
 def gap_confidence(
@@ -66,6 +66,8 @@ class LabelDoubt(Reducer):
         w = state['weight'].astype(np.float64)
         return np.divide(state[name], w, out=np.full(len(w), np.nan), where=w > 0)
     def finalize(self, state): return self.mean(state, 'doubt')
+
+register_score('label_doubt', LabelDoubt())
 
 # %% ../nbs/03a_issues.ipynb #f1cce56d
 _RATE, _STEEP, _BINS = np.linspace(0, .6, 121), np.exp(np.linspace(-1.5, 3, 37)), 40

@@ -14,34 +14,30 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .dynamics import row_weight
+from .dynamics import Label, row_weight
 from .issues import LabelDoubt, gap_confidence, noise_rate, p_wrong, plateau
-from .store import XentRecord, _read
+from .store import XentRecord
 
 # %% ../nbs/04e_label_issues.ipynb #4569010d
 @patch
 def _doubts(self: XentRecord, split, segment, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → (rate of the plateau, share of agreement, mean confidence)
     "What a split's rows say of its labels."
-    reducer, n = LabelDoubt(), self.meta['splits'][split]['segments'][self._segment(split, segment)]['n']
-    state, targ, epochs = reducer.init(n), np.full(n, -1), {}
-    names = ['item', 'lam', 'occurrence', 'targ', *reducer.columns]
-    for k in self._keys_of(split, segment):
-        t = {o: c.to_numpy() for o, c in zip(names, _read(self._arrow([k]), names).columns)}
+    targ = np.nan_to_num(self.score(Label(), split, segment), nan=-1).astype(int)
+    names, epochs = ['lam', 'occurrence', 'targ', 'margin', 'p_targ'], {}
+    for k, found in self._epochs_of(split, segment).items():
+        t = {o: c.to_numpy() for o, c in zip(names, self._read({k: found}, names).columns)}
         lam, known = t['lam'].astype(float), ~np.isnan(t['targ'].astype(float))
-        weight = row_weight(lam, t['occurrence'])
-        reducer.update(state, t['item'], weight, **{o: t[o] for o in reducer.columns})
-        targ[t['item'][known]] = t['targ'][known].astype(int)
-        plain = known & np.isnan(lam) & (weight > 0)
+        plain = known & np.isnan(lam) & (row_weight(lam, t['occurrence']) > 0)
         if not plain.any(): continue
         gap, confidence = gap_confidence(t['margin'][plain], t['p_targ'][plain])
         epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean()), float(confidence.mean())
-    return state, targ, epochs
+    return self._state(LabelDoubt(), split, segment), targ, epochs
 
 # %% ../nbs/04e_label_issues.ipynb #95d165fb
 @patch
 def _n_classes(self: XentRecord) -> int:
     c = self.meta.get('classes') or len(self.meta['vocab'] or [])
-    return c if c else 1 + int(_read(self._arrow(), ['targ'])['targ'].to_pandas().max())
+    return c if c else 1 + int(self._read(self._found(), ['targ'])['targ'].to_pandas().max())
 
 @patch
 def _noise_rate(self: XentRecord, split, train, n_classes) -> tuple: # Noise rate, its standard deviation, excess of train over valid

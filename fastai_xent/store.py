@@ -33,6 +33,7 @@ from fastcore.basics import patch
 from fsspec.implementations.local import LocalFileSystem
 
 from .dynamics import SCORES, Label, Likely, Reducer, _folds_like, get_score, row_weight
+import fastai_xent.issues  # noqa: F401 registers 'label_doubt'
 from .running import BrokenScore, NoStates, States, by_key, fold
 
 # %% ../nbs/04_store.ipynb #6316ba1f
@@ -659,6 +660,12 @@ def update_scores(self: XentRecord,
 ) -> None:
     "Fold the epochs since the last time into the running states of all scores, and keep those beside the epochs."
     self._states(split, segment, writing=True)
+
+@patch
+def _state(self: XentRecord, reducer: Reducer, split, segment=-1) -> dict: # array's name → array `n`
+    "The whole state of one reducer now."
+    try: return dict(self._states(split, segment, reducer)[reducer.key])
+    except NoStates: return dict(self._states(split, segment, reducer, anew=True)[reducer.key])
 
 @patch
 def _finalize(self: XentRecord, reducers: list, split, segment) -> list: # One array `n` a reducer
