@@ -17,7 +17,7 @@ from torch import nn
 
 from fastai_xent.all import LabelDoubt, XentLossFlat, XentRecord, XentRecorder
 from fastai_xent.dynamics import get_score
-from fastai_xent.issues import epoch_weight, gap_sums, gap_confidence, noise_rate, p_wrong, plateau
+from fastai_xent.issues import epoch_weight, gap_confidence, gap_sums, noise_rate, p_wrong, plateau
 from helpers import quiet
 
 
@@ -111,7 +111,7 @@ def test_a_run_without_spread_has_a_plain_mean():
 def test_epochs_by_heart_and_epochs_of_ignorance_count_little():
     unknowing, doubting, by_heart = (epoch_weight(gap_sums(np.array(o), np.ones(4))) for o in ([0., .01, 0, 0], [-.9, -.8, -.9, .9], [-1, -1, -.99, -1]))
     assert doubting > 1000 * max(unknowing, by_heart)
-    assert epoch_weight(np.zeros(0), np.zeros(0)) == 0
+    assert epoch_weight(gap_sums(np.zeros(0), np.zeros(0))) == 0
 
 
 # -- probabilities
