@@ -88,7 +88,7 @@ class _FastaiTap(RowTap):
     def __init__(self, dl):
         super().__init__(dl)
         self.inner = getattr(dl, 'dl', dl) if 'dl' in vars(dl) else dl    # DistributedDL leaves the items to the loader it wraps
-        self.workers, self.current, self.old = dl.fake_l.num_workers, None, {}
+        self.workers, self.current, self.read, self.old = dl.fake_l.num_workers, None, None, {}
 
     def _owner(self, name): return self.inner if name == 'do_item' else self.dl
     def _original(self, name):
@@ -134,20 +134,24 @@ class _FastaiTap(RowTap):
     def create_batches(self, samps): return self._original('create_batches')(self._handed_out(samps))
 
     def _handed_out(self, samps):
-        "Pass `samps` on, and remember which position is being read."
-        p = self.passes[-1] if self.passes else None
-        bs, nw, offs = self.dl.bs or 1, self.dl.num_workers, self.dl.offs
-        for k, s in enumerate(samps):
-            if p is not None: p.pulled = k + 1
-            self.current = (p, (k // bs * nw + offs) * bs + k % bs, s)
+        "Pass `samps` on, and remember which of them is being read."
+        p = self.passes[-1] if self.passes else _Pass(np.empty(0, dtype=np.int64), 0)
+        for p.pulled, s in enumerate(samps, 1):
+            self.current = p, s
             yield s
 
     def do_item(self, s):
-        res = self._original('do_item')(s)
-        if res is None and s is not None and self.current is not None:
-            p, position, handed_out = self.current
-            if s is handed_out and p is not None: p.alive[position] = 0
+        if self.read is None: self.read = self._original('do_item')     # looked up once: this runs for every item
+        res = self.read(s)
+        if res is None and s is not None and self.current is not None: self._skipped(s)
         return res
+
+    def _skipped(self, s):
+        "Note that the item handed out last gave no row."
+        p, handed_out = self.current
+        if s is not handed_out or not len(p.alive): return
+        k, bs = p.pulled - 1, self.dl.bs or 1
+        p.alive[(k // bs * self.dl.num_workers + self.dl.offs) * bs + k % bs] = 0
 
     def _can_have_given(self, p, n_batches):
         if self.workers: return p.pulled == 0        # the others were read in this process: one_batch() uses no workers
@@ -159,7 +163,7 @@ class _FastaiTap(RowTap):
         if p.padding is None: return None
         given = self._positions(p)
         return np.concatenate([p.padding[given[i]] for i in at])
-    def __getstate__(self): return {**self.__dict__, 'passes': self.passes[-1:], 'started': None, 'error': None}
+    def __getstate__(self): return {**self.__dict__, 'passes': self.passes[-1:], 'started': None, 'error': None, 'read': None}
 
 # %% ../nbs/02_items.ipynb #c9b63062
 class _TorchTap(RowTap):
