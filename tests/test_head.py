@@ -134,7 +134,7 @@ class InLastLayer(Callback):
     def __init__(self, head): self.head, self.rows = head, {}
     def after_loss(self):
         learn, split = self.learn, 'train' if self.learn.training else 'valid'
-        item, mix = learn.xb[0][:, -1].round().long(), getattr(learn, 'mix_up', None)
+        item = learn.xb[0][:, -1].round().long()
         with torch.enable_grad():
             h = self.seen.clone()
             z = F.linear(h, self.head.weight, self.head.bias)
