@@ -95,10 +95,11 @@ class XentRecorder(Callback):
         "The state that belongs to this process."
         self._now = self._writer = self._started = self._lock = None
         self._known, self._labels, self._writes, self._in_fit, self._stopped, self._wrote = {}, {}, [], False, False, False
+        self._behind, self._next_fold = set(), {}     # splits whose running scores lack the last epochs; when each may be folded again
 
     def __getstate__(self):
         "A pickled recorder keeps its settings and the path of its record; not a record in memory, nor a running pass."
-        own = ('_now', '_writer', '_started', '_lock', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote')
+        own = ('_now', '_writer', '_started', '_lock', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote', '_behind', '_next_fold')
         return {**{k: v for k, v in self.__dict__.items() if k not in own}, '_record': XentRecord() if self._record.path is None else self.record}
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -187,7 +188,10 @@ def after_epoch(self: XentRecorder):
 def after_fit(self: XentRecorder):
     "All is written when the fit is over."
     self._in_fit, start = False, time.perf_counter()
-    try: self._settle(wait=True)
+    try:
+        self._settle(wait=True)
+        self._writes += [(self._writer.submit(self._keep_scores, *o, True), 0) for o in self._behind if self._writer is not None]
+        self._settle(wait=True)
     finally:
         if self._writer is not None: self._writer.shutdown()
         if self._lock is not None: self._lock.close()
@@ -406,11 +410,17 @@ def _write(self: XentRecorder, fit, epoch, split, cols, maps, probs):
 @patch
 def _take_lock(self: XentRecorder): self._lock = self._record.lock()
 
+_SHARE = .01 # of the time, that the running scores of a split may take while it trains
+
 @patch
-def _keep_scores(self: XentRecorder, split, segment) -> str|None: # What to tell
-    "Bring the running scores up to date. They can be computed again, so the recording goes on without them."
+def _keep_scores(self: XentRecorder, split, segment, at_last: bool = False) -> str|None: # What to tell
+    "Bring the running scores up to date, unless it is too soon. They can be computed again, so the recording goes on without them."
+    start = time.perf_counter()
+    if not at_last and start < self._next_fold.get(split, 0): return self._behind.add((split, segment))
+    self._behind.discard((split, segment))
     try: self._record.update_scores(split, segment)
     except Exception as e: return f"XentRecorder could not keep the running scores of {split!r}, they will be computed from the epochs when they are asked for: {e!r}"
+    finally: self._next_fold[split] = start + (time.perf_counter() - start) / _SHARE
 
 _WAITING = 2**18 # rows that may wait for the writer; a larger epoch waits alone
 
