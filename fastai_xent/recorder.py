@@ -95,11 +95,11 @@ class XentRecorder(Callback):
         "The state that belongs to this process."
         self._now = self._writer = self._started = self._lock = None
         self._known, self._labels, self._writes, self._in_fit, self._stopped, self._wrote = {}, {}, [], False, False, False
-        self._behind, self._next_fold = set(), {}     # splits whose running scores lack the last epochs; when each may be folded again
+        self._folds, self._behind, self._next_fold = [], set(), {}     # jobs that fold; splits whose running scores lack the last epochs; when each may be folded again
 
     def __getstate__(self):
         "A pickled recorder keeps its settings and the path of its record; not a record in memory, nor a running pass."
-        own = ('_now', '_writer', '_started', '_lock', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote', '_behind', '_next_fold')
+        own = ('_now', '_writer', '_started', '_lock', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote', '_folds', '_behind', '_next_fold')
         return {**{k: v for k, v in self.__dict__.items() if k not in own}, '_record': XentRecord() if self._record.path is None else self.record}
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -115,6 +115,7 @@ class XentRecorder(Callback):
     def record(self) -> XentRecord:
         "The record so far, all finished epochs written."
         self._settle(wait=True)
+        while self._folds: self._tell_of(self._folds.pop(0))
         return self._record
 
     @property
@@ -190,10 +191,10 @@ def after_fit(self: XentRecorder):
     self._in_fit, start = False, time.perf_counter()
     try:
         self._settle(wait=True)
-        self._writes += [(self._writer.submit(self._keep_scores, *o, True), 0) for o in self._behind if self._writer is not None]
-        self._settle(wait=True)
     finally:
-        if self._writer is not None: self._writer.shutdown()
+        if self._writer is not None:                  # the scores may still be folded when the fit is over: who asks for the record waits for them
+            self._folds += [self._writer.submit(self._keep_scores, *o, True) for o in list(self._behind)]
+            self._writer.shutdown(wait=False)
         if self._lock is not None: self._lock.close()
         self._writer = self._lock = None
         started, self._started = self._started, None
@@ -401,11 +402,12 @@ def _write(self: XentRecorder, fit, epoch, split, cols, maps, probs):
     if record.path is None:
         for job, *args in jobs: job(*args)
         return
-    if num_distrib() <= 1: jobs.append((self._keep_scores, split, record._segment(split)))     # a rank sees its own rows only; then whoever asks first folds
     self._settle(room=n)
     if self._writer is None: self._writer = ThreadPoolExecutor(1, thread_name_prefix='xent-record')
     if self._lock is None: jobs.insert(0, (self._take_lock,))
     self._writes += [(self._writer.submit(*job), n) for job in jobs]
+    if num_distrib() <= 1: self._folds.append(self._writer.submit(self._keep_scores, split, record._segment(split)))     # a rank sees its own rows only; then whoever asks first folds
+    while self._folds[:-1] and self._folds[0].done(): self._tell_of(self._folds.pop(0))
 
 @patch
 def _take_lock(self: XentRecorder): self._lock = self._record.lock()
@@ -428,8 +430,13 @@ _WAITING = 2**18 # rows that may wait for the writer; a larger epoch waits alone
 def _settle(self: XentRecorder, wait: bool = False, room: int|None = None):
     "Look after what was handed to the writer: raise its errors, and wait for all of it, or until there is `room` for so many rows more."
     while self._writes and (wait or self._writes[0][0].done() or (room is not None and sum(n for _, n in self._writes) + room > _WAITING)):
-        message = self._writes.pop(0)[0].result()
-        if message is not None: self._tell(message)
+        self._tell_of(self._writes.pop(0)[0])
+
+@patch
+def _tell_of(self: XentRecorder, job):
+    "Wait for a job of the writer, and tell what it has to say."
+    message = job.result()
+    if message is not None: self._tell(message)
 
 # %% ../nbs/05_recorder.ipynb #746bd543
 @patch
