@@ -28,7 +28,8 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
-import fastai_xent.bridges  # noqa: F401 a record's `add_probs`
+import fastai_xent.bridges  # noqa: F401 methods of a record, as the next
+import fastai_xent.label_issues  # noqa: F401
 from .head import HeadTap, find_head
 from .items import NoItemIdentity, class_names, fingerprint, items_frame, tap_rows
 from .numerics import XentStats
