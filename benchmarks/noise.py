@@ -161,7 +161,7 @@ def one(name, regime, kind, share, seed, folds, clean_valid=False):
         theirs = np.array([learn.aum.calc.sums[i] / learn.aum.calc.counts[i] if i in learn.aum.calc.counts else np.nan for i in range(len(y))])
         np.testing.assert_allclose(record.score('aum'), theirs, rtol=1e-4, atol=1e-4)
     end = record.score('margin_loss', 'train_eval')
-    scores = {'LabelDoubt (default)': record.score(LabelDoubt()), 'margin loss (A)': record.score('margin_loss'), 'A + ½ of an eval pass (C)': record.score('margin_loss') + .5 * end,
+    scores = {'label_doubt': record.score('label_doubt'), 'margin_loss (A)': record.score('margin_loss'), 'A + ½ of an eval pass (C)': record.score('margin_loss') + .5 * end,
               'mean loss': record.score('loss'), 'EL2N, mean': record.score('el2n'), 'aum': -record.score('aum'), 'top losses': record.score('loss', 'train_eval')}
     if folds: scores['five-fold'] = five_fold(x[t], y, model, c, epochs, bs, seed)
     with warnings.catch_warnings():
