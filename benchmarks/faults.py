@@ -1,6 +1,6 @@
 """A report of deaths and other faults: `kill -9` at random instants of a fit and of `compact`, full and forbidden places, torn and foreign files.
 
-python benchmarks/faults.py [--kills 200]
+python benchmarks/faults.py [--kills 20]
 """
 import argparse
 import os
@@ -231,7 +231,7 @@ def faults(where: Path):
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)
-    p.add_argument('--kills', type=int, default=200)
+    p.add_argument('--kills', type=int, default=20)
     a = p.parse_args()
     with tempfile.TemporaryDirectory() as tmp:
         where = Path(tmp)
