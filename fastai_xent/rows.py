@@ -171,13 +171,16 @@ def per_item(
 
 # %% ../nbs/04a_rows.ipynb #798668e6
 _FLOATS = XentStats._fields[:-1]
+_INTS = ('pred', 'targ')
+_MOST = 2**24    # rows that get room in advance
 _WAITING = 2**20 # logits that are kept until their statistics are computed
 
 class RowBuffer:
     "Statistics of the rows of one pass, in order of arrival."
     def __init__(self, capacity: int): # A first guess of the number of rows
         self.at, self.sizes, self.steps, self.capacity, self.n = [], [], [], max(capacity, 1), 0
-        self.parts, self.late, self.z = [], [], None  # columns of each batch; those whose statistics come later, and their logits
+        self.floats, self.ints, self.more = _room(np.float32, 6, 0), _room(np.int32, 2, 0), {} # on the host, for `_FLOATS`, 'pred' and 'targ', and other columns
+        self.parts, self.late, self.z = [], [], None  # columns of batches on a device; those whose statistics come later, and their logits
 
     def add(self,
         i: int, # Number of the batch in its pass
@@ -187,16 +190,42 @@ class RowBuffer:
     ) -> None:
         "Take a batch. A batch that comes twice is taken once."
         if self.at and self.at[-1] == i: return
-        part = {} if not extra else {k: v.detach().clone() for k, v in extra.items()}
-        last = _last_call(batch)
-        if last is not None and last.done is not None and not batch.dense: part.update(last.done.columns())
-        elif _may_wait(batch, last): self._wait(batch, part)
-        else: self._now(batch, last, part)
+        n, last = batch.pred.shape[0 if batch.axis else 1], _last_call(batch)
+        end = self.n + n
+        if end > self.floats.shape[1]: self._grow(end)
+        if last is not None and last.done is not None and not batch.dense:
+            done, to = last.done, slice(self.n, end)
+            self.floats[:, to], self.ints[0, to], self.ints[1, to] = done.facts, done.klass, done.targ
+            if extra: self._keep(extra, self.n, n)
+        else:
+            part = {} if not extra else {k: v.detach().clone() for k, v in extra.items()}
+            if _may_wait(batch, last): self._wait(batch, part)
+            else: self._now(batch, last, part)
+            if batch.pred.is_cpu: self._keep(part, self.n, n)
+            else: self.parts.append((part, self.n, n))
         self.at.append(i)
-        self.sizes.append(len(batch.pred))
+        self.sizes.append(n)
         self.steps.append(step)
-        self.parts.append(part)
-        self.n += len(batch.pred)
+        self.n = end
+
+    def _grow(self, n):
+        "Room for at least `n` rows: what was asked for, or half as much again."
+        n = max(n, min(self.capacity, _MOST), self.n + self.n // 2)
+        self.floats, self.ints = _room(np.float32, 6, n, self.floats[:, :self.n]), _room(np.int32, 2, n, self.ints[:, :self.n])
+        self.more = {k: _room(v.dtype, 1, n, v[:, :self.n]) for k, v in self.more.items()}
+
+    def _line(self, name, floating):
+        "The line of a column; where a batch does not have it, it is nan or −1."
+        if name in _FLOATS: return self.floats[_FLOATS.index(name)]
+        if name in _INTS: return self.ints[_INTS.index(name)]
+        if name not in self.more:
+            line = self.more[name] = _room(np.float32 if floating else np.int32, 1, self.floats.shape[1])
+            line[:] = np.nan if floating else -1
+        return self.more[name][0]
+
+    def _keep(self, part, at, n):
+        "Put the columns of `n` rows at their place on the host."
+        for k, v in part.items(): torch.from_numpy(self._line(k, v.is_floating_point())[at:at + n]).copy_(v)
 
     def _now(self, b, last, part):
         "The statistics of a batch, taken over or computed."
@@ -239,33 +268,32 @@ class RowBuffer:
         "Everything so far, brought to the host at once."
         self._flush()
         if not self.n: return {}
-        names = list(dict.fromkeys([*XentStats._fields, 'targ', *(k for p in self.parts for k in p)]))
-        cols = _on_host({name: _joined([p.get(name) for p in self.parts], self.sizes) for name in names})
+        self._fetch()
+        cols = {**dict(zip(XentStats._fields + ('targ',), (*self.floats, *self.ints))), **{k: v[0] for k, v in self.more.items()}}
+        cols = {k: v[:self.n] for k, v in cols.items()}
         if max(self.steps) >= 0: cols['step'] = np.repeat(np.array(self.steps, dtype=np.int32), self.sizes)
         return cols
 
-def _joined(pieces: list, sizes: list):
-    "One column, float32 or int32; where a batch does not have it, it is nan or −1."
-    like = next(o for o in pieces if o is not None)
-    if isinstance(like, np.ndarray) and all(o is None or isinstance(o, np.ndarray) for o in pieces):
-        dtype = np.float32 if like.dtype.kind == 'f' else np.int32
-        return np.concatenate([np.full(n, np.nan if dtype is np.float32 else -1) if o is None else o for o, n in zip(pieces, sizes)], dtype=dtype, casting='unsafe')
-    pieces = [torch.from_numpy(o) if isinstance(o, np.ndarray) else o for o in pieces]
-    like = next(o for o in pieces if o is not None)
-    dtype = torch.float32 if like.is_floating_point() else torch.int32
-    return torch.cat([like.new_full((n,), torch.nan if dtype.is_floating_point else -1, dtype=dtype) if o is None else o.to(like.device, dtype) for o, n in zip(pieces, sizes)])
+    def _fetch(self):
+        "Bring what is on a device to the host, in one transfer a dtype."
+        parts, self.parts = self.parts, []
+        pieces = [(k, v.float() if v.is_floating_point() else v.int(), at, n) for part, at, n in parts for k, v in part.items()]
+        for kind in {(v.dtype, v.device) for _, v, _, _ in pieces}:
+            mine, start = [o for o in pieces if (o[1].dtype, o[1].device) == kind], 0
+            host = torch.cat([o[1] for o in mine]).cpu()
+            for k, _, at, n in mine:
+                self._keep({k: host[start:start + n]}, at, n)
+                start += n
 
-def _on_host(cols: dict) -> dict:
-    "The columns as arrays; those on another device come in one transfer a dtype."
-    res = {k: v for k, v in cols.items() if isinstance(v, np.ndarray)}
-    for kind in {(v.dtype, v.device) for k, v in cols.items() if k not in res}:
-        names = [k for k, v in cols.items() if isinstance(v, Tensor) and (v.dtype, v.device) == kind]
-        res.update(zip(names, torch.stack([cols[k] for k in names]).cpu().numpy()))
-    return {k: res[k] for k in cols}
+def _room(dtype, lines: int, n: int, old: np.ndarray|None = None) -> np.ndarray:
+    "Room for `n` rows of some columns, the first of them copied. The system gives it when it is written to, not before."
+    res = np.empty((lines, n), dtype)
+    if old is not None: res[:, :old.shape[1]] = old
+    return res
 
 def _last_call(b: Batch):
     "What the loss remembers of its last call, if that was for this very batch."
-    func = getattr(b.loss_func, 'func', b.loss_func)
+    func = b.loss_func if isinstance(b.loss_func, XentLoss) else getattr(b.loss_func, 'func', None)
     last = func._last if isinstance(func, XentLoss) and b.mix is None and b.stats is None else None
     if last is None or last.pred.data_ptr() != b.pred.data_ptr() or last.pred.shape != b.pred.shape: return None
     return last if last.targ.data_ptr() == b.targ.data_ptr() and last.targ.numel() == b.targ.numel() else None
@@ -276,7 +304,7 @@ def _stats_of(last) -> XentStats|None:
 
 def _may_wait(b: Batch, last) -> bool:
     "A small batch on a device, whose statistics nobody has."
-    return b.pred.device.type != 'cpu' and b.stats is None and (last is None or last.stats is None) and not b.dense and b.mix is None \
+    return b.pred.device.type != 'cpu' and b.axis == 1 and b.stats is None and (last is None or last.stats is None) and not b.dense and b.mix is None \
         and not b.targ.is_floating_point() and b.pred.numel() <= _WAITING // 4 and xent_settings(b.loss_func) is not None
 
 # %% ../nbs/04a_rows.ipynb #f4304465
