@@ -342,14 +342,15 @@ def _total(losses, klass):
         if klass[i] >= 0: total += losses[i]
     return total
 
-def _whole_kernel(z, targ, weight, ignore_index, mean, g, out, klass, loss):
+def _whole_kernel(z, targ, weight, ignore_index, mean, g, out, ints, loss):
     "All of a small batch of rows in one call: its mean or sum goes to `loss`. The weight of the rows that count, or −1."
     total = _count(targ, weight, z.shape[1], ignore_index)
     if total < 0: return total
     share = np.ones(1)
     if mean and total > 0: share[0] = 1 / total
-    _rows_kernel(z, targ, weight, share, ignore_index, g, out, klass, 0, len(z))
-    loss[()] = _total(out[0], klass) * share[0]
+    _rows_kernel(z, targ, weight, share, ignore_index, g, out, ints[0], 0, len(z))
+    loss[()] = _total(out[0], ints[0]) * share[0]
+    _copy(targ, ints[1])
     return total
 
 @cache
@@ -389,10 +390,10 @@ def _try(kernels: _Kernels, dtype, planes: bool) -> None:
     got = [*g.ravel(), *out[:, 0], klass[0], kernels.count(y, none, 2, -100), kernels.total(out[0], klass)]
     want = [-.5, .5, _LN2, math.sqrt(.5), math.sqrt(.5), .5, 0, _LN2, 0, 1, _LN2]
     if not planes:
-        g[:], out[:], klass[:], loss = 7, 7, 7, np.empty((), dtype)
-        total = kernels.whole(z, y, none, -100, True, g, out, klass, loss)
-        got += [*g.ravel(), *out[:, 0], klass[0], total, loss]
-        want *= 2
+        g[:], out[:], ints, loss = 7, 7, np.full((2, 1), 7), np.empty((), dtype)
+        total = kernels.whole(z, y, none, -100, True, g, out, ints, loss)
+        got += [*g.ravel(), *out[:, 0], ints[0, 0], total, loss, ints[1, 0]]
+        want += [*want, 0]
     if not np.allclose(got, want, rtol=1e-6, atol=1e-6): raise ArithmeticError(f"two equal logits give {[float(o) for o in got]}, expected {want}")
 
 @cache
@@ -413,17 +414,12 @@ class FusedPass:
     loss: Tensor|None   # The weighted mean or the sum, a scalar; None for 'none'
     grad: Tensor|None   # The gradient of that scalar in the logits (for 'none': of the rows' sum), shape of the logits
     facts: np.ndarray   # loss, grad_norm, el2n, p_targ, margin, entropy, `6 n`; nan where ignored
-    klass: np.ndarray   # Predicted class, `n`; −1 where ignored
-    targ: np.ndarray    # The targets, `n`, as they were given
+    ints: np.ndarray    # Predicted class, −1 where ignored, and the target as it was given, `2 n`
     total: float        # The weight of the rows that count
 
     def stats(self, shape) -> XentStats:
-        "The facts in the shape of the targets."
-        return XentStats(*(o.view(shape) for o in (*torch.from_numpy(self.facts), torch.from_numpy(self.klass))))
-
-    def columns(self) -> dict:
-        "Facts, classes and targets as arrays of their own, by name."
-        return dict(zip(XentStats._fields, (*self.facts.astype(np.float32), self.klass.astype(np.int32))), targ=self.targ.astype(np.int32))
+        "The facts in the shape of the targets, in memory of their own."
+        return XentStats(*(o.view(shape) for o in (*torch.from_numpy(self.facts.copy()), torch.from_numpy(self.ints[0].copy()))))
 
 _SHARE = 2**16 # logits that are worth a thread of their own
 _FEW = 32      # positions that are worth to be handled at once
@@ -446,7 +442,7 @@ def _in_threads(kernel, args: tuple, blocks: int, threads: int) -> None:
     kernel(*args, *at[:2])
     for o in others: o.result()
 
-def _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, klass, loss) -> float: # The weight of the rows that count, or −1
+def _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, ints, loss) -> float: # The weight of the rows that count, or −1
     "All of a batch of any size, in one thread or in many."
     planes, c = flat.ndim == 3, flat.shape[1]
     total = kernels.count(targ, w, c, ignore_index)
@@ -455,8 +451,9 @@ def _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts,
     else: share = np.array([1 / total]) if reduction == 'mean' and total else _ONE
     blocks = len(flat) * -(-flat.shape[2] // _block_of_plane(c)) if planes else -(-len(flat) // _block(c))
     threads = 1 if flat.size < 2 * _SHARE else min(torch.get_num_threads(), blocks, flat.size // _SHARE)
-    _in_threads(kernels[planes], (flat, targ, w, share, ignore_index, g, facts, klass), blocks, threads)
-    if reduction != 'none': loss[()] = kernels.total(facts[0], klass) * share[0]
+    _in_threads(kernels[planes], (flat, targ, w, share, ignore_index, g, facts, ints[0]), blocks, threads)
+    if reduction != 'none': loss[()] = kernels.total(facts[0], ints[0]) * share[0]
+    ints[1] = targ
     return total
 
 def _layout(z: np.ndarray, axis: int) -> tuple:
@@ -480,30 +477,32 @@ def fused_pass(
     scale: Tensor|None = None, # For 'none': the gradient of each row is multiplied by this, `n d…`
 ) -> FusedPass|None: # None where there is no compiler
     "Loss, gradient and facts of every row, in one pass."
-    flat, moved = _layout(z.detach().numpy(), axis)
+    flat, moved = _layout((z.detach() if z.requires_grad else z).numpy(), axis)
     planes, c, dtype = flat.ndim == 3, flat.shape[1], flat.dtype
     kernels = _kernels(dtype, planes)
     if kernels is None: return None
     targ, w = y.numpy(), _NONE if weight is None else weight.detach().double().numpy()
     if targ.ndim != 1: targ = targ.reshape(-1)
     g = np.empty(flat.shape if want_grad else (0,) * planes + (0, c), dtype)      # numpy asks the system for large pages, torch does not
-    facts, klass, loss = np.empty((6, len(targ)), dtype), np.empty(len(targ), np.int64), np.empty((), dtype)
-    if not planes and scale is None and flat.size < 2 * _SHARE: total = kernels.whole(flat, targ, w, ignore_index, reduction == 'mean', g, facts, klass, loss)
-    else: total = _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, klass, loss)
+    facts, ints, loss = np.empty((6, len(targ)), dtype), np.empty((2, len(targ)), np.int64), np.empty((), dtype)
+    if not planes and scale is None and flat.size < 2 * _SHARE: total = kernels.whole(flat, targ, w, ignore_index, reduction == 'mean', g, facts, ints, loss)
+    else: total = _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, ints, loss)
     if total < 0: _raise_bad_targ(y, c, ignore_index)
-    return FusedPass(None if reduction == 'none' else torch.from_numpy(loss), _as(torch.from_numpy(g), z.shape, axis if moved else None) if want_grad else None,
-                     facts, klass, targ, total)
+    grad = torch.from_numpy(g) if want_grad else None
+    if want_grad and (moved or g.ndim != z.ndim): grad = _as(grad, z.shape, axis if moved else None)
+    return FusedPass(None if reduction == 'none' else torch.from_numpy(loss), grad, facts, ints, total)
 
 def _as(g: Tensor, shape, moved: int|None) -> Tensor:
     "The buffer `g` in the shape of the logits."
-    if moved is None: return g if g.ndim == len(shape) else g.view(shape)
+    if moved is None: return g.view(shape)
     return g.view([*shape[:moved], *shape[moved + 1:], shape[moved]]).movedim(-1, moved)
 
 # %% ../nbs/00b_fused.ipynb #0b106c81
+_is_wrapped, _dispatchers, _is_compiling = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._len_torch_dispatch_stack, torch.compiler.is_compiling
+
 def traced(x: Tensor) -> bool:
     "Is somebody tracing or transforming what happens to `x`?"
-    return (torch._C._functorch.is_functorch_wrapped_tensor(x) or torch._C._len_torch_dispatch_stack() > 0 or torch.compiler.is_compiling()
-            or forward_ad._current_level >= 0)
+    return _is_wrapped(x) or _dispatchers() > 0 or _is_compiling() or forward_ad._current_level >= 0
 
 def in_memory(x: Tensor) -> bool:
     "Is `x` made of numbers in the memory of a CPU?"

@@ -36,28 +36,29 @@ def _version(x: Tensor|None) -> int|None:
 
 def _rows_loss(done: FusedPass, y: Tensor) -> Tensor:
     "The loss of each row, 0 where ignored."
-    return torch.from_numpy(np.where(done.klass < 0, 0, done.facts[0]).reshape(y.shape))
+    return torch.from_numpy(np.where(done.ints[0] < 0, 0, done.facts[0]).reshape(y.shape))
 
 def _ignored(done: FusedPass, y: Tensor) -> Tensor:
     "Which rows are ignored?"
-    return torch.from_numpy(done.klass < 0).view(y.shape)
+    return torch.from_numpy(done.ints[0] < 0).view(y.shape)
 
 class _FusedLoss(torch.autograd.Function):
     "The loss that `fused_pass` has computed for `pred`: its gradient is there already."
     @staticmethod
-    def forward(ctx, pred, y, weight, axis, ignore_index, reduction, done):
+    def forward(ctx, pred, call):
+        y, done = call[0], call[-1]
         loss, grad = done.loss, done.grad
         done.loss = done.grad = None                  # from here on they belong to autograd
-        ctx.save_for_backward(pred, grad)             # few arguments are saved, since each takes a while; the others are watched
-        ctx.args = y, weight, axis, ignore_index, reduction, done, _version(y), _version(weight)
+        ctx.save_for_backward(pred, grad)             # each saved tensor and each argument takes a while, so the others are watched instead
+        ctx.call, ctx.versions = call, (_version(y), _version(call[1]))
         return _rows_loss(done, y) if loss is None else loss
 
     @staticmethod
     def backward(ctx, up):
         pred, grad = ctx.saved_tensors
-        y, weight, axis, ignore_index, reduction, done, *versions = ctx.args
+        y, weight, axis, ignore_index, reduction, done = ctx.call
         if torch.is_grad_enabled():                   # create_graph
-            if versions != [_version(y), _version(weight)]: raise RuntimeError("the targets or weights were changed in place after the loss was called: the gradient has no derivative any more")
+            if ctx.versions != (_version(y), _version(weight)): raise RuntimeError("the targets or weights were changed in place after the loss was called: the gradient has no derivative any more")
             if reduction == 'none': up = up.unsqueeze(axis)
             res = _derivable(pred, y, weight, up, axis, ignore_index, reduction, done.total)
         elif reduction == 'none':
@@ -68,7 +69,7 @@ class _FusedLoss(torch.autograd.Function):
             factor = up.item()
             res = grad if factor == 1 else grad.mul_(factor)
             if not math.isfinite(factor): res.masked_fill_(_ignored(done, y).unsqueeze(axis), 0.)
-        return res if res.dtype == pred.dtype else res.to(pred.dtype), None, None, None, None, None, None
+        return res if res.dtype is pred.dtype else res.to(pred.dtype), None
 def _derivable(pred, y, weight, up, axis, ignore_index, reduction, total) -> Tensor:
     "(p − y) · up, by operations that have a derivative."
     z, ignored = pred if pred.dtype == torch.float64 else pred.float(), y == ignore_index
@@ -165,14 +166,14 @@ class XentLoss(nn.CrossEntropyLoss):
         "The cross-entropy of `pred` and `targ`. The rows' statistics are in `stats` until the next call."
         own = vars(self)                              # a module's own way to set an attribute takes longer than the loss of a small batch
         own['_last'] = None                           # until the arguments are known to be good
-        pred, targ = _plain(pred), _plain(targ)
+        if type(pred) is not Tensor or type(targ) is not Tensor: pred, targ = _plain(pred), _plain(targ)
         weight = own['_buffers']['weight'] if 'weight' in own['_buffers'] else self.weight
         like = pred.shape, pred.dtype, targ.shape, targ.dtype, self.axis, self.reduction
         if own['_fits'] is None or own['_fits'][0] != like: own['_fits'] = like, *self._check(pred, targ)
         _, axis, probs = own['_fits']
         if weight is not None: weight = self._check_weight(weight, pred, axis)
         way, y = _way(pred, probs, self.label_smoothing), targ if probs or targ.dtype is torch.int64 else targ.long()
-        last = own['_last'] = _Call(pred.detach(), targ.detach(), weight, (self.ignore_index, self.label_smoothing, axis))
+        last = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, (self.ignore_index, self.label_smoothing, axis))
         loss = self._fused_loss(pred, y, weight, axis, last) if way == 'fused' else self._triton_loss(pred, y, weight, axis, last) if way == 'triton' else None
         if loss is None:
             last.watch()
@@ -209,10 +210,10 @@ def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
 def _fused_loss(self: XentLoss, pred, y, weight, axis, last):
     "Loss and statistics by `fused_pass`; None if there is no compiler."
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
-    z = pred if pred.dtype is torch.float32 or pred.dtype is torch.float64 else pred.float()
+    z = last.pred if pred.dtype is torch.float32 or pred.dtype is torch.float64 else last.pred.float()
     done = last.done = fused_pass(z, y, weight, self.ignore_index, axis, self.reduction, needs_grad)
     if done is None: return None
-    if needs_grad: return _FusedLoss.apply(pred, y, weight, axis, self.ignore_index, self.reduction, done)
+    if needs_grad: return _FusedLoss.apply(pred, (y, weight, axis, self.ignore_index, self.reduction, done))
     return _rows_loss(done, y) if done.loss is None else done.loss
 
 @patch

@@ -173,6 +173,7 @@ def per_item(
 _FLOATS = XentStats._fields[:-1]
 _INTS = ('pred', 'targ')
 _MOST = 2**24    # rows that get room in advance
+_FRESH = 2**12   # rows that wait for others, to be put in their place together
 _WAITING = 2**20 # logits that are kept until their statistics are computed
 
 class RowBuffer:
@@ -180,6 +181,7 @@ class RowBuffer:
     def __init__(self, capacity: int): # A first guess of the number of rows
         self.at, self.sizes, self.steps, self.capacity, self.n = [], [], [], max(capacity, 1), 0
         self.floats, self.ints, self.more = _room(np.float32, 6, 0), _room(np.int32, 2, 0), {} # on the host, for `_FLOATS`, 'pred' and 'targ', and other columns
+        self.fresh, self.placed = [], 0               # passes whose rows are not there yet, and how many rows are
         self.parts, self.late, self.z = [], [], None  # columns of batches on a device; those whose statistics come later, and their logits
 
     def add(self,
@@ -194,10 +196,10 @@ class RowBuffer:
         end = self.n + n
         if end > self.floats.shape[1]: self._grow(end)
         if last is not None and last.done is not None and not batch.dense:
-            done, to = last.done, slice(self.n, end)
-            self.floats[:, to], self.ints[0, to], self.ints[1, to] = done.facts, done.klass, done.targ
+            self.fresh.append(last.done)
             if extra: self._keep(extra, self.n, n)
         else:
+            self._gather()
             part = {} if not extra else {k: v.detach().clone() for k, v in extra.items()}
             if _may_wait(batch, last): self._wait(batch, part)
             else: self._now(batch, last, part)
@@ -207,6 +209,16 @@ class RowBuffer:
         self.sizes.append(n)
         self.steps.append(step)
         self.n = end
+        if not self.fresh: self.placed = end
+        elif end - self.placed > _FRESH: self._gather()
+
+    def _gather(self):
+        "Put the rows that came with their loss in their place: one call for many batches."
+        fresh, self.fresh, to = self.fresh, [], slice(self.placed, self.n)
+        if not fresh: return
+        np.concatenate([o.facts for o in fresh], axis=1, out=self.floats[:, to], casting='same_kind')
+        np.concatenate([o.ints for o in fresh], axis=1, out=self.ints[:, to], casting='same_kind')
+        self.placed = self.n
 
     def _grow(self, n):
         "Room for at least `n` rows: what was asked for, or half as much again."
@@ -266,6 +278,7 @@ class RowBuffer:
 
     def cols(self) -> dict: # Arrays by column's name; `partner` as a place among these rows
         "Everything so far, brought to the host at once."
+        self._gather()
         self._flush()
         if not self.n: return {}
         self._fetch()
