@@ -105,7 +105,7 @@ class _LateCheck:
 def _first_bad(targ: Tensor, bad: Tensor) -> Tensor:
     "The first bad row, its value and how many there are, on the device."
     row = bad.flatten().to(torch.uint8).argmax()
-    return torch.stack([row, targ.flatten()[row].long(), bad.sum()])
+    return torch.stack([row, targ.take(row).long(), bad.sum()])       # `targ[row]` would wait for `row`
 
 def _read_first(found: list) -> tuple|None: return found if found[2] else None
 

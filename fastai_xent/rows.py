@@ -172,6 +172,7 @@ def per_item(
 # %% ../nbs/04a_rows.ipynb #798668e6
 _FLOATS = XentStats._fields[:-1]
 _INTS = ('pred', 'targ')
+_NOTHING = {'f': np.nan, 'i': -1} # where a batch does not have a column
 _MOST = 2**24    # rows that get room in advance
 _FRESH = 2**12   # rows that wait for others, to be put in their place together
 _WAITING = 2**20 # logits that are kept until their statistics are computed
@@ -224,15 +225,15 @@ class RowBuffer:
         "Room for at least `n` rows: what was asked for, or half as much again."
         n = max(n, min(self.capacity, _MOST), self.n + self.n // 2)
         self.floats, self.ints = _room(np.float32, 6, n, self.floats[:, :self.n]), _room(np.int32, 2, n, self.ints[:, :self.n])
-        self.more = {k: _room(v.dtype, 1, n, v[:, :self.n]) for k, v in self.more.items()}
+        self.more = {k: _room(v.dtype, 1, n, v[:, :self.n], _NOTHING[v.dtype.kind]) for k, v in self.more.items()}
 
     def _line(self, name, floating):
         "The line of a column; where a batch does not have it, it is nan or −1."
         if name in _FLOATS: return self.floats[_FLOATS.index(name)]
         if name in _INTS: return self.ints[_INTS.index(name)]
         if name not in self.more:
-            line = self.more[name] = _room(np.float32 if floating else np.int32, 1, self.floats.shape[1])
-            line[:] = np.nan if floating else -1
+            dtype = np.dtype(np.float32 if floating else np.int32)
+            self.more[name] = _room(dtype, 1, self.floats.shape[1], rest=_NOTHING[dtype.kind])
         return self.more[name][0]
 
     def _keep(self, part, at, n):
@@ -298,10 +299,11 @@ class RowBuffer:
                 self._keep({k: host[start:start + n]}, at, n)
                 start += n
 
-def _room(dtype, lines: int, n: int, old: np.ndarray|None = None) -> np.ndarray:
-    "Room for `n` rows of some columns, the first of them copied. The system gives it when it is written to, not before."
-    res = np.empty((lines, n), dtype)
-    if old is not None: res[:, :old.shape[1]] = old
+def _room(dtype, lines: int, n: int, old: np.ndarray|None = None, rest=None) -> np.ndarray:
+    "Room for `n` rows of some columns: those of `old`, then `rest`. The system gives it when it is written to, not before."
+    res, start = np.empty((lines, n), dtype), 0 if old is None else old.shape[1]
+    if start: res[:, :start] = old
+    if rest is not None: res[:, start:] = rest
     return res
 
 def _last_call(b: Batch):
