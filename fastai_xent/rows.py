@@ -197,8 +197,8 @@ class RowBuffer:
         end = self.n + n
         if end > self.floats.shape[1]: self._grow(end)
         if last is not None and last.done is not None and not batch.dense:
-            self.fresh.append(last.done)
             if extra: self._keep(extra, self.n, n)
+            self.fresh.append(last.done)
         else:
             self._gather()
             part = {} if not extra else {k: v.detach().clone() for k, v in extra.items()}
@@ -289,14 +289,13 @@ class RowBuffer:
         return cols
 
     def _fetch(self):
-        "Bring what is on a device to the host, in one transfer a dtype."
+        "Bring what is on a device to the host, in one transfer a column and device."
         parts, self.parts = self.parts, []
-        pieces = [(k, v.float() if v.is_floating_point() else v.int(), at, n) for part, at, n in parts for k, v in part.items()]
-        for kind in {(v.dtype, v.device) for _, v, _, _ in pieces}:
-            mine, start = [o for o in pieces if (o[1].dtype, o[1].device) == kind], 0
-            host = torch.cat([o[1] for o in mine]).cpu()
-            for k, _, at, n in mine:
-                self._keep({k: host[start:start + n]}, at, n)
+        for kind in dict.fromkeys((k, v.device) for part, _, _ in parts for k, v in part.items()):
+            mine = [(part[kind[0]], at, n) for part, at, n in parts if kind[0] in part and part[kind[0]].device == kind[1]]
+            host, start = torch.cat([v if v.is_floating_point() else v.int() for v, _, _ in mine]).cpu(), 0
+            for _, at, n in mine:
+                self._keep({kind[0]: host[start:start + n]}, at, n)
                 start += n
 
 def _room(dtype, lines: int, n: int, old: np.ndarray|None = None, rest=None) -> np.ndarray:
