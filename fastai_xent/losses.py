@@ -18,47 +18,58 @@ import torch.nn.functional as F
 from fastai.losses import BaseLoss
 from torch import Tensor, nn
 
-from .fused import FusedPass, fused_pass, traced, usable
+from .fused import FusedPass, fused_pass, in_memory, traced
 from .numerics import (XentStats, _bad_targ, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
                                   _raise_bad_targ, _rows, xent_stats)
 
 # %% ../nbs/01_losses.ipynb #bcd649b5
-def _keeps_graph() -> bool:
-    "Will the running backward pass be followed by another one through the same graph? Yes, unless autograd says no."
-    ask = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', None)
-    return ask is None or ask()
+_is_wrapped, _is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+_keeps_graph = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)
 
 def _may_reuse(grad: Tensor) -> bool:
-    "May the backward pass write its result into what the forward pass saved? Not if it is read again, nor for many gradients at once (vmap)."
-    many = torch._C._functorch.is_functorch_wrapped_tensor(grad) or torch._C._functorch.is_legacy_batchedtensor(grad)
-    return not (many or _keeps_graph())
+    "May the backward pass write its result into what the forward pass saved? Not if it is read again, as far as autograd knows, nor for many gradients at once (vmap)."
+    return not (_is_wrapped(grad) or _is_batched(grad) or _keeps_graph())
+
+def _version(x: Tensor|None) -> int|None:
+    "Counts the edits of `x`; None where torch does not count."
+    return None if x is None or x.is_inference() else x._version
 
 def _rows_loss(done: FusedPass, y: Tensor) -> Tensor:
     "The loss of each row, 0 where ignored."
-    return torch.from_numpy(np.where(done.klass < 0, 0, done.facts[0]).reshape(y.shape))
+    return torch.from_numpy(np.where(done.ints[0] < 0, 0, done.facts[0]).reshape(y.shape))
+
+def _ignored(done: FusedPass, y: Tensor) -> Tensor:
+    "Which rows are ignored?"
+    return torch.from_numpy(done.ints[0] < 0).view(y.shape)
 
 class _FusedLoss(torch.autograd.Function):
     "The loss that `fused_pass` has computed for `pred`: its gradient is there already."
     @staticmethod
-    def forward(ctx, pred, y, weight, axis, ignore_index, reduction, done):
-        ctx.args = axis, ignore_index, reduction, done.total
-        ctx.save_for_backward(pred, y, weight, done.grad)
-        return _rows_loss(done, y) if done.loss is None else done.loss
+    def forward(ctx, pred, call):
+        y, done = call[0], call[-1]
+        loss, grad = done.loss, done.grad
+        done.loss = done.grad = None                  # from here on they belong to autograd
+        ctx.save_for_backward(pred, grad)             # each saved tensor and each argument takes a while, so the others are watched instead
+        ctx.call, ctx.versions = call, (_version(y), _version(call[1]))
+        return _rows_loss(done, y) if loss is None else loss
 
     @staticmethod
     def backward(ctx, up):
-        pred, y, weight, grad = ctx.saved_tensors
-        axis, ignore_index, reduction, _ = ctx.args
-        if reduction == 'none': up = up.masked_fill(y == ignore_index, 0.).unsqueeze(axis)
-        if torch.is_grad_enabled(): res = _derivable(pred, y, weight, up, *ctx.args)   # create_graph
-        elif not _may_reuse(up): res = grad * up
-        elif reduction == 'none': res = grad.mul_(up)
+        pred, grad = ctx.saved_tensors
+        y, weight, axis, ignore_index, reduction, done = ctx.call
+        if torch.is_grad_enabled():                   # create_graph
+            if ctx.versions != (_version(y), _version(weight)): raise RuntimeError("the targets or weights were changed in place after the loss was called: the gradient has no derivative any more")
+            if reduction == 'none': up = up.unsqueeze(axis)
+            res = _derivable(pred, y, weight, up, axis, ignore_index, reduction, done.total)
+        elif reduction == 'none':
+            up = up.masked_fill(_ignored(done, y), 0.).unsqueeze(axis)
+            res = grad.mul_(up) if _may_reuse(up) else grad * up
+        elif not _may_reuse(up): res = (grad * up).masked_fill(_ignored(done, y).unsqueeze(axis), 0.)
         else:
             factor = up.item()
             res = grad if factor == 1 else grad.mul_(factor)
-            if not math.isfinite(factor): res.masked_fill_((y == ignore_index).unsqueeze(axis), 0.)
-        return res.to(pred.dtype), *[None] * 6
-
+            if not math.isfinite(factor): res.masked_fill_(_ignored(done, y).unsqueeze(axis), 0.)
+        return res if res.dtype is pred.dtype else res.to(pred.dtype), None
 def _derivable(pred, y, weight, up, axis, ignore_index, reduction, total) -> Tensor:
     "(p − y) · up, by operations that have a derivative."
     z, ignored = pred if pred.dtype == torch.float64 else pred.float(), y == ignore_index
@@ -94,7 +105,7 @@ class _LateCheck:
 def _first_bad(targ: Tensor, bad: Tensor) -> Tensor:
     "The first bad row, its value and how many there are, on the device."
     row = bad.flatten().to(torch.uint8).argmax()
-    return torch.stack([row, targ.flatten()[row].long(), bad.sum()])
+    return torch.stack([row, targ.take(row).long(), bad.sum()])       # `targ[row]` would wait for `row`
 
 def _read_first(found: list) -> tuple|None: return found if found[2] else None
 
@@ -102,21 +113,18 @@ def _read_first(found: list) -> tuple|None: return found if found[2] else None
 WAY = os.environ.get('XENT_WAY') # None: the fastest; 'torch': torch's own kernels; 'triton': that kernel, whatever the device
 _REDUCTIONS = ('mean', 'sum', 'none')
 
-def _version(x: Tensor|None) -> int|None:
-    "Counts the edits of `x`; None where torch does not count."
-    return None if x is None or x.is_inference() else x._version
-
 def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
     "Who computes this batch?"
     if probs or WAY == 'torch' or traced(pred): return 'torch'
     if WAY == 'triton' or pred.is_cuda:
         from fastai_xent import kernels
         return 'triton' if kernels.usable(pred, WAY == 'triton') else 'torch'
-    return 'fused' if not label_smoothing and usable(pred) else 'torch'
+    return 'fused' if not label_smoothing and in_memory(pred) else 'torch'
 
 class _Call:
     "What a loss remembers of its last call."
-    def __init__(self, pred, targ, weight, settings, stats=None):
+    __slots__ = ('pred', 'targ', 'weight', 'settings', 'stats', 'done', 'versions')
+    def __init__(self, pred, targ, weight, settings, stats=None): # the last: `ignore_index, label_smoothing, axis`
         self.pred, self.targ, self.weight, self.settings, self.stats, self.done, self.versions = pred, targ, weight, settings, stats, None, None
     def watch(self):
         "Note how often the arguments were edited until now."
@@ -158,13 +166,14 @@ class XentLoss(nn.CrossEntropyLoss):
         "The cross-entropy of `pred` and `targ`. The rows' statistics are in `stats` until the next call."
         own = vars(self)                              # a module's own way to set an attribute takes longer than the loss of a small batch
         own['_last'] = None                           # until the arguments are known to be good
-        pred, targ, weight = _plain(pred), _plain(targ), self.weight
+        if type(pred) is not Tensor or type(targ) is not Tensor: pred, targ = _plain(pred), _plain(targ)
+        weight = own['_buffers']['weight'] if 'weight' in own['_buffers'] else self.weight
         like = pred.shape, pred.dtype, targ.shape, targ.dtype, self.axis, self.reduction
         if own['_fits'] is None or own['_fits'][0] != like: own['_fits'] = like, *self._check(pred, targ)
         _, axis, probs = own['_fits']
         if weight is not None: weight = self._check_weight(weight, pred, axis)
-        way, y = _way(pred, probs, self.label_smoothing), targ if probs else targ.long()
-        last = own['_last'] = _Call(pred.detach(), targ.detach(), weight, dict(ignore_index=self.ignore_index, label_smoothing=self.label_smoothing, axis=axis))
+        way, y = _way(pred, probs, self.label_smoothing), targ if probs or targ.dtype is torch.int64 else targ.long()
+        last = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, (self.ignore_index, self.label_smoothing, axis))
         loss = self._fused_loss(pred, y, weight, axis, last) if way == 'fused' else self._triton_loss(pred, y, weight, axis, last) if way == 'triton' else None
         if loss is None:
             last.watch()
@@ -201,11 +210,10 @@ def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
 def _fused_loss(self: XentLoss, pred, y, weight, axis, last):
     "Loss and statistics by `fused_pass`; None if there is no compiler."
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
-    z = pred if pred.dtype == torch.float64 else pred.float()
-    done = fused_pass(z, y, weight, self.ignore_index, axis, self.reduction, needs_grad)
+    z = last.pred if pred.dtype is torch.float32 or pred.dtype is torch.float64 else last.pred.float()
+    done = last.done = fused_pass(z, y, weight, self.ignore_index, axis, self.reduction, needs_grad)
     if done is None: return None
-    last.done = done._replace(loss=None, grad=None)
-    if needs_grad: return _FusedLoss.apply(pred, y, weight, axis, self.ignore_index, self.reduction, done)
+    if needs_grad: return _FusedLoss.apply(pred, (y, weight, axis, self.ignore_index, self.reduction, done))
     return _rows_loss(done, y) if done.loss is None else done.loss
 
 @patch
@@ -267,7 +275,7 @@ def stats(self: XentLoss) -> XentStats:
     if last is None or (last.stats is None and last.versions is None): raise RuntimeError("no statistics yet: call the loss first")
     if last.stats is None:
         last.check()
-        last.stats = xent_stats(last.pred, last.targ, last.weight, **last.settings)
+        last.stats = xent_stats(last.pred, last.targ, last.weight, *last.settings)
     return last.stats
 
 # %% ../nbs/01_losses.ipynb #ff184f32

@@ -171,13 +171,19 @@ def per_item(
 
 # %% ../nbs/04a_rows.ipynb #798668e6
 _FLOATS = XentStats._fields[:-1]
+_INTS = ('pred', 'targ')
+_NOTHING = {'f': np.nan, 'i': -1} # where a batch does not have a column
+_MOST = 2**24    # rows that get room in advance
+_FRESH = 2**12   # rows that wait for others, to be put in their place together
 _WAITING = 2**20 # logits that are kept until their statistics are computed
 
 class RowBuffer:
     "Statistics of the rows of one pass, in order of arrival."
     def __init__(self, capacity: int): # A first guess of the number of rows
         self.at, self.sizes, self.steps, self.capacity, self.n = [], [], [], max(capacity, 1), 0
-        self.parts, self.late, self.z = [], [], None  # columns of each batch; those whose statistics come later, and their logits
+        self.floats, self.ints, self.more = _room(np.float32, 6, 0), _room(np.int32, 2, 0), {} # on the host, for `_FLOATS`, 'pred' and 'targ', and other columns
+        self.fresh, self.placed = [], 0               # passes whose rows are not there yet, and how many rows are
+        self.parts, self.late, self.z = [], [], None  # columns of batches on a device; those whose statistics come later, and their logits
 
     def add(self,
         i: int, # Number of the batch in its pass
@@ -187,16 +193,52 @@ class RowBuffer:
     ) -> None:
         "Take a batch. A batch that comes twice is taken once."
         if self.at and self.at[-1] == i: return
-        part = {} if not extra else {k: v.detach().clone() for k, v in extra.items()}
-        last = _last_call(batch)
-        if last is not None and last.done is not None and not batch.dense: part.update(last.done.columns())
-        elif _may_wait(batch, last): self._wait(batch, part)
-        else: self._now(batch, last, part)
+        n, last = batch.pred.shape[0 if batch.axis else 1], _last_call(batch)
+        end = self.n + n
+        if end > self.floats.shape[1]: self._grow(end)
+        if last is not None and last.done is not None and not batch.dense:
+            if extra: self._keep(extra, self.n, n)
+            self.fresh.append(last.done)
+        else:
+            self._gather()
+            part = {} if not extra else {k: v.detach().clone() for k, v in extra.items()}
+            if _may_wait(batch, last): self._wait(batch, part)
+            else: self._now(batch, last, part)
+            if batch.pred.is_cpu: self._keep(part, self.n, n)
+            else: self.parts.append((part, self.n, n))
         self.at.append(i)
-        self.sizes.append(len(batch.pred))
+        self.sizes.append(n)
         self.steps.append(step)
-        self.parts.append(part)
-        self.n += len(batch.pred)
+        self.n = end
+        if not self.fresh: self.placed = end
+        elif end - self.placed > _FRESH: self._gather()
+
+    def _gather(self):
+        "Put the rows that came with their loss in their place: one call for many batches."
+        fresh, self.fresh, to = self.fresh, [], slice(self.placed, self.n)
+        if not fresh: return
+        np.concatenate([o.facts for o in fresh], axis=1, out=self.floats[:, to], casting='same_kind')
+        np.concatenate([o.ints for o in fresh], axis=1, out=self.ints[:, to], casting='same_kind')
+        self.placed = self.n
+
+    def _grow(self, n):
+        "Room for at least `n` rows: what was asked for, or half as much again."
+        n = max(n, min(self.capacity, _MOST), self.n + self.n // 2)
+        self.floats, self.ints = _room(np.float32, 6, n, self.floats[:, :self.n]), _room(np.int32, 2, n, self.ints[:, :self.n])
+        self.more = {k: _room(v.dtype, 1, n, v[:, :self.n], _NOTHING[v.dtype.kind]) for k, v in self.more.items()}
+
+    def _line(self, name, floating):
+        "The line of a column; where a batch does not have it, it is nan or −1."
+        if name in _FLOATS: return self.floats[_FLOATS.index(name)]
+        if name in _INTS: return self.ints[_INTS.index(name)]
+        if name not in self.more:
+            dtype = np.dtype(np.float32 if floating else np.int32)
+            self.more[name] = _room(dtype, 1, self.floats.shape[1], rest=_NOTHING[dtype.kind])
+        return self.more[name][0]
+
+    def _keep(self, part, at, n):
+        "Put the columns of `n` rows at their place on the host."
+        for k, v in part.items(): torch.from_numpy(self._line(k, v.is_floating_point())[at:at + n]).copy_(v)
 
     def _now(self, b, last, part):
         "The statistics of a batch, taken over or computed."
@@ -237,35 +279,35 @@ class RowBuffer:
 
     def cols(self) -> dict: # Arrays by column's name; `partner` as a place among these rows
         "Everything so far, brought to the host at once."
+        self._gather()
         self._flush()
         if not self.n: return {}
-        names = list(dict.fromkeys([*XentStats._fields, 'targ', *(k for p in self.parts for k in p)]))
-        cols = _on_host({name: _joined([p.get(name) for p in self.parts], self.sizes) for name in names})
+        self._fetch()
+        cols = {**dict(zip(XentStats._fields + ('targ',), (*self.floats, *self.ints))), **{k: v[0] for k, v in self.more.items()}}
+        cols = {k: v[:self.n] for k, v in cols.items()}
         if max(self.steps) >= 0: cols['step'] = np.repeat(np.array(self.steps, dtype=np.int32), self.sizes)
         return cols
 
-def _joined(pieces: list, sizes: list):
-    "One column, float32 or int32; where a batch does not have it, it is nan or −1."
-    like = next(o for o in pieces if o is not None)
-    if isinstance(like, np.ndarray) and all(o is None or isinstance(o, np.ndarray) for o in pieces):
-        dtype = np.float32 if like.dtype.kind == 'f' else np.int32
-        return np.concatenate([np.full(n, np.nan if dtype is np.float32 else -1) if o is None else o for o, n in zip(pieces, sizes)], dtype=dtype, casting='unsafe')
-    pieces = [torch.from_numpy(o) if isinstance(o, np.ndarray) else o for o in pieces]
-    like = next(o for o in pieces if o is not None)
-    dtype = torch.float32 if like.is_floating_point() else torch.int32
-    return torch.cat([like.new_full((n,), torch.nan if dtype.is_floating_point else -1, dtype=dtype) if o is None else o.to(like.device, dtype) for o, n in zip(pieces, sizes)])
+    def _fetch(self):
+        "Bring what is on a device to the host, in one transfer a column and device."
+        parts, self.parts = self.parts, []
+        for kind in dict.fromkeys((k, v.device) for part, _, _ in parts for k, v in part.items()):
+            mine = [(part[kind[0]], at, n) for part, at, n in parts if kind[0] in part and part[kind[0]].device == kind[1]]
+            host, start = torch.cat([v if v.is_floating_point() else v.int() for v, _, _ in mine]).cpu(), 0
+            for _, at, n in mine:
+                self._keep({kind[0]: host[start:start + n]}, at, n)
+                start += n
 
-def _on_host(cols: dict) -> dict:
-    "The columns as arrays; those on another device come in one transfer a dtype."
-    res = {k: v for k, v in cols.items() if isinstance(v, np.ndarray)}
-    for kind in {(v.dtype, v.device) for k, v in cols.items() if k not in res}:
-        names = [k for k, v in cols.items() if isinstance(v, Tensor) and (v.dtype, v.device) == kind]
-        res.update(zip(names, torch.stack([cols[k] for k in names]).cpu().numpy()))
-    return {k: res[k] for k in cols}
+def _room(dtype, lines: int, n: int, old: np.ndarray|None = None, rest=None) -> np.ndarray:
+    "Room for `n` rows of some columns: those of `old`, then `rest`. The system gives it when it is written to, not before."
+    res, start = np.empty((lines, n), dtype), 0 if old is None else old.shape[1]
+    if start: res[:, :start] = old
+    if rest is not None: res[:, start:] = rest
+    return res
 
 def _last_call(b: Batch):
     "What the loss remembers of its last call, if that was for this very batch."
-    func = getattr(b.loss_func, 'func', b.loss_func)
+    func = b.loss_func if isinstance(b.loss_func, XentLoss) else getattr(b.loss_func, 'func', None)
     last = func._last if isinstance(func, XentLoss) and b.mix is None and b.stats is None else None
     if last is None or last.pred.data_ptr() != b.pred.data_ptr() or last.pred.shape != b.pred.shape: return None
     return last if last.targ.data_ptr() == b.targ.data_ptr() and last.targ.numel() == b.targ.numel() else None
@@ -276,7 +318,7 @@ def _stats_of(last) -> XentStats|None:
 
 def _may_wait(b: Batch, last) -> bool:
     "A small batch on a device, whose statistics nobody has."
-    return b.pred.device.type != 'cpu' and b.stats is None and (last is None or last.stats is None) and not b.dense and b.mix is None \
+    return b.pred.device.type != 'cpu' and b.axis == 1 and b.stats is None and (last is None or last.stats is None) and not b.dense and b.mix is None \
         and not b.targ.is_floating_point() and b.pred.numel() <= _WAITING // 4 and xent_settings(b.loss_func) is not None
 
 # %% ../nbs/04a_rows.ipynb #f4304465

@@ -154,6 +154,20 @@ def test_an_infinite_factor_does_not_reach_ignored_rows():
     XentLoss()(leaf, y).backward(torch.tensor(inf))
     assert leaf.grad[0].isinf().all() and not leaf.grad[1].any()
 
+def test_an_infinite_factor_does_not_reach_ignored_rows_of_a_graph_that_is_kept():
+    leaf, y = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, -100])
+    XentLoss()(leaf, y).backward(torch.tensor(inf), retain_graph=True)
+    assert leaf.grad[0].isinf().all() and not leaf.grad[1].any()
+
+@pytest.mark.parametrize('what', ['targets', 'weights'])
+def test_a_second_derivative_after_an_edit_is_refused(what):
+    leaf, y, w = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1]), torch.ones(3)
+    loss = XentLoss(w)(leaf, y)
+    want = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
+    (y if what == 'targets' else w).add_(1)
+    assert torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], want)      # the gradient itself was there before
+    with pytest.raises(RuntimeError, match='the targets or weights were changed in place after the loss was called'): torch.autograd.grad(loss, leaf, create_graph=True)
+
 def test_a_target_that_is_no_class_is_named():
     with pytest.raises(IndexError, match=r'targ\[1, 2\] is 5, expected a class from 0 to 4'): fused_pass(torch.zeros(2, 5, 40), torch.zeros(2, 40, dtype=torch.long).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(5)))
 
