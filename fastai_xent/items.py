@@ -261,16 +261,19 @@ def items_frame(
     key_fn=None, # As for `item_names`
 ) -> pd.DataFrame: # Columns `item`, `name` (None if unknown), `source` (null if unknown)
     "One row an item: index, name, and position in the source."
-    names, source = item_names(ds, key_fn), item_source(ds)
-    return pd.DataFrame({'item': np.arange(len(ds), dtype=np.int64),
-                         'name': pd.Series([None] * len(ds) if names is None else names, dtype=object),
-                         'source': pd.Series([None] * len(ds) if source is None else source, dtype='Int64')})
+    names, source, n = item_names(ds, key_fn), item_source(ds), len(ds)
+    name = np.full(n, None, dtype=object)
+    if names is not None: name[:] = names
+    source = pd.arrays.IntegerArray(np.zeros(n, dtype=np.int64) if source is None else source, np.full(n, source is None))
+    return pd.DataFrame({'item': np.arange(n, dtype=np.int64), 'name': pd.Series(name, dtype=object), 'source': source}, copy=False)
 
 # %% ../nbs/02_items.ipynb #4ffa547a
 def fingerprint(items: pd.DataFrame) -> str:
     "A short hash of what the indices mean: it differs if a dataset has other items, or the same in another order."
     h = hashlib.sha256(f'{len(items)}'.encode())
-    for col in ('name', 'source'): h.update('\x1f'.join(map(str, items[col])).encode())
+    for col in ('name', 'source'):
+        for at in range(0, len(items), 2**16):        # a piece at a time: a million names make a long text
+            h.update(('\x1f' * (at > 0) + '\x1f'.join(map(str, items[col].iloc[at:at + 2**16]))).encode())
     return h.hexdigest()[:16]
 
 # %% ../nbs/02_items.ipynb #393aac68
