@@ -162,8 +162,8 @@ def train_4(folder, n, epochs): return training(folder, n, epochs, True, 4)
 
 # -- the table
 
-def child(name, a) -> dict:
-    res = subprocess.run([sys.executable, __file__, '--child', name, '--folder', str(a.folder), '--items', str(a.items), '--epochs', str(a.epochs)], capture_output=True, text=True)
+def child(name, a, items=None) -> dict:
+    res = subprocess.run([sys.executable, __file__, '--child', name, '--folder', str(a.folder), '--items', str(items or a.items), '--epochs', str(a.epochs)], capture_output=True, text=True)
     if res.returncode: raise SystemExit(f'{name} failed:\n{res.stderr[-3000:]}')
     return json.loads(res.stdout.split('RESULT')[1])
 
@@ -211,8 +211,12 @@ def table(a):
     print(f"| then: top, item, aggregates | {s(r['top'])}, {s(r['item'])}, {s(r['sql'])} | – | – | |", flush=True)
     if n < 500_000: print('| peak memory of a fit with the recorder | skipped: so few items are lost beside what the libraries take; give `--full` | – | – | ≤ 64 bytes an item |')
     else:
-        off, one, four = (child(o, a) for o in ('train_off', 'train_1', 'train_4'))
-        print(f"| peak memory of a fit with the recorder, less without, an item: 1 epoch, 4 epochs | {(one['rss'] - off['rss']) / n:.0f}, {(four['rss'] - off['rss']) / n:.0f} bytes | – | – | ≤ 64 bytes |")
+        more = {}
+        for m in (n, n // 2):                             # the difference of two sizes is free of what the libraries take
+            off = child('train_off', a, m)['rss']
+            more[m] = {k: child(f'train_{k}', a, m)['rss'] - off for k in (1, 4)}
+        an_item = [(more[n][k] - more[n // 2][k]) / (n - n // 2) for k in (1, 4)]
+        print(f"| peak memory of a fit with the recorder, less without, for each item more: 1 epoch, 4 epochs | {an_item[0]:.0f}, {an_item[1]:.0f} bytes; besides {mb(more[n][4] - n * an_item[1])} | – | – | ≤ 64 bytes |")
     cpu = next((o.split(':')[1].strip() for o in Path('/proc/cpuinfo').read_text().splitlines() if o.startswith('model name')), platform.processor()) if Path('/proc/cpuinfo').exists() else platform.processor()
     print(f"\nMedian of repeats in one process (its first call, and seconds of all cores together), files in the page cache, largest memory of that process. {cpu}, {os.cpu_count()} cores, Python {platform.python_version()}, "
           f"pyarrow {pa.__version__}, DuckDB {duckdb.__version__}, NumPy {np.__version__}, pandas {pd.__version__}.")
