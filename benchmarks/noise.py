@@ -33,7 +33,7 @@ from scipy.stats import rankdata  # noqa: E402
 from sklearn.datasets import load_digits  # noqa: E402
 from torch import nn  # noqa: E402
 
-from fastai_xent.all import LabelDoubt, XentLossFlat, XentRecorder  # noqa: E402
+from fastai_xent.all import XentLossFlat, XentRecorder  # noqa: E402
 
 try: from aum import AUMCalculator
 except ImportError: AUMCalculator = None
