@@ -315,13 +315,12 @@ def test_strangers_in_the_directory(tmp_path):
 
 # -- a disk that will not
 
-    args_of_ex = ex.args
 def failing(k, real, ex):
     "`real`, which raises from its call number `k` on."
-    calls = []
+    calls, said = [], ex.args
     def f(*args, **kw):
         calls.append(args)
-        if len(calls) > k: raise type(ex)(*args_of_ex)         # a new one each time: fastai writes into those that pass it
+        if len(calls) > k: raise type(ex)(*said)      # a new one each time: fastai writes into those that pass it
         return real(*args, **kw)
     return f, calls
 
