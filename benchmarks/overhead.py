@@ -1,6 +1,7 @@
 """What the recorder costs: an epoch of a Learner with it and without it, and what people do instead.
 
-Epochs with and without are interleaved in one process, on one thread; the figures are ratios of medians.
+Fits with and without take turns in a drawn order, in one process, on one thread; the figures are ratios of medians. "off / off" is the same fit
+twice: what differs there is the machine.
 Data: `XENT_DATA` (default ../shared/data); Fashion-MNIST from Debian's package dataset-fashion-mnist, MNIST's test set in its place."""
 import gzip
 import os
@@ -28,7 +29,6 @@ from fastai_xent.all import XentLossFlat, XentRecorder  # noqa: E402
 
 DATA = Path(os.environ.get('XENT_DATA', '../shared/data'))
 FASHION = Path('/usr/share/datasets/fashion-mnist')
-EPOCHS = 3 # of each fit that is timed
 
 
 class Rows:
@@ -86,39 +86,39 @@ def seconds(f):
     return time.perf_counter() - start
 
 
-def compare(items, model, bs, turns):
-    "Seconds of an epoch: off, on, and off with `get_preds` on train after it."
+def compare(items, model, bs, turns, epochs):
+    "Seconds of an epoch: off, off once more (how much the machine wavers), on, and off with `get_preds` on train after it. Their order is drawn anew in each turn."
     with tempfile.TemporaryDirectory() as where:
-        off, on, preds = learner(items, model, bs), learner(items, model, bs, [XentRecorder(f'{where}/run')]), learner(items, model, bs)
-        def with_preds():
-            for _ in range(EPOCHS):
-                preds.fit(1)
-                preds.get_preds(ds_idx=0, with_loss=True)
-        took = {k: [] for k in ('off', 'on', 'get_preds')}
-        for learn in (off, on, preds): learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
-        with off.no_logging(), on.no_logging(), preds.no_logging():
-            for turn in range(turns + 1):
-                for name, f in (('off', lambda: off.fit(EPOCHS)), ('on', lambda: on.fit(EPOCHS)), ('get_preds', with_preds)):
-                    t = seconds(f)
-                    if turn: took[name].append(t / EPOCHS)         # the first turn warms up
-        recorder = on.xent_recorder
-        assert all(torch.equal(a, b) for a, b in zip(off.model.parameters(), on.model.parameters())), 'the recorder changed the training'
+        recorder = XentRecorder(f'{where}/run')
+        learns = dict(off=learner(items, model, bs), again=learner(items, model, bs), on=learner(items, model, bs, [recorder]), get_preds=learner(items, model, bs))
+        took, rng = {k: [] for k in learns}, np.random.default_rng(0)
+        for learn in learns.values():
+            learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
+            learn.logger = lambda *_: None
+        def run(name, learn):
+            if name != 'get_preds': return learn.fit(epochs)
+            for _ in range(epochs):
+                learn.fit(1)
+                learn.get_preds(ds_idx=0, with_loss=True)
+        for turn in range(turns + 1):
+            for name in rng.permutation(list(learns)):
+                t = seconds(lambda: run(name, learns[name]))
+                if turn: took[name].append(t / epochs)         # the first turn warms up
+        assert all(torch.equal(a, b) for a, b in zip(learns['off'].model.parameters(), learns['on'].model.parameters())), 'the recorder changed the training'
         return {k: np.array(v) for k, v in took.items()}, recorder.seconds / recorder.fit_seconds
 
 
-def main(turns=7):
+def main(turns=11):
     torch.set_num_threads(1)
     cpu = next((o.split(':')[1].strip() for o in open('/proc/cpuinfo') if o.startswith('model name')), platform.processor()) if sys.platform == 'linux' else platform.processor()
     print(f"{cpu}, {os.cpu_count()} cores, one thread; Python {platform.python_version()}, torch {torch.__version__}, fastai {fastai.__version__}; {date.today()}\n")
-    print("| epoch of | bs | off, s | on / off, median (quartiles of the turns) | goal | recorder's own clock | get_preds on train / off |\n|---|---|---|---|---|---|---|")
-    for found, make, bs, goal in ((images(), lambda items: cnn, 64, '≤ 1.01'), (table(), lambda items: lambda: mlp(items.ts[0].shape[1]), 1024, '≤ 1.02')):
+    print("| epoch of | bs | epochs a fit | off, s | on / off, median (quartiles of the turns) | off / off | goal | recorder's own clock | get_preds on train / off |\n|---|---|---|---|---|---|---|---|---|")
+    for found, make, bs, epochs, goal in ((images(), lambda items: cnn, 64, 4, '≤ 1.01'), (table(), lambda items: lambda: mlp(items.ts[0].shape[1]), 1024, 10, '≤ 1.02')):
         if found is None: continue
         name, items = found
-        took, share = compare(items, make(items), bs, turns)
-        ratio = took['on'] / took['off']
-        q = np.quantile(ratio, [.25, .75])
-        print(f"| {name}, {len(items):,} items | {bs} | {np.median(took['off']):.2f} | {np.median(took['on']) / np.median(took['off']):.3f} ({q[0]:.3f} – {q[1]:.3f}) "
-              f"| {goal} | {share:.1%} | {np.median(took['get_preds']) / np.median(took['off']):.2f} |", flush=True)
+        took, share = compare(items, make(items), bs, turns, epochs)
+        def ratio(a, b='off'): return f"{np.median(took[a]) / np.median(took[b]):.3f} ({' – '.join(f'{o:.3f}' for o in np.quantile(took[a] / took[b], [.25, .75]))})"
+        print(f"| {name}, {len(items):,} items | {bs} | {epochs} | {np.median(took['off']):.2f} | {ratio('on')} | {ratio('again')} | {goal} | {share:.1%} | {ratio('get_preds')} |", flush=True)
     print("\nWeights with and without the recorder were equal to the bit.")
 
 

@@ -192,10 +192,9 @@ def after_fit(self: XentRecorder):
     self._in_fit, start = False, time.perf_counter()
     try:
         self._settle(wait=True)
+        if self._writer is not None: self._catch_up()
     finally:
-        if self._writer is not None:                  # the scores may still be folded when the fit is over: who asks for the record waits for them
-            self._folds += [self._writer.submit(self._keep_scores, *o, True) for o in list(self._behind)]
-            self._writer.shutdown(wait=False)
+        if self._writer is not None: self._writer.shutdown()
         if self._lock is not None: self._lock.close()
         self._writer = self._lock = None
         started, self._started = self._started, None
@@ -412,6 +411,12 @@ def _write(self: XentRecorder, fit, epoch, split, cols, maps, probs):
 
 @patch
 def _take_lock(self: XentRecorder): self._lock = self._record.lock()
+
+@patch
+def _catch_up(self: XentRecorder):
+    "Fold what the running scores lack, and wait for it."
+    while self._folds: self._tell_of(self._folds.pop(0))
+    for o in list(self._behind): self._tell_of(self._writer.submit(self._keep_scores, *o, True))
 
 _SHARE = .01 # of the time, that the running scores of a split may take while it trains
 
