@@ -61,6 +61,7 @@ class _Listening:
 
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss', 'after_train', 'after_validate',
           'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
+_IN_BATCH = ('before_batch', 'after_loss')
 _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes to a path
 
 # %% ../nbs/05_recorder.ipynb #b9b43749
@@ -96,11 +97,11 @@ class XentRecorder(Callback):
         "The state that belongs to this process."
         self._now = self._writer = self._started = self._lock = None
         self._known, self._labels, self._writes, self._in_fit, self._stopped, self._wrote = {}, {}, [], False, False, False
-        self._folds, self._behind, self._next_fold = [], set(), {}     # jobs that fold; splits whose running scores lack the last epochs; when each may be folded again
+        self._folds, self._next_fold = [], {}             # jobs that fold; when a split may be folded again
 
     def __getstate__(self):
         "A pickled recorder keeps its settings and the path of its record; not a record in memory, nor a running pass."
-        own = ('_now', '_writer', '_started', '_lock', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote', '_folds', '_behind', '_next_fold')
+        own = ('_now', '_writer', '_started', '_lock', '_known', '_labels', '_writes', '_in_fit', '_stopped', '_wrote', '_folds', '_next_fold')
         return {**{k: v for k, v in self.__dict__.items() if k not in own}, '_record': XentRecord() if self._record.path is None else self.record}
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -129,9 +130,11 @@ class XentRecorder(Callback):
         "Call the event's method; keep its errors and its time."
         if event_name not in _HEARD or self._elsewhere or (self._stopped and event_name not in ('before_fit', 'after_fit')): return
         start = time.perf_counter()
-        try: super().__call__(event_name)
+        try:
+            if self.run and (event_name not in _IN_BATCH or (self.run_train if self.learn.training else self.run_valid)): getattr(self, event_name)()
         except Exception: self._stop(f'`{event_name}`')
-        self.seconds += time.perf_counter() - start
+        if event_name == 'after_fit': self.run = True     # as fastai has it
+        vars(self)['seconds'] += time.perf_counter() - start   # `self.seconds = …` asks the Learner for its attributes first, which takes longer than the event
 
     def _stop(self, where):
         "An error of ours: tell it once, and leave the training alone for the rest of this fit."
@@ -192,7 +195,7 @@ def after_fit(self: XentRecorder):
     self._in_fit, start = False, time.perf_counter()
     try:
         self._settle(wait=True)
-        if self._writer is not None: self._catch_up()
+        while self._folds: self._tell_of(self._folds.pop(0))
     finally:
         if self._writer is not None: self._writer.shutdown()
         if self._lock is not None: self._lock.close()
@@ -412,20 +415,13 @@ def _write(self: XentRecorder, fit, epoch, split, cols, maps, probs):
 @patch
 def _take_lock(self: XentRecorder): self._lock = self._record.lock()
 
-@patch
-def _catch_up(self: XentRecorder):
-    "Fold what the running scores lack, and wait for it."
-    while self._folds: self._tell_of(self._folds.pop(0))
-    for o in list(self._behind): self._tell_of(self._writer.submit(self._keep_scores, *o, True))
-
-_SHARE = .01 # of the time, that the running scores of a split may take while it trains
+_SHARE = .005 # of the time, that the running scores of a split may take while it trains
 
 @patch
-def _keep_scores(self: XentRecorder, split, segment, at_last: bool = False) -> str|None: # What to tell
-    "Bring the running scores up to date, unless it is too soon. They can be computed again, so the recording goes on without them."
+def _keep_scores(self: XentRecorder, split, segment) -> str|None: # What to tell
+    "Bring the running scores up to date, unless it is too soon. They can be computed from the rows, so the recording goes on without them."
     start = time.perf_counter()
-    if not at_last and start < self._next_fold.get(split, 0): return self._behind.add((split, segment))
-    self._behind.discard((split, segment))
+    if start < self._next_fold.get(split, 0): return
     try: self._record.update_scores(split, segment)
     except Exception as e: return f"XentRecorder could not keep the running scores of {split!r}, they will be computed from the epochs when they are asked for: {e!r}"
     finally: self._next_fold[split] = start + (time.perf_counter() - start) / _SHARE

@@ -736,3 +736,20 @@ def test_a_record_knows_what_it_has_cost(where, tmp_path):
         learner([XentRecorder(path, resume=True)]).fit(1)
         assert XentRecord(path).meta['cost']['fit'] > cost['fit'] and 'of the fits' in repr(XentRecord(path))
     assert re.search(r'recording took \d+\.\d% of the fits', repr(rec.record))
+
+
+# -- switched off
+
+def test_run_is_fastais_switch():
+    "`run = False` leaves out a fit, `run_train` and `run_valid` the batches of a split, as for any callback."
+    recorder = XentRecorder()
+    learn = learner([recorder], n=20)
+    recorder.run = False
+    learn.fit(1)
+    assert recorder.record.keys == [] and recorder.run
+    recorder.run_valid = False
+    learn.fit(1)
+    recorder.run_valid, recorder.run_train = True, False
+    learn.fit(1)
+    assert recorder.record.keys == [(0, 'train', 0), (1, 'valid', 1)]
+    assert recorder.seconds > 0
