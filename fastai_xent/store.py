@@ -64,7 +64,7 @@ def shorten(
 # %% ../nbs/04_store.ipynb #0a632c19
 _GROUP = 2**16 # Rows of a row group
 _HOW = dict(compression='zstd', compression_level=1, write_statistics=['item'], use_dictionary=['targ', 'occurrence'], max_rows_per_page=2**17, data_page_size=2**22,
-            column_encoding={**dict.fromkeys(('item', 'n_pos'), 'DELTA_BINARY_PACKED'), **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys((*_SHORT, 'step'), 'BYTE_STREAM_SPLIT')})
+            column_encoding={**dict.fromkeys(('item', 'n_pos', 'step'), 'DELTA_BINARY_PACKED'), **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys(_SHORT, 'BYTE_STREAM_SPLIT')})
 
 def _occurrence(item: np.ndarray) -> np.ndarray:
     "Which of its item's rows each row is, from 0; `item` is sorted."

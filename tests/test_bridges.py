@@ -358,7 +358,7 @@ def small(path=None, vocab=('cat', 'dog')):
     return record
 
 def read(file):
-    if file.endswith('.csv'): return pd.read_csv(file)
+    if file.endswith('.csv'): return pd.read_csv(file, **{} if pd.__version__ >= '3' else dict(float_precision='round_trip'))     # pandas 2 reads faster, and not exactly
     if file.endswith('.parquet'): return pd.read_parquet(file)
     return pd.DataFrame([json.loads(line) for line in Path(file).read_text().splitlines()])
 
