@@ -68,7 +68,7 @@ class RowTap:
         sizes: list, # Its number of rows
     ) -> np.ndarray: # The item of each row of these batches, one after the other
         "Name the item of each row, or raise `NoItemIdentity`."
-        if not at: return np.empty(0, dtype=np.int64)
+        if not at: return np.empty(0, dtype=np.int32)
         running = self._running(max(at) + 1)
         given = self._batches(running)
         if max(at) >= len(given): raise NoItemIdentity(f"batch {max(at)} arrived, but by the loader's order there are only {len(given)}")
@@ -77,7 +77,7 @@ class RowTap:
                 raise NoItemIdentity(f"batch {i} has {n} rows, but the loader put {len(given[i])} items into it; a transform or a `before_batch` "
                                      "callback has added or removed rows, and which ones is not known")
         self.padding = self._padding(running, at)
-        return np.concatenate([given[i] for i in at])
+        return np.concatenate([given[i] for i in at], dtype=np.int32, casting='same_kind')     # as a record keeps them
 
     def _padding(self, running, at): return None      # which rows only fill up a batch: a distributed loader has some
 

@@ -307,7 +307,7 @@ def _close(self: XentRecorder):
     if not cols: return
     try: cols['item'] = now.tap.rows(at, sizes)
     except NoItemIdentity as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now.split!r}: {e}")
-    cols['padding'] = now.tap.padding
+    cols['padding'], now.tap = now.tap.padding, None      # its orders are no longer needed
     if 'partner' in cols: cols['partner'] = cols['item'][cols['partner']]
     if 'grand' in cols: self._finish_grand(cols, now.split)
     if np.isnan(cols['loss']).all() and not np.isnan(cols['margin']).all(): cols['loss'] = cols['grad_norm'] = None   # a loss that cannot be asked
