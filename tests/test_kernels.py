@@ -466,7 +466,8 @@ def test_compiles(shape, dtype, options, monkeypatch, tmp_path):
     out = kernels._pass(*args, 'mean', True, True)
     kernels._rescale(out.grad, torch.ones(()), out.used, out.found)
     assert len(built) == 3
-    assert sum(stack(k.asm['cubin']) for k in built) <= 8
+    most = 8 if triton.__version__.startswith('3.8.') and shape[-1] == 512 else 0     # bytes
+    assert all(stack(k.asm['cubin']) <= most for k in built)
     if pred.shape[0] == 2: return                     # the other variants differ no more with the shape
     kernels._pass(*args, 'sum', True, False)
     kernels._pass(*args, 'none', False, True)
