@@ -77,7 +77,10 @@ class RowTap:
                 raise NoItemIdentity(f"batch {i} has {n} rows, but the loader put {len(given[i])} items into it; a transform or a `before_batch` "
                                      "callback has added or removed rows, and which ones is not known")
         self.padding = self._padding(running, at)
-        return np.concatenate([given[i] for i in at], dtype=np.int32, casting='same_kind')     # as a record keeps them
+        items, n = np.concatenate([given[i] for i in at]), len(self.dl.dataset) if hasattr(self.dl.dataset, '__len__') else 2**31
+        other = items[(items < 0) | (items >= n)] if items.dtype.kind in 'iu' else items
+        if len(other): raise NoItemIdentity(f"the loader asks its dataset for {other.tolist()[0]!r}, expected indices: whole numbers from 0 to {n - 1}")
+        return items.astype(np.int32)                     # as a record keeps them
 
     def _padding(self, running, at): return None      # which rows only fill up a batch: a distributed loader has some
 
@@ -123,7 +126,7 @@ class _FastaiTap(RowTap):
                     idxs = chain(head, idxs)
                     raise NoItemIdentity(f"`get_idxs` gives more than the loader's {self.dl.n} items")
                 idxs = head
-            p = _Pass(np.array(list(idxs), dtype=np.int64), self.workers)
+            p = _Pass(np.array(list(idxs)), self.workers)
             if self.inner is not self.dl:             # DistributedDL starts again from its first items to give each rank as many
                 share = self.dl.n_padded // self.dl.world_size
                 p.padding = np.arange(len(p.idxs)) + self.dl.rank * share >= self.dl.n

@@ -116,8 +116,7 @@ class XentRecorder(Callback):
     @property
     def record(self) -> XentRecord:
         "The record so far, all finished epochs written."
-        self._settle(wait=True)
-        while self._folds: self._tell_of(self._folds.pop(0))
+        self._finish()
         return self._record
 
     @property
@@ -193,9 +192,7 @@ def after_epoch(self: XentRecorder):
 def after_fit(self: XentRecorder):
     "All is written when the fit is over."
     self._in_fit, start = False, time.perf_counter()
-    try:
-        self._settle(wait=True)
-        while self._folds: self._tell_of(self._folds.pop(0))
+    try: self._finish()
     finally:
         if self._writer is not None: self._writer.shutdown()
         if self._lock is not None: self._lock.close()
@@ -433,6 +430,12 @@ def _settle(self: XentRecorder, wait: bool = False, room: int|None = None):
     "Look after what was handed to the writer: raise its errors, and wait for all of it, or until there is `room` for so many rows more."
     while self._writes and (wait or self._writes[0][0].done() or (room is not None and sum(n for _, n in self._writes) + room > _WAITING)):
         self._tell_of(self._writes.pop(0)[0])
+
+@patch
+def _finish(self: XentRecorder):
+    "Wait until all that was handed to the writer is done."
+    self._settle(wait=True)
+    while self._folds: self._tell_of(self._folds.pop(0))
 
 @patch
 def _tell_of(self: XentRecorder, job):

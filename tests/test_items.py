@@ -411,6 +411,29 @@ def test_no_length():
     for o in (object(), [1, 2]):
         with pytest.raises(NoItemIdentity, match='how it orders its items is not known'): tap_rows(o)
 
+class Keyed(Coded):
+    "May be asked for other things than its indices."
+    def __getitem__(self, i): return super().__getitem__(int(i) % len(self))
+
+class Order(TfmdDL):
+    def get_idxs(self): return self.order
+
+@pytest.mark.parametrize('workers', [0, 2])
+@pytest.mark.parametrize('kind', ['fastai', 'torch'])
+@pytest.mark.parametrize('order', [[*range(19), -1], list(range(-20, 0)), [*range(19), 20], [*range(19), 2**32 + 19], [str(i) for i in range(20)], [i + .5 for i in range(20)]],
+                         ids=['one from the end', 'all from the end', 'beyond', 'far beyond', 'keys', 'fractions'])
+def test_an_order_of_something_else(order, kind, workers):
+    "What is no index from 0 to n − 1 names no item: −1 is not an item of its own beside the last."
+    if kind == 'torch': dl = torch.utils.data.DataLoader(Keyed(20), batch_size=4, sampler=order, num_workers=workers)
+    else:
+        dl = Order(Keyed(20), bs=4, num_workers=workers)
+        dl.order = order
+    recorder = XentRecorder()
+    learn = through_learner(dl, cbs=[recorder])
+    with warned() as said: learn.fit(1)
+    assert len(said) == 1 and "'train'" in said[0] and 'expected indices: whole numbers from 0 to 19' in said[0], said
+    assert {k[1] for k in recorder.record.keys} == {'valid'}
+
 class Tokens:
     def __init__(self, n): self.n = n
     def __len__(self): return self.n

@@ -221,6 +221,8 @@ def test_nulls_and_order_in_files(tmp_path):
         seen += null.sum()
     assert seen
     assert not [p for p in (tmp_path / 'r').rglob('*') if p.name.endswith('.tmp')]
+    assert not [p for p in (tmp_path / 'r').rglob('*') if p.suffix in ('.pkl', '.pickle', '.pth')]
+    json.loads((tmp_path / 'r' / 'record.json').read_text())
 
 def test_encodings_that_older_readers_know(tmp_path):
     "Whole numbers in BYTE_STREAM_SPLIT are Parquet of 2024; DuckDB 1.5 refuses them."
@@ -234,8 +236,6 @@ def test_encodings_that_older_readers_know(tmp_path):
         for g in range(m.num_row_groups):
             columns = [m.row_group(g).column(j) for j in range(m.num_columns)]
             assert [c.path_in_schema for c in columns if 'BYTE_STREAM_SPLIT' in c.encodings and c.physical_type not in ('FLOAT', 'DOUBLE')] == []
-    assert not [p for p in (tmp_path / 'r').rglob('*') if p.suffix in ('.pkl', '.pickle', '.pth')]
-    json.loads((tmp_path / 'r' / 'record.json').read_text())
 
 def test_repr():
     assert 'nothing recorded yet' in repr(XentRecord.new())
