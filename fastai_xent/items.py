@@ -77,7 +77,8 @@ class RowTap:
                 raise NoItemIdentity(f"batch {i} has {n} rows, but the loader put {len(given[i])} items into it; a transform or a `before_batch` "
                                      "callback has added or removed rows, and which ones is not known")
         self.padding = self._padding(running, at)
-        items, n = np.concatenate([given[i] for i in at]), len(self.dl.dataset) if hasattr(self.dl.dataset, '__len__') else 2**31
+        items, ds = np.concatenate([given[i] for i in at]), self.dl.dataset
+        n = (len(ds) if hasattr(ds, '__len__') else 0) or 2**31     # a length of 0 says nothing of a dataset that gives items
         other = items[(items < 0) | (items >= n)] if items.dtype.kind in 'iu' else items
         if len(other): raise NoItemIdentity(f"the loader asks its dataset for {other.tolist()[0]!r}, expected indices: whole numbers from 0 to {n - 1}")
         return items.astype(np.int32)                     # as a record keeps them
