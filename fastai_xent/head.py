@@ -25,10 +25,15 @@ def find_head(
     "The linear layer whose outputs are the logits."
     if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
     layer = _last_layer(model) if isinstance(head, str) else head
-    what = f"the last layer of {type(model).__name__} is {type(layer).__name__}" if isinstance(head, str) else f"head is {type(head).__name__}"
-    if not isinstance(layer, nn.Linear): raise TypeError(f"{what}, expected nn.Linear: elsewhere grand is no product of two lengths; if there is a linear last layer, name it with `head=`")
-    if is_parametrized(layer) or layer._forward_pre_hooks: raise TypeError(f"{what} whose weights are computed from others (as weight_norm does), expected a plain nn.Linear: whose gradient is meant?")
-    if not any(o is layer for o in model.modules()): raise ValueError(f"{what}, but not a layer of this {type(model).__name__}")
+    kind, own = type(layer).__name__, type(model).__name__
+    what = f"the last layer of {own} is {kind}" if isinstance(head, str) else f"head is {kind}"
+    if not isinstance(layer, nn.Linear):
+        raise TypeError(f"{what}, expected nn.Linear: elsewhere grand is no product of two lengths; "
+                        "if there is a linear last layer, name it with `head=`")
+    if is_parametrized(layer) or layer._forward_pre_hooks:
+        raise TypeError(f"{what} whose weights are computed from others (as weight_norm does), "
+                        "expected a plain nn.Linear: whose gradient is meant?")
+    if not any(o is layer for o in model.modules()): raise ValueError(f"{what}, but not a layer of this {own}")
     return layer
 
 class HeadTap:
@@ -48,15 +53,16 @@ class HeadTap:
 
     def factor(self,
         pred: Tensor, # What the loss got, `n c`
-    ) -> Tensor: # √(‖h‖² + 1) of each row, `n`; √‖h‖² if the layer has no bias; nan where `pred` is not what the layer gave
+    ) -> Tensor: # √(‖h‖² + 1) of each row, `n`, without the 1 if there is no bias; nan where `pred` is not what the layer gave
         "What `grad_norm` is to be multiplied with to be the gradient's length in the last layer."
         seen, self.seen = self.seen, []
         pred = (pred.plain() if isinstance(pred, Features) else _plain(pred)).detach()
         nothing = pred.new_full((len(pred),), math.nan, dtype=torch.float32)
         if len(seen) != 1: return nothing             # not called for this batch, or more than once
-        if any(version is not None and o._version != version for o, version in seen[0]): return nothing   # edited since
+        if any(v is not None and o._version != v for o, v in seen[0]): return nothing # edited since
         h, out = (o for o, _ in seen[0])
         if h.ndim != 2 or out.shape != pred.shape: return nothing
         norm = (h.float().square().sum(1) + (self.head.bias is not None)).sqrt()
-        if out.data_ptr() == pred.data_ptr() and out.dtype == pred.dtype and out.stride() == pred.stride(): return norm
+        like = lambda x: (x.data_ptr(), x.dtype, x.stride())
+        if like(out) == like(pred): return norm
         return torch.where((out.to(pred.dtype) == pred).all(1), norm, nothing)

@@ -19,7 +19,8 @@ def gap_confidence(
 ) -> tuple: # Rival's probability minus the label's, and probability of the predicted class, `r` each
     "What a row says of the label and its strongest rival."
     m, p = margin.astype(np.float64), p_targ.astype(np.float64)
-    with np.errstate(over='ignore', invalid='ignore'): rival = np.where(p < 1e-37, m < 0, np.minimum(p * np.exp(-m), 1))   # float32 has no smaller p: the rival's is next to 1
+    with np.errstate(over='ignore', invalid='ignore'): rival = np.minimum(p * np.exp(-m), 1)
+    rival = np.where(p < 1e-37, m < 0, rival)             # float32 has no smaller p: the rival's is next to 1
     rival = np.where(np.isnan(m) | np.isnan(p), np.nan, rival)
     return rival - p, np.maximum(rival, p)
 
@@ -41,9 +42,11 @@ def epoch_weight(
 
 # %% ../nbs/03a_issues.ipynb #92b7fd31
 class LabelDoubt(Reducer):
-    "Mean over epochs of softplus(−margin)·(1 + gap)/2, in nats, where an epoch counts by the spread of its gaps. For label errors, memorised or not."
+    "Mean over epochs of softplus(−margin)·(1 + gap)/2, in nats; an epoch counts by its spread of gaps. For label errors."
     columns = ('margin', 'p_targ', 'pred')
-    def init(self, n): return dict(rival=np.full(n, -1, dtype=np.int32), **{o: np.zeros(n, dtype=np.float32) for o in ('weight', 'doubt', 'gap', 'confidence', 'votes')})
+    def init(self, n):
+        sums = {o: np.zeros(n, dtype=np.float32) for o in ('weight', 'doubt', 'gap', 'confidence', 'votes')}
+        return dict(rival=np.full(n, -1, dtype=np.int32), **sums)
     def totals(self, weight, margin, p_targ, pred): return gap_sums(gap_confidence(margin, p_targ)[0], weight)
     def update(self, state, item, weight, margin, p_targ, pred, totals=None):
         gap, confidence = gap_confidence(margin, p_targ)
@@ -51,9 +54,10 @@ class LabelDoubt(Reducer):
         rows = np.flatnonzero(~np.isnan(gap) & (weight > 0))
         item, weight, gap, n = item[rows], weight[rows], gap[rows], len(state['weight'])
         weight = weight * epoch_weight(totals)
-        values = dict(weight=1., doubt=np.logaddexp(0, -margin[rows].astype(np.float64)) * (1 + gap) / 2, gap=gap, confidence=confidence[rows])
+        doubt = np.logaddexp(0, -margin[rows].astype(np.float64)) * (1 + gap) / 2
+        values = dict(weight=1., doubt=doubt, gap=gap, confidence=confidence[rows])
         for k, v in values.items(): state[k] += np.bincount(item, weight * v, minlength=n).astype(np.float32)
-        pred = np.nan_to_num(pred[rows].astype(np.float64), nan=-1).astype(np.int32)          # a mask has no one class
+        pred = np.nan_to_num(pred[rows].astype(np.float64), nan=-1).astype(np.int32) # a mask has no one class
         self.vote(state, item, pred, weight * np.maximum(gap, 0) * (pred >= 0))
     def vote(self, state, item, pred, votes):
         for rows in _turns(item, votes > 0):
@@ -83,11 +87,13 @@ def plateau(
     if not len(p): return np.nan, np.nan
     g = np.clip((p - chance) / max(np.quantile(p, .98) - chance, 1e-9), 0, 1)
     at = np.minimum((g * _BINS).astype(int), _BINS - 1)
-    n, k, g = np.bincount(at, minlength=_BINS), np.bincount(at, wrong, minlength=_BINS), np.bincount(at, g, minlength=_BINS)
+    count = lambda w=None: np.bincount(at, w, minlength=_BINS)
+    n, k, g = count(), count(wrong), count(g)
     n, k, g = n[n > 0], k[n > 0], g[n > 0] / n[n > 0]
     rate = _RATE[:, None, None]                                                              # rate steep bin
     d = np.clip(rate + np.maximum(1 - chance - rate, 0) * (1 - g)**_STEEP[:, None], 1e-4, 1 - 1e-4)
-    log_p = (k * np.log(d) + (n - k) * np.log(1 - d)).sum(2) - .5 * np.log(_STEEP / 2)**2    # a steepness near 2 is likely beforehand
+    log_p = (k * np.log(d) + (n - k) * np.log(1 - d)).sum(2)
+    log_p -= .5 * np.log(_STEEP / 2)**2                   # a steepness near 2 is likely beforehand
     p = np.exp(log_p - log_p.max()).sum(1)
     mean = (p * _RATE).sum() / p.sum()
     return float(mean), float(np.sqrt((p * (_RATE - mean)**2).sum() / p.sum()))
@@ -95,7 +101,7 @@ def plateau(
 # %% ../nbs/03a_issues.ipynb #e6f5727e
 def noise_rate(
     valid: tuple, # Noise rate and its standard deviation, from `plateau` of valid's mean confidence and gap
-    train_epochs: dict|None = None, # epoch → `plateau`'s rate of train's rows, the share in which the prediction is the label, and the mean confidence
+    train_epochs: dict|None = None, # epoch → `plateau`'s rate of train's rows, share of agreement, mean confidence
     valid_epochs: dict|None = None, # The same of valid
     slack: float = .03, # An excess of train over valid up to here is taken for chance
 ) -> tuple: # Noise rate of train, its standard deviation, and how much of it is train's excess over valid
@@ -131,10 +137,10 @@ def p_wrong(
     if not len(s): return p
     if rate == 0 or np.ptp(s) == 0: p[known] = rate
     else:
-        x = s + np.log1p(-.98 * np.exp(-s))                                                 # ln(eˢ − 1), a little raised where it would be −∞
+        x = s + np.log1p(-.98 * np.exp(-s)) # ln(eˢ − 1), a little raised where it would be −∞
         b = 1.4 * np.clip(_humps(x, rate), .05, 100)**(1 / 3)
         lo, hi = x.min() - 60 / b, x.max() + 60 / b
-        for _ in range(80):                                                                  # halve the interval that holds t
+        for _ in range(80):                                   # halve the interval that holds t
             t = (lo + hi) / 2
             lo, hi = (t, hi) if _sigmoid(b * (x - t)).mean() > rate else (lo, t)
         p[known] = _sigmoid(b * (x - t))
