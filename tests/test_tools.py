@@ -1,5 +1,7 @@
-"The README writer and the link checker of the site."
-import links, pytest, readme
+"What tools/ does: the README, the site's maths and links, the measures of the house, mutants."
+import json
+
+import links, maths, pytest, readme
 
 BASE = 'https://docs.example/lib'
 
@@ -65,3 +67,42 @@ def test_css_is_checked(tmp_path):
     assert wrong(tmp_path, '', '@import "https://cdn.example/f.css"; /* url(note.png) */') == ['a.html loads https://cdn.example/f.css']
     (tmp_path/'s.css').write_text('@font-face { src: url("f.woff2") }')
     assert 's.css leads nowhere: f.woff2' in links.check(tmp_path)
+
+
+# -- maths
+
+def drawn(tex, kind='inline'): return maths.mathml([(kind, tex)])[kind, tex]
+
+
+def test_maths_becomes_mathml():
+    assert '<mfrac><mn>1</mn><mn>2</mn></mfrac>' in drawn(r'\frac12')
+    assert drawn('x', 'display').startswith('<math display="block"')
+
+
+def test_each_formula_gets_its_own():
+    formulas = [('inline', 'a'), ('display', 'b\n+ c'), ('inline', r'\text{d}')]
+    assert [maths.plain(maths.ElementTree.fromstring(o)) for o in maths.mathml(formulas).values()] == ['a', 'b+c', 'd']
+
+
+def test_unread_formula_is_refused():
+    with pytest.raises(ValueError, match='nosuch'): maths.mathml([('inline', 'x'), ('inline', r'\nosuch y')])
+
+
+@pytest.mark.parametrize('tex, spaces', [(r'p\ln p', 2), (r'\ln p', 1), (r'-\ln p', 1), (r'\ln(1 + t)', 0), (r'a = \ln p', 1)])
+def test_function_is_set_apart(tex, spaces): assert drawn(tex).count(maths.THIN) == spaces
+
+
+@pytest.mark.parametrize('tex, want', [
+    (r'\sqrt{2}\,(1 - p)', '√2 (1−p)'), (r'\frac{\partial\ell}{\partial z} = p - y', '(∂ℓ)/(∂z)=p−y'), ('e^{-m}', 'e^(−m)'), (r'\sum_{i=1}^n x_i', '∑_(i=1)^nx_i')])
+def test_maths_in_words(tex, want): assert maths.plain(maths.ElementTree.fromstring(drawn(tex))) == want
+
+
+def test_site_draws_its_maths(tmp_path):
+    (tmp_path/'sub').mkdir()
+    page = tmp_path/'sub'/'a.html'
+    page.write_text('<script src="https://cdn.example/katex.min.js" defer></script><p><span class="math inline">\\(a &lt; b^2\\)</span>')
+    (tmp_path/'search.json').write_text(json.dumps([dict(text='so a < b^2 holds')]))
+    maths.draw(tmp_path)
+    assert links.check(tmp_path) == []
+    assert '<mo>&lt;</mo>' in page.read_text() and '\\(' not in page.read_text()
+    assert json.loads((tmp_path/'search.json').read_text()) == [dict(text='so a<b^2 holds')]
