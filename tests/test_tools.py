@@ -1,7 +1,7 @@
 "What tools/ does: the README, the site's maths and links, the measures of the house, mutants."
-import json
+import json, subprocess
 
-import links, maths, pytest, readme
+import links, maths, measure, pytest, readme
 
 BASE = 'https://docs.example/lib'
 
@@ -106,3 +106,72 @@ def test_site_draws_its_maths(tmp_path):
     assert links.check(tmp_path) == []
     assert '<mo>&lt;</mo>' in page.read_text() and '\\(' not in page.read_text()
     assert json.loads((tmp_path/'search.json').read_text()) == [dict(text='so a<b^2 holds')]
+
+
+# -- measures
+
+A = """\
+import torch
+# a comment of more than a hundred and forty characters is no code, so it does not make the widest line of the module wider than it is, said twice over
+
+class A:
+    def __init__(self): self._a()
+
+    def _a(self):
+        return b._b(self)
+
+    def _lone(self): pass
+
+def public(): return _c()
+def _c(): return public
+"""
+B = f"""\
+def _b(o): return map(_c, o)
+
+def _c(o):
+    def inner():
+        return {'x' * 119}
+
+    return inner()
+"""
+
+
+def notebook(*cells): return json.dumps(dict(cells=[dict(cell_type='code', source=o) for o in cells]))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    "A tiny package: two modules, a notebook, a test."
+    lesson = notebook('#| default_exp a', '#| export\nx = 1\ny = 2', 'import torch', 'assert x', '1 + 1', '#| hide\nfrom a import b', 'test_eq(1, 1)')
+    texts = {'fastai_xent/__init__.py': '', 'fastai_xent/_modidx.py': 'd = 1\n' * 99, 'fastai_xent/a.py': A, 'fastai_xent/b.py': B}
+    for name, text in (texts | {'nbs/00_a.ipynb': lesson, 'tests/test_a.py': 'x = 1\n' * 30}).items():
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text(text)
+    return tmp_path
+
+
+def test_measures(tree):
+    assert measure.measures(tree) == {
+        'function lines, median / p90 / max': '1 / 2 / 5',  # 1 2 1 1 1, 1 5 2
+        'line width p90; lines > 140; > 120': '28; 0.0 %; 7.7 %',
+        'widest line': '134',
+        'longest chain of private calls; private share': '3; 71 %',  # five of seven: public and inner are not
+        'the chain': 'a._a → b._b → b._c',
+        'file lines, median / max': '7 / 13',
+        'non-export cells that assert': '67 %',
+        'largest export cells': '3 (00_a), 1 (00_a)',
+        'test lines / library lines': '1.5'}
+
+
+def test_chain_ends_where_it_comes_round():
+    calls = dict(a={'b'}, b={'c'}, c={'a', 'd'}, d=set())
+    assert measure.chain(calls) == list('abcd')
+
+
+def test_measure_of_a_commit(tree, monkeypatch, capsys):
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a', '-c', 'core.hooksPath=none']
+    for o in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'a']): subprocess.run([*git, *o], cwd=tree, check=True)
+    (tree/'fastai_xent'/'b.py').write_text('')
+    monkeypatch.setattr(measure, 'ROOT', tree)
+    measure.main(['HEAD'])
+    assert '| file lines, median / max | 7 / 13 | 0 / 13 |' in capsys.readouterr().out
