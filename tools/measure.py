@@ -82,6 +82,9 @@ def code_cells(root):
             if c['cell_type'] == 'code': yield fn.stem, ''.join(c['source'])
 
 
+def is_export(src): return bool(_export.search(src))
+
+
 def works(src):
     "Whether a cell does more than import or show the documentation."
     src = _directive.sub('', src).strip()
@@ -100,8 +103,8 @@ def measures(root):
     widths = [len(o) for fn in files for o in code_lines(lines(fn))]
     row = chain(private_calls(trees))
     cells = list(code_cells(root))
-    exports = sorted((len(s.strip().splitlines()), nb) for nb, s in cells if _export.search(s))[::-1]
-    lessons = [s for _, s in cells if not _export.search(s) and works(s)]
+    exports = sorted((len(s.strip().splitlines()), nb) for nb, s in cells if is_export(s))[::-1]
+    lessons = [s for _, s in cells if not is_export(s) and works(s)]
     tests = sum(len(lines(o)) for o in (root/'tests').glob('*.py'))
     private = [f for f in funcs if is_private(f.name)]
     named = [f for f in funcs if not f.name.startswith('__')]
