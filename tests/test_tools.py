@@ -1,7 +1,7 @@
 "What tools/ does: the README, the site's maths and links, the measures of the house, mutants."
-import json, subprocess
+import ast, json, subprocess
 
-import links, maths, measure, pytest, readme
+import links, maths, measure, mutants, pytest, readme
 
 BASE = 'https://docs.example/lib'
 
@@ -175,3 +175,59 @@ def test_measure_of_a_commit(tree, monkeypatch, capsys):
     monkeypatch.setattr(measure, 'ROOT', tree)
     measure.main(['HEAD'])
     assert '| file lines, median / max | 7 / 13 | 0 / 13 |' in capsys.readouterr().out
+
+
+# -- mutants
+
+@pytest.mark.parametrize('line, want', [
+    ('x = a < b', ['x = (a <= b)']),
+    ('x = a is not b', ['x = (a is b)']),
+    ('é = a + b', ['é = (a - b)']),
+    ('x += y', ['x -= y']),
+    ('x = a and b', ['x = (a or b)']),
+    ('x = not a', ['x = (a)']),
+    ('x = 3', ['x = (4)', 'x = (2)']),
+    ('x = True', ['x = (False)']),
+    ('if a: f()', ['if (not a): f()', 'if (True): f()', 'if a: (None)']),
+    ('x = [a for a in b if c]', ['x = [a for a in b if (True)]']),
+    ('def f(): return x', ['def f(): return (None)']),
+    ('x = f(a,\n      b)', ['x = (f(a))']),
+    ('x = f(a, k=b)', ['x = (f(a))']),
+    ('def f(x: 1 < 2) -> 1: "text"', []),
+    ('x = f"{a + 1}"', []),
+])
+def test_mutants(line, want):
+    found = [m.text for m in mutants.mutants('m', line)]
+    assert found == want
+    for o in found: ast.parse(o)
+
+
+def test_sample_is_seeded(tree):
+    (tree/'fastai_xent'/'b.py').write_text('x = 1 + 2 * 3 - 4\n')
+    lots = [[m.text for m in mutants.sample(tree, ['b'], 4, seed)] for seed in (1, 1, 2)]
+    assert lots[0] == lots[1] != lots[2] and len(lots[0]) == 4
+
+
+@pytest.fixture
+def bare(monkeypatch): monkeypatch.setenv('PYTEST_DISABLE_PLUGIN_AUTOLOAD', '1')  # pytest starts sooner
+
+
+def test_survivor_is_shown(tree, bare, monkeypatch, capsys):
+    (tree/'fastai_xent'/'b.py').write_text('def big(x): return x > 3\n')
+    (tree/'tests'/'test_a.py').write_text('from fastai_xent.b import big\n\ndef test(): assert big(4) and not big(2)\n')
+    monkeypatch.setattr(mutants, 'ROOT', tree)
+    mutants.main(['--modules', 'b', '--tests', 'tests', '--n', '99'])
+    said = capsys.readouterr().out
+    assert [o for o in said.splitlines() if 'survived:' in o] == ['survived: b.py:1  x > 3  →  x >= 3', 'survived: b.py:1  3  →  2']
+    assert '| b | 4 | 2 | 0 | 2 |\n| all | 4 | 2 | 0 | 2 |' in said
+
+
+def test_endless_mutant_is_ended(tree, bare):
+    (tree/'tests'/'test_a.py').write_text('def test():\n    while True: pass')
+    assert mutants.pytest(tree, ['tests'], limit=1) == 'too slow'
+
+
+def test_failing_tests_are_refused(tree, bare, monkeypatch):
+    (tree/'tests'/'test_a.py').write_text('def test(): assert False')
+    monkeypatch.setattr(mutants, 'ROOT', tree)
+    with pytest.raises(SystemExit, match='do not pass'): mutants.main(['--modules', 'b', '--tests', 'tests'])
