@@ -1,25 +1,48 @@
 "What tools/ does: the README, the site's maths and links, the measures of the house, mutants."
 import ast, json, subprocess
+from types import SimpleNamespace
 
 import links, maths, measure, mutants, pytest, readme
 
-BASE = 'https://docs.example/lib'
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    "A clone of a project whose site and repository have addresses."
+    cfg = SimpleNamespace(doc_url='https://docs.example/lib', git_url='https://git.example/me/lib', branch='main')
+    monkeypatch.setattr(readme, 'get_config', lambda root: cfg)
+    for o in ('nbs/01_losses.ipynb', 'nbs/explain/why.ipynb', 'nbs/index.ipynb', 'nbs/images/x.png', 'CONTRIBUTING.md'):
+        (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/o).touch()
+    return tmp_path
 
 
 @pytest.mark.parametrize('text, want', [
-    ('[a](01_losses.ipynb#x)', f'[a]({BASE}/losses.html#x)'),
-    ('[a](explain/why.ipynb)', f'[a]({BASE}/explain/why.html)'),
+    ('[a](01_losses.ipynb#x)', '[a](nbs/01_losses.ipynb)'),
+    ('[a](explain/why.ipynb)', '[a](nbs/explain/why.ipynb)'),
+    ('[`A`](https://docs.example/lib/losses.html#a)', '[`A`](nbs/01_losses.ipynb)'),
+    ('[a](https://docs.example/lib/explain/why.html)', '[a](nbs/explain/why.ipynb)'),
+    ('[a](https://git.example/me/lib/blob/main/CONTRIBUTING.md#git)', '[a](CONTRIBUTING.md#git)'),
+    ('[a](https://docs.example/library)', '[a](https://docs.example/library)'),
     ('[a](https://pytorch.org)', '[a](https://pytorch.org)'),
+    ('[a](#further-on)', '[a](#further-on)'),
     ('![a](images/x.png)', '![a](nbs/images/x.png)'),
     ('![a](https://pytorch.org/x.png)', '![a](https://pytorch.org/x.png)'),
-    ('[![a](images/x.png)](01_losses.ipynb)', f'[![a](nbs/images/x.png)]({BASE}/losses.html)'),
+    ('[![a](images/x.png)](01_losses.ipynb)', '[![a](nbs/images/x.png)](nbs/01_losses.ipynb)'),
 ])
-def test_relink(text, want): assert readme.relink(text, BASE) == want
+def test_relink(clone, text, want): assert readme.relink(text, clone) == want
 
 
-def test_code_keeps_its_text():
+@pytest.mark.parametrize('target', ['02_gone.ipynb', 'images/gone.png', 'https://git.example/me/lib/blob/main/GONE.md'])
+def test_dead_link_is_refused(clone, target):
+    with pytest.raises(ValueError, match='leads nowhere: .*(gone|GONE)'): readme.relink(f'[a]({target})', clone)
+
+
+def test_page_without_notebook_is_refused(clone):
+    with pytest.raises(ValueError, match='leads nowhere: .*gone.html'): readme.relink('[a](https://docs.example/lib/gone.html)', clone)
+
+
+def test_code_keeps_its_text(clone):
     code = '```python\n[a](01_losses.ipynb)\n```'
-    assert readme.prose(f'[a](01_losses.ipynb)\n\n{code}\n', lambda o: readme.relink(o, BASE)) == f'[a]({BASE}/losses.html)\n\n{code}\n'
+    assert readme.prose(f'[a](01_losses.ipynb)\n\n{code}\n', lambda o: readme.relink(o, clone)) == f'[a](nbs/01_losses.ipynb)\n\n{code}\n'
 
 
 def test_callout_becomes_alert():
@@ -35,8 +58,8 @@ def test_open_callout_is_refused():
     (dict(output_type='display_data', data={'image/png': 'x', 'text/plain': '<Figure>'}), 'nbs/images/'),
     (dict(output_type='error', ename='KeyError'), 'KeyError'),
 ])
-def test_output_is_refused(output, why):
-    with pytest.raises(ValueError, match=why): readme.shown(output, BASE)
+def test_output_is_refused(output, why, tmp_path):
+    with pytest.raises(ValueError, match=why): readme.shown(output, tmp_path)
 
 
 def wrong(site, body, css=''):
