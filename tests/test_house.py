@@ -1,10 +1,12 @@
 "The house rules: notebooks run, are clean, and agree with the modules and README.md; modules import downwards only; lines, cells and modules are small."
 import ast, contextlib, gc, os, re, shutil, signal, subprocess, sys, warnings
+from configparser import ConfigParser
 from pathlib import Path
 
-import matplotlib.pyplot as plt, measure, pytest, readme
+import matplotlib.pyplot as plt, measure, pytest, readme, yaml
 from fastcore.nbio import mk_cell, new_nb, write_nb
 from nbdev.clean import nbdev_clean
+from nbdev.config import get_config
 from nbdev.test import test_nb as run_nb  # under another name, or pytest collects it
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -269,6 +271,22 @@ def test_no_machine_paths(tmp_path):
 
 @pytest.mark.parametrize('top', ['work', 'home', 'tmp'])
 def test_machine_paths_are_noticed(top): assert MACHINE.search(f'File "/{top}/a.py"')
+
+
+def test_citation_agrees():
+    "CITATION.cff says again what pyproject.toml and settings.ini say."
+    cite = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    project, settings = get_config(ROOT), ConfigParser(delimiters='=')
+    settings.read(ROOT/'settings.ini', encoding='utf-8')
+    want = dict(title=project.lib_name, abstract=project.description, repository=project.git_url)
+    assert dict(title=cite['title'], abstract=cite['abstract'], repository=cite['repository-code']) == want
+    assert [cite['authors'][0]['name'], cite['license']] == [settings['DEFAULT'][o] for o in ('author', 'license')]
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'.github').rglob('*.yml')), ids=name)
+def test_github_files_can_be_read(path):
+    read = yaml.safe_load(path.read_text(encoding='utf-8'))
+    assert 'name' in read and ('jobs' in read or 'body' in read)
 
 
 def test_ruff():
