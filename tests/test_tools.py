@@ -111,7 +111,8 @@ def test_unread_formula_is_refused():
     with pytest.raises(ValueError, match='nosuch'): maths.mathml([('inline', 'x'), ('inline', r'\nosuch y')])
 
 
-@pytest.mark.parametrize('tex, spaces', [(r'p\ln p', 2), (r'\ln p', 1), (r'-\ln p', 1), (r'\ln(1 + t)', 0), (r'a = \ln p', 1)])
+@pytest.mark.parametrize('tex, spaces', [
+    (r'p\ln p', 2), (r'\tfrac12\ln 2', 2), (r'(1 - p)\ln p', 2), (r'2\,\ln p', 2), (r'\ln p', 1), (r'-\ln p', 1), (r'\ln(1 + t)', 0), (r'a = \ln p', 1)])
 def test_function_is_set_apart(tex, spaces): assert drawn(tex).count(maths.THIN) == spaces
 
 

@@ -10,7 +10,7 @@ import pypandoc
 
 _formula = re.compile(r'<span class="math (inline|display)">\\[(\[](.*?)\\[)\]]</span>', re.S)  # as smalldocs writes it
 _loader = re.compile(r'<(?:link|script)\b[^>]*\bkatex\b[^>]*>(?:</script>)?')
-_applied = re.compile(r'(</(?:mi|mn|mo|msub|msup|mfrac|mrow)>)?<mrow>(<mi[^>]*>\w+</mi><mo>(?:&#8289;|⁡)</mo>)</mrow>(<mo)?')
+_applied = re.compile(r'((?:form="postfix">[^<]*)?</m\w+>)?<mrow>(<mi[^>]*>\w+</mi><mo>(?:&#8289;|⁡)</mo>)</mrow>(<mo)?')
 THIN = '<mspace width="0.167em"></mspace>'
 MARKS = dict(msub='_', munder='_', msup='^', msubsup='_^', munderover='_^')
 
@@ -19,7 +19,7 @@ def spaced(mathml):
     "`mathml` with a thin space around a function's name, as TeX sets it: −p ln p, but ln(1 + t)."
     def _one(m):
         before, name, after = m.groups()
-        operand = before and before != '</mo>'
+        operand = before and before not in ('</mo>', '</mspace>')
         return f"{before or ''}<mrow>{THIN if operand else ''}{name}{'' if after else THIN}</mrow>{after or ''}"
     return _applied.sub(_one, mathml.replace('<mi>−</mi>', '<mo form="prefix">−</mo>'))
 
