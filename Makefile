@@ -3,7 +3,7 @@ PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
 .DEFAULT_GOAL := test
-.PHONY: demo test docs prepare bench clean
+.PHONY: demo test test-all docs prepare bench clean
 
 $(INSTALLED): pyproject.toml settings.ini setup.py
 	python3 -m venv .venv
@@ -15,8 +15,12 @@ $(INSTALLED): pyproject.toml settings.ini setup.py
 demo: $(INSTALLED)
 	$(PY) -m fastai_xent.demo
 
-# Run every notebook and every test.
+# Run every notebook and every test but the slow ones.
 test: $(INSTALLED)
+	$(PY) -m pytest -m 'not slow'
+
+# Run every notebook and every test.
+test-all: $(INSTALLED)
 	$(PY) -m pytest
 
 # Build the site into _docs, and check it.

@@ -17,9 +17,10 @@ def listed(key, sep='\n'):
 
 
 def long_description():
-    "README.md with absolute picture addresses, since PyPI holds no pictures."
+    "README.md with absolute addresses, since PyPI holds neither pictures nor other files."
     url = re.search(r'^Repository = "(.+)"', (root/'pyproject.toml').read_text(encoding='utf-8'), re.M)[1]
-    return (root/'README.md').read_text(encoding='utf-8').replace('](nbs/images/', f']({url}/raw/main/nbs/images/')
+    text = (root/'README.md').read_text(encoding='utf-8').replace('](nbs/images/', f']({url}/raw/main/nbs/images/')
+    return re.sub(r'\]\((?!\w+:|#)', f']({url}/blob/main/', text)
 
 
 classifiers = ['Programming Language :: Python :: 3', 'Programming Language :: Python :: 3 :: Only', f"Development Status :: {cfg['status']}"]

@@ -1,10 +1,12 @@
-"The house rules: notebooks run, are clean, and agree with the modules and README.md; modules import downwards only."
+"The house rules: notebooks run, are clean, and agree with the modules and README.md; modules import downwards only; lines, cells and modules are small."
 import ast, contextlib, gc, os, re, shutil, signal, subprocess, sys, warnings
+from configparser import ConfigParser
 from pathlib import Path
 
-import matplotlib.pyplot as plt, pytest, readme
+import matplotlib.pyplot as plt, measure, pytest, readme, yaml
 from fastcore.nbio import mk_cell, new_nb, write_nb
 from nbdev.clean import nbdev_clean
+from nbdev.config import get_config
 from nbdev.test import test_nb as run_nb  # under another name, or pytest collects it
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -169,6 +171,83 @@ def test_imports_are_read(tmp_path):
     assert packages(path) == {'torch', 'fastai_xent', 'matplotlib'}
 
 
+# -- sizes
+
+# What still breaks a rule, by name (an empty list is `set()`). The lists only shrink: one that has been mended must leave its list.
+WIDE = {
+    '00_numerics', '00a_kernels', '00b_fused', '01_losses', '01a_linear', '02_items', '02a_head', '03_dynamics', '03a_issues',
+    '03b_running', '04a_rows', '05_files', '05a_parquet', '05b_epochs', '05c_cache', '05d_label_issues', '05e_export',
+    '05f_record', '05g_writer', '05h_records', '06_recorder', '07_acts', '07a_sampler', '08_views', '09_demo', '10_all',
+}  # notebooks that export lines of more than 120 characters
+LONG_CELLS = {
+    '01_losses _way', '02_items RowTap', '03b_running BrokenScore', '04a_rows RowBuffer', '05f_record XentRecord',
+    '06_recorder XentRecorder', '06_recorder _close',
+}  # export cells of more than 60 lines: notebook and first definition
+LONG_MODULES = {'recorder'}  # modules of more than 450 lines
+UNUSED = {'cache fastai_xent.issues', 'rows XentLossFlat', 'views numpy'}  # imports that their module does not use
+KERNELS = {'00a_kernels', '00b_fused', 'kernels', 'fused'}  # a GPU's and a CPU's kernel in one piece: cells and modules may be long
+
+
+def export_cells(root): return [(nb, src.strip().splitlines()) for nb, src in measure.code_cells(root) if measure.is_export(src)]
+
+
+def wide(root): return {nb for nb, src in export_cells(root) if any(len(o) > 120 for o in src)}
+
+
+def first_def(src): return next((m[1] for o in src if (m := re.match(r'(?:async )?(?:def|class) (\w+)', o))), src[-1])
+
+
+def long_cells(root): return {f'{nb} {first_def(src)}' for nb, src in export_cells(root) if len(src) > 60 and nb not in KERNELS}
+
+
+def long_modules(root): return {o.stem for o in measure.modules(root) if len(measure.lines(o)) > 450 and o.stem not in KERNELS}
+
+
+def unused(path):
+    "The imports that a module does not use itself: they are there for what importing them does, or for nothing. fastai's own add to `Learner` that way."
+    tree = ast.parse(path.read_text(encoding='utf-8'))
+    names = {o.id for o in ast.walk(tree) if isinstance(o, ast.Name)}
+    parts = {o.attr for o in ast.walk(tree) if isinstance(o, ast.Attribute)}
+    for node in ast.walk(tree):
+        if not isinstance(node, (ast.Import, ast.ImportFrom)): continue
+        for o in node.names:
+            root, *_, last = (o.asname or o.name).split('.') * 2
+            below = '.' in o.name and not o.asname and last in parts  # `import pyarrow.compute` for `pa.compute`
+            if root not in names and not below and not o.name.startswith('fastai.'): yield f'{path.stem} {o.name}'
+
+
+def unused_in(root): return {o for fn in measure.modules(root) if fn.stem not in ('all', '__init__') for o in unused(fn)}
+
+
+RULES = [(wide, WIDE, 'write lines of at most 120 characters'), (long_cells, LONG_CELLS, 'split export cells of more than 60 lines'),
+         (long_modules, LONG_MODULES, 'split modules of more than 450 lines'), (unused_in, UNUSED, 'import what the module uses, and nothing for its side effects')]
+
+
+@pytest.mark.parametrize('rule, allowed, do', RULES, ids=[o[0].__name__ for o in RULES])
+def test_sizes(rule, allowed, do):
+    found = rule(ROOT)
+    assert found <= allowed, do
+    assert allowed <= found, 'these are mended: take them off the list'
+
+
+def test_sizes_are_noticed(tmp_path):
+    for o in ('nbs', 'fastai_xent'): (tmp_path/o).mkdir()
+    write_notebook(tmp_path/'nbs'/'01_a.ipynb', '#| export\n' + 'x = 1\n' * 58 + 'def f():\n    pass', f"y = {'1' * 120}")
+    write_notebook(tmp_path/'nbs'/'02_b.ipynb', f"#| export\ny = {'1' * 116}", '#| export\n' + 'x = 1\n' * 59)
+    write_notebook(tmp_path/'nbs'/'03_c.ipynb', f"#| export\ny = {'1' * 117}")
+    (tmp_path/'fastai_xent'/'a.py').write_text('x = 1\n' * 451)
+    (tmp_path/'fastai_xent'/'b.py').write_text('x = 1\n' * 450)
+    assert wide(tmp_path) == {'03_c'}
+    assert long_cells(tmp_path) == {'01_a f'}
+    assert long_modules(tmp_path) == {'a'}
+
+
+def test_unused_imports_are_noticed(tmp_path):
+    lines = ['import pyarrow as pa, pyarrow.compute', 'import a.b, c.d, fastai.callback.schedule', 'import e as f', 'from g import h, i as j', 'pa.compute(j, c.k)']
+    (tmp_path/'m.py').write_text('\n'.join(lines))
+    assert sorted(unused(tmp_path/'m.py')) == ['m a.b', 'm e', 'm h']
+
+
 # -- files
 
 MACHINE = re.compile(r'(?<![\w.:~/-])/(?:work|root|home|Users|mnt)/\w|(?<![\w.:~-])/tmp/\w|/site-packages[/]')
@@ -192,6 +271,22 @@ def test_no_machine_paths(tmp_path):
 
 @pytest.mark.parametrize('top', ['work', 'home', 'tmp'])
 def test_machine_paths_are_noticed(top): assert MACHINE.search(f'File "/{top}/a.py"')
+
+
+def test_citation_agrees():
+    "CITATION.cff says again what pyproject.toml and settings.ini say."
+    cite = yaml.safe_load((ROOT/'CITATION.cff').read_text(encoding='utf-8'))
+    project, settings = get_config(ROOT), ConfigParser(delimiters='=')
+    settings.read(ROOT/'settings.ini', encoding='utf-8')
+    want = dict(title=project.lib_name, abstract=project.description, repository=project.git_url)
+    assert dict(title=cite['title'], abstract=cite['abstract'], repository=cite['repository-code']) == want
+    assert [cite['authors'][0]['name'], cite['license']] == [settings['DEFAULT'][o] for o in ('author', 'license')]
+
+
+@pytest.mark.parametrize('path', sorted((ROOT/'.github').rglob('*.yml')), ids=name)
+def test_github_files_can_be_read(path):
+    read = yaml.safe_load(path.read_text(encoding='utf-8'))
+    assert 'name' in read and ('jobs' in read or 'body' in read)
 
 
 def test_ruff():

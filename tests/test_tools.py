@@ -1,23 +1,48 @@
-"The README writer and the link checker of the site."
-import links, pytest, readme
+"What tools/ does: the README, the site's maths and links, the measures of the house, mutants."
+import ast, json, subprocess
+from types import SimpleNamespace
 
-BASE = 'https://docs.example/lib'
+import links, maths, measure, mutants, pytest, readme
+
+@pytest.fixture
+def clone(tmp_path, monkeypatch):
+    "A clone of a project whose site and repository have addresses."
+    cfg = SimpleNamespace(doc_url='https://docs.example/lib', git_url='https://git.example/me/lib', branch='main')
+    monkeypatch.setattr(readme, 'get_config', lambda root: cfg)
+    for o in ('nbs/01_losses.ipynb', 'nbs/explain/why.ipynb', 'nbs/index.ipynb', 'nbs/images/x.png', 'CONTRIBUTING.md'):
+        (tmp_path/o).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path/o).touch()
+    return tmp_path
 
 
 @pytest.mark.parametrize('text, want', [
-    ('[a](01_losses.ipynb#x)', f'[a]({BASE}/losses.html#x)'),
-    ('[a](explain/why.ipynb)', f'[a]({BASE}/explain/why.html)'),
+    ('[a](01_losses.ipynb#x)', '[a](nbs/01_losses.ipynb)'),
+    ('[a](explain/why.ipynb)', '[a](nbs/explain/why.ipynb)'),
+    ('[`A`](https://docs.example/lib/losses.html#a)', '[`A`](nbs/01_losses.ipynb)'),
+    ('[a](https://docs.example/lib/explain/why.html)', '[a](nbs/explain/why.ipynb)'),
+    ('[a](https://git.example/me/lib/blob/main/CONTRIBUTING.md#git)', '[a](CONTRIBUTING.md#git)'),
+    ('[a](https://docs.example/library)', '[a](https://docs.example/library)'),
     ('[a](https://pytorch.org)', '[a](https://pytorch.org)'),
+    ('[a](#further-on)', '[a](#further-on)'),
     ('![a](images/x.png)', '![a](nbs/images/x.png)'),
     ('![a](https://pytorch.org/x.png)', '![a](https://pytorch.org/x.png)'),
-    ('[![a](images/x.png)](01_losses.ipynb)', f'[![a](nbs/images/x.png)]({BASE}/losses.html)'),
+    ('[![a](images/x.png)](01_losses.ipynb)', '[![a](nbs/images/x.png)](nbs/01_losses.ipynb)'),
 ])
-def test_relink(text, want): assert readme.relink(text, BASE) == want
+def test_relink(clone, text, want): assert readme.relink(text, clone) == want
 
 
-def test_code_keeps_its_text():
+@pytest.mark.parametrize('target', ['02_gone.ipynb', 'images/gone.png', 'https://git.example/me/lib/blob/main/GONE.md'])
+def test_dead_link_is_refused(clone, target):
+    with pytest.raises(ValueError, match='leads nowhere: .*(gone|GONE)'): readme.relink(f'[a]({target})', clone)
+
+
+def test_page_without_notebook_is_refused(clone):
+    with pytest.raises(ValueError, match='leads nowhere: .*gone.html'): readme.relink('[a](https://docs.example/lib/gone.html)', clone)
+
+
+def test_code_keeps_its_text(clone):
     code = '```python\n[a](01_losses.ipynb)\n```'
-    assert readme.prose(f'[a](01_losses.ipynb)\n\n{code}\n', lambda o: readme.relink(o, BASE)) == f'[a]({BASE}/losses.html)\n\n{code}\n'
+    assert readme.prose(f'[a](01_losses.ipynb)\n\n{code}\n', lambda o: readme.relink(o, clone)) == f'[a](nbs/01_losses.ipynb)\n\n{code}\n'
 
 
 def test_callout_becomes_alert():
@@ -33,8 +58,8 @@ def test_open_callout_is_refused():
     (dict(output_type='display_data', data={'image/png': 'x', 'text/plain': '<Figure>'}), 'nbs/images/'),
     (dict(output_type='error', ename='KeyError'), 'KeyError'),
 ])
-def test_output_is_refused(output, why):
-    with pytest.raises(ValueError, match=why): readme.shown(output, BASE)
+def test_output_is_refused(output, why, tmp_path):
+    with pytest.raises(ValueError, match=why): readme.shown(output, tmp_path)
 
 
 def wrong(site, body, css=''):
@@ -65,3 +90,168 @@ def test_css_is_checked(tmp_path):
     assert wrong(tmp_path, '', '@import "https://cdn.example/f.css"; /* url(note.png) */') == ['a.html loads https://cdn.example/f.css']
     (tmp_path/'s.css').write_text('@font-face { src: url("f.woff2") }')
     assert 's.css leads nowhere: f.woff2' in links.check(tmp_path)
+
+
+# -- maths
+
+def drawn(tex, kind='inline'): return maths.mathml([(kind, tex)])[kind, tex]
+
+
+def test_maths_becomes_mathml():
+    assert '<mfrac><mn>1</mn><mn>2</mn></mfrac>' in drawn(r'\frac12')
+    assert drawn('x', 'display').startswith('<math display="block"')
+
+
+def test_each_formula_gets_its_own():
+    formulas = [('inline', 'a'), ('display', 'b\n+ c'), ('inline', r'\text{d}')]
+    assert [maths.plain(maths.ElementTree.fromstring(o)) for o in maths.mathml(formulas).values()] == ['a', 'b+c', 'd']
+
+
+def test_unread_formula_is_refused():
+    with pytest.raises(ValueError, match='nosuch'): maths.mathml([('inline', 'x'), ('inline', r'\nosuch y')])
+
+
+@pytest.mark.parametrize('tex, spaces', [
+    (r'p\ln p', 2), (r'\tfrac12\ln 2', 2), (r'(1 - p)\ln p', 2), (r'2\,\ln p', 2), (r'\ln p', 1), (r'-\ln p', 1), (r'\ln(1 + t)', 0), (r'a = \ln p', 1)])
+def test_function_is_set_apart(tex, spaces): assert drawn(tex).count(maths.THIN) == spaces
+
+
+@pytest.mark.parametrize('tex, want', [
+    (r'\sqrt{2}\,(1 - p)', '√2 (1−p)'), (r'\frac{\partial\ell}{\partial z} = p - y', '(∂ℓ)/(∂z)=p−y'), ('e^{-m}', 'e^(−m)'), (r'\sum_{i=1}^n x_i', '∑_(i=1)^nx_i')])
+def test_maths_in_words(tex, want): assert maths.plain(maths.ElementTree.fromstring(drawn(tex))) == want
+
+
+def test_site_draws_its_maths(tmp_path):
+    (tmp_path/'sub').mkdir()
+    page = tmp_path/'sub'/'a.html'
+    page.write_text('<script src="https://cdn.example/katex.min.js" defer></script><p><span class="math inline">\\(a &lt; b^2\\)</span>')
+    (tmp_path/'search.json').write_text(json.dumps([dict(text='so a < b^2 holds')]))
+    maths.draw(tmp_path)
+    assert links.check(tmp_path) == []
+    assert '<mo>&lt;</mo>' in page.read_text() and '\\(' not in page.read_text()
+    assert json.loads((tmp_path/'search.json').read_text()) == [dict(text='so a<b^2 holds')]
+
+
+# -- measures
+
+A = """\
+import torch
+# a comment of more than a hundred and forty characters is no code, so it does not make the widest line of the module wider than it is, said twice over
+
+class A:
+    def __init__(self): self._a()
+
+    def _a(self):
+        return b._b(self)
+
+    def _lone(self): pass
+
+def public(): return _c()
+def _c(): return public
+"""
+B = f"""\
+def _b(o): return map(_c, o)
+
+def _c(o):
+    def inner():
+        return {'x' * 119}
+
+    return inner()
+"""
+
+
+def notebook(*cells): return json.dumps(dict(cells=[dict(cell_type='code', source=o) for o in cells]))
+
+
+@pytest.fixture
+def tree(tmp_path):
+    "A tiny package: two modules, a notebook, a test."
+    lesson = notebook('#| default_exp a', '#| export\nx = 1\ny = 2', 'import torch', 'assert x', '1 + 1', '#| hide\nfrom a import b', 'test_eq(1, 1)')
+    texts = {'fastai_xent/__init__.py': '', 'fastai_xent/_modidx.py': 'd = 1\n' * 99, 'fastai_xent/a.py': A, 'fastai_xent/b.py': B}
+    for name, text in (texts | {'nbs/00_a.ipynb': lesson, 'tests/test_a.py': 'x = 1\n' * 30}).items():
+        (tmp_path/name).parent.mkdir(exist_ok=True)
+        (tmp_path/name).write_text(text)
+    return tmp_path
+
+
+def test_measures(tree):
+    assert measure.measures(tree) == {
+        'function lines, median / p90 / max': '1 / 2 / 5',  # 1 2 1 1 1, 1 5 2
+        'line width p90; lines > 140; > 120': '28; 0.0 %; 7.7 %',
+        'widest line': '134',
+        'longest chain of private calls; private share': '3; 71 %',  # five of seven: public and inner are not
+        'the chain': 'a._a → b._b → b._c',
+        'file lines, median / max': '7 / 13',
+        'non-export cells that assert': '67 %',
+        'largest export cells': '3 (00_a), 1 (00_a)',
+        'test lines / library lines': '1.5'}
+
+
+def test_chain_ends_where_it_comes_round():
+    calls = dict(a={'b'}, b={'c'}, c={'a', 'd'}, d=set())
+    assert measure.chain(calls) == list('abcd')
+
+
+def test_measure_of_a_commit(tree, monkeypatch, capsys):
+    git = ['git', '-c', 'user.name=a', '-c', 'user.email=a', '-c', 'core.hooksPath=none']
+    for o in (['init', '-q'], ['add', '.'], ['commit', '-qm', 'a']): subprocess.run([*git, *o], cwd=tree, check=True)
+    (tree/'fastai_xent'/'b.py').write_text('')
+    monkeypatch.setattr(measure, 'ROOT', tree)
+    measure.main(['HEAD'])
+    assert '| file lines, median / max | 7 / 13 | 0 / 13 |' in capsys.readouterr().out
+
+
+# -- mutants
+
+@pytest.mark.parametrize('line, want', [
+    ('x = a < b', ['x = (a <= b)']),
+    ('x = a is not b', ['x = (a is b)']),
+    ('é = a + b', ['é = (a - b)']),
+    ('x += y', ['x -= y']),
+    ('x = a and b', ['x = (a or b)']),
+    ('x = not a', ['x = (a)']),
+    ('x = 3', ['x = (4)', 'x = (2)']),
+    ('x = True', ['x = (False)']),
+    ('if a: f()', ['if (not a): f()', 'if (True): f()', 'if a: (None)']),
+    ('x = [a for a in b if c]', ['x = [a for a in b if (True)]']),
+    ('def f(): return x', ['def f(): return (None)']),
+    ('x = f(a,\n      b)', ['x = (f(a))']),
+    ('x = f(a, k=b)', ['x = (f(a))']),
+    ('def f(x: 1 < 2) -> 1: "text"', []),
+    ('x = f"{a + 1}"', []),
+])
+def test_mutants(line, want):
+    found = [m.text for m in mutants.mutants('m', line)]
+    assert found == want
+    for o in found: ast.parse(o)
+
+
+def test_sample_is_seeded(tree):
+    (tree/'fastai_xent'/'b.py').write_text('x = 1 + 2 * 3 - 4\n')
+    lots = [[m.text for m in mutants.sample(tree, ['b'], 4, seed)] for seed in (1, 1, 2)]
+    assert lots[0] == lots[1] != lots[2] and len(lots[0]) == 4
+
+
+@pytest.fixture
+def bare(monkeypatch): monkeypatch.setenv('PYTEST_DISABLE_PLUGIN_AUTOLOAD', '1')  # pytest starts sooner
+
+
+def test_survivor_is_shown(tree, bare, monkeypatch, capsys):
+    (tree/'fastai_xent'/'b.py').write_text('def big(x): return x > 3\n')
+    (tree/'tests'/'test_a.py').write_text('from fastai_xent.b import big\n\ndef test(): assert big(4) and not big(2)\n')
+    monkeypatch.setattr(mutants, 'ROOT', tree)
+    mutants.main(['--modules', 'b', '--tests', 'tests', '--n', '99'])
+    said = capsys.readouterr().out
+    assert [o for o in said.splitlines() if 'survived:' in o] == ['survived: b.py:1  x > 3  →  x >= 3', 'survived: b.py:1  3  →  2']
+    assert '| b | 4 | 2 | 0 | 2 |\n| all | 4 | 2 | 0 | 2 |' in said
+
+
+def test_endless_mutant_is_ended(tree, bare):
+    (tree/'tests'/'test_a.py').write_text('def test():\n    while True: pass')
+    assert mutants.pytest(tree, ['tests'], limit=1) == 'too slow'
+
+
+def test_failing_tests_are_refused(tree, bare, monkeypatch):
+    (tree/'tests'/'test_a.py').write_text('def test(): assert False')
+    monkeypatch.setattr(mutants, 'ROOT', tree)
+    with pytest.raises(SystemExit, match='do not pass'): mutants.main(['--modules', 'b', '--tests', 'tests'])

@@ -6,10 +6,9 @@
 import argparse, difflib, os, re, sys
 from pathlib import Path
 
-from nbdev.config import get_config
+from nbdev.config import get_config, nbpath2html
 from nbdev.process import NBProcessor
 from nbdev.processors import FilterDefaults
-from nbdev.readme_filter import doc_link
 
 ROOT = Path(__file__).resolve().parent.parent
 ALERTS = dict(note='NOTE', tip='TIP', important='IMPORTANT', warning='WARNING', caution='CAUTION')
@@ -29,13 +28,31 @@ def prose(text, f):
     return ''.join(f(parts[i]) + (parts[i + 1] if i + 1 < len(parts) else '') for i in range(0, len(parts), 3))
 
 
-def relink(text, base):
-    "Links to notebooks lead to their pages on the site; pictures to their files under nbs/."
+def pages(root):
+    "The notebook of each page of the site, from the top of the tree: losses.html, nbs/01_losses.ipynb."
+    nbs = sorted((root/'nbs').rglob('*.ipynb'))
+    return {nbpath2html(o.relative_to(root/'nbs')).as_posix(): o.relative_to(root).as_posix() for o in nbs}
+
+
+def in_clone(target, root):
+    "Where a link of nbs/index.ipynb leads in a clone of the tree at `root`: pages of the site and files on GitHub are files there."
+    cfg = get_config(root)
+    site, hub = cfg.doc_url.rstrip('/') + '/', f'{cfg.git_url}/blob/{cfg.branch}/'
+    if target.startswith(site):
+        page = target.removeprefix(site).partition('#')[0] or 'index.html'
+        target = pages(root).get(page, page)
+    elif target.startswith(hub): target = target.removeprefix(hub)
+    elif re.match(r'\w+:|#', target): return target
+    else: target = os.path.normpath(f'nbs/{target}').partition('#')[0]
+    if not (root/target.partition('#')[0]).exists(): raise ValueError(f'a link of nbs/index.ipynb leads nowhere: {target}')
+    return target
+
+
+def relink(text, root):
+    "Links lead to files of the tree at `root`."
     def _one(m):
         bang, label, target, title = m.groups()
-        if bang: target = target if re.match(r'\w+:|/', target) else f'nbs/{target}'
-        else: target = doc_link(target, base)
-        return f'{bang}{relink(label, base)}({target}{title})'
+        return f'{bang}{relink(label, root)}({in_clone(target, root)}{title})'
     return _link.sub(_one, text)
 
 
@@ -73,31 +90,31 @@ def joined(o):
 def fenced(text, lang=''): return f'```{lang}\n{text.rstrip()}\n```'
 
 
-def shown(output, base):
+def shown(output, root):
     "One output of a code cell as markdown."
     if output['output_type'] == 'error': raise ValueError(f"an error is stored as output: {output['ename']}")
     if output['output_type'] == 'stream': return fenced(joined(output['text']))
     data = output['data']
     if any(k.startswith('image/') for k in data):
         raise ValueError('a picture is stored as output; save it under nbs/images/ and show it with ![what it shows](images/x.png)')
-    if 'text/markdown' in data: return prose(joined(data['text/markdown']), lambda o: relink(o, base)).strip()
+    if 'text/markdown' in data: return prose(joined(data['text/markdown']), lambda o: relink(o, root)).strip()
     if 'text/html' in data: return _style.sub('', joined(data['text/html'])).strip()
     return fenced(joined(data['text/plain']))
 
 
-def code_cell(cell, base):
+def code_cell(cell, root):
     "The parts of a code cell that its directives leave to be seen."
     says = {k: str(v).lower() for k, v in cell.directives_.items()}
     if says.get('include') == 'false': return []
     src = directives.sub('', cell.source).strip()
     code = [] if says.get('echo') == 'false' or not src else [fenced(src, 'python')]
-    seen = [] if says.get('output') == 'false' else [shown(o, base) for o in cell.get('outputs', [])]
+    seen = [] if says.get('output') == 'false' else [shown(o, root) for o in cell.get('outputs', [])]
     return code + seen
 
 
-def md_cell(cell, base):
+def md_cell(cell, root):
     "A markdown cell as GitHub reads it."
-    return [undiv(prose(directives.sub('', cell.source), lambda o: relink(o, base))).strip()]
+    return [undiv(prose(directives.sub('', cell.source), lambda o: relink(o, root))).strip()]
 
 
 def header(fm):
@@ -107,13 +124,12 @@ def header(fm):
 
 def readme(fn=ROOT/'nbs'/'index.ipynb'):
     "The text of README.md for the notebook `fn`."
-    base = get_config(ROOT).doc_url
     proc = NBProcessor(fn, procs=FilterDefaults().procs(), rm_directives=False)
     proc.process()
     parts = header(proc.nb.frontmatter_)
     for cell in proc.nb.cells:
-        if cell.cell_type == 'markdown': parts += md_cell(cell, base)
-        elif cell.cell_type == 'code': parts += code_cell(cell, base)
+        if cell.cell_type == 'markdown': parts += md_cell(cell, ROOT)
+        elif cell.cell_type == 'code': parts += code_cell(cell, ROOT)
     return '\n\n'.join(o for o in parts if o) + '\n'
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 if sys.version_info < (3, 11): sys.exit('the site needs Python 3.11 or later, since smalldocs does')
 
-import links, smalldocs.layout, smalldocs.site, yaml
+import links, maths, smalldocs.site, yaml
 from nbdev.config import get_config, nbpath2html
 from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
 from nbdev.serve import proc_nbs
@@ -17,10 +17,8 @@ from readme import directives, prose
 from smalldocs.check import scan
 
 ROOT = Path(__file__).resolve().parent.parent
-KATEX = ROOT/'tools'/'katex'
 SETTINGS = '_quarto.yml', 'nbdev.yml', 'sidebar.yml'
 
-_other_fonts = re.compile(r',url\(fonts/[^)]+\.(?:woff|ttf)\) format\("\w+"\)')
 _output_file = re.compile(r'^output-file:.*\n?', re.M)
 _bare_align = re.compile(r'^\s*\\begin\{align\*?\}|^\s*\$\$\s*\{#', re.M)
 
@@ -72,11 +70,12 @@ def rename(proc):
 
 
 def drop_formats(proc):
-    "smalldocs writes no second format for a page to link to."
-    fn = proc/'nbdev.yml'
-    cfg = yaml.safe_load(fn.read_text(encoding='utf-8'))
-    cfg.pop('format-links', None)
-    write(fn, yaml.dump(cfg, sort_keys=False))
+    "smalldocs writes no second format for a page to link to, and leaves the maths to tools/maths.py."
+    for name in ('nbdev.yml', '_quarto.yml'):
+        cfg = yaml.safe_load((proc/name).read_text(encoding='utf-8'))
+        cfg.pop('format-links', None)
+        cfg.get('format', {}).get('html', {}).pop('html-math-method', None)
+        write(proc/name, yaml.dump(cfg, sort_keys=False))
 
 
 def unread(proc):
@@ -89,14 +88,6 @@ def unread(proc):
             if m := _bare_align.search(src): yield f'{fn.name}: write $$\\begin{{aligned}}…\\end{{aligned}}$$ for {m[0].strip()}'
 
 
-def add_katex(site):
-    "Put KaTeX, which smalldocs takes from a network, beside the pages; of the fonts woff2 alone."
-    dest = site/'site_libs'/'katex'
-    shutil.copytree(KATEX, dest)
-    css = dest/'katex.min.css'
-    write(css, _other_fonts.sub('', css.read_text(encoding='utf-8')))
-
-
 def nearest(page, anchor):
     "The anchor itself, that of its class, or none: nbdev links every name of a module, and a page documents only some."
     known = [o for o in (anchor, anchor.split('.')[0]) if o in page.anchors]
@@ -104,14 +95,13 @@ def nearest(page, anchor):
 
 
 def localise(site, url):
-    "KaTeX and the links to our own symbols stay within the site, wherever it is served or opened."
+    "Links to our own symbols stay within the site, wherever it is served or opened."
     pages = {fn.relative_to(site).as_posix(): fn.read_text(encoding='utf-8') for fn in site.rglob('*.html')}
     parsed = {name: links.Page(text) for name, text in pages.items()}
     own = re.compile(rf'(<a\b[^>]*\bhref="){re.escape(url)}/([^"#]*)#?([^"]*)')
     for name, text in pages.items():
         up = '../' * name.count('/')
-        text = own.sub(lambda m: f'{m[1]}{up}{m[2]}{nearest(parsed[m[2]], m[3])}', text)
-        write(site/name, text.replace(smalldocs.layout.KATEX, f'{up}site_libs/katex'))
+        write(site/name, own.sub(lambda m: f'{m[1]}{up}{m[2]}{nearest(parsed[m[2]], m[3])}', text))
 
 
 def name_markdown(site):
@@ -132,7 +122,7 @@ def build():
     wrong += unread(proc)
     shutil.rmtree(proc/cfg.doc_path.name, ignore_errors=True)
     made = smalldocs.site.build(proc, quiet=True)
-    add_katex(made.out)
+    maths.draw(made.out)
     localise(made.out, cfg.doc_url.rstrip('/'))
     name_markdown(made.out)
     wrong += made.warnings + links.check(made.out)
