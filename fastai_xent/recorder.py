@@ -31,10 +31,11 @@ from torch import nn
 import fastai_xent.bridges  # noqa: F401 methods of a record, as the next
 import fastai_xent.label_issues  # noqa: F401
 from .head import HeadTap, find_head
-from .items import NoItemIdentity, class_names, fingerprint, items_frame, tap_rows
+from .items import class_names, fingerprint, items_frame
 from .numerics import XentStats
 from .rows import Batch, MixTap, NotRecordable, RowBuffer, expected_loss, put_back, read_batch, row_stats
 from .store import XentRecord
+from .taps import NoItemIdentity, tap_rows
 
 # %% ../nbs/05_recorder.ipynb #c7cb7eae
 @dataclass

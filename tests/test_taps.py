@@ -23,7 +23,7 @@ from fastai.torch_core import set_seed
 from helpers import C, CHECKED, MIDDLE, UNIT, Coded, OneRow, Saw, Through, at_most, check, coded, ended, little_memory, quiet, same_bits, through_learner, warned, wrong_rows
 
 import fastai_xent
-from fastai_xent.items import NoItemIdentity, tap_rows
+from fastai_xent.taps import NoItemIdentity, tap_rows
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
 
@@ -287,7 +287,7 @@ def test_no_traces(tmp_path):
     assert [len(list(o)) for o in copies] == [3, 3]    # a pickled loader still loads
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, At)])
     learn.export('x.pkl')
-    assert b'fastai_xent.items' not in zipfile.ZipFile(tmp_path / 'x.pkl').read('x/data.pkl')
+    assert b'fastai_xent.taps' not in zipfile.ZipFile(tmp_path / 'x.pkl').read('x/data.pkl')
 
 def int_to_x(i): return coded(i)[0]
 def int_to_y(i): return i % C
