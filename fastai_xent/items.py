@@ -12,6 +12,7 @@ import hashlib
 import os
 import reprlib
 from collections.abc import Mapping
+from itertools import islice
 
 import numpy as np
 import pandas as pd
@@ -21,10 +22,9 @@ from fastai.data.core import Datasets
 from fastai.data.load import SkipItemException
 from fastai.tabular.core import Tabular
 from fastai.torch_core import no_random
-from fastcore.foundation import L
 from torch.utils.data import ConcatDataset, Subset
 
-# %% ../nbs/03_items.ipynb #7d9306af
+# %% ../nbs/03_items.ipynb #aa0c7769
 _LONGEST, _START = 500, 460 # Characters of a name that is kept whole; of the start of a longer one
 
 def _text(o) -> str:
@@ -36,27 +36,43 @@ def _text(o) -> str:
 
 def _missing(o) -> bool: return o is None or o is pd.NA or o is pd.NaT or (isinstance(o, float) and o != o)
 
+def _plain(col: pd.Series) -> list: return col.astype(object).where(col.notna(), None).tolist()
+
 def _named(names) -> pd.Series: # Whole numbers, or text; null where there is none
     "Names of one kind."
     if isinstance(names, pd.Index) and isinstance(names.dtype, np.dtype) and names.dtype.kind == 'i':
         return pd.Series(names.to_numpy(), dtype=_WHOLE)
+    names = names.tolist() if isinstance(names, pd.Index) else list(names)
+    if {*map(type, names)} <= {str} and all(map(str.isascii, names)) and max(map(len, names), default=0) <= _LONGEST:
+        return pd.Series(names, dtype=object)
     names = [None if _missing(o) else o for o in names]
     kinds = {type(o) for o in names if o is not None}
     whole = all(issubclass(k, (int, np.integer)) and k is not bool for k in kinds)
-    if kinds and whole and all(o is None or -2**63 <= o < 2**63 for o in names): return pd.Series(names, dtype=_WHOLE)
+    if kinds and whole and all(-2**63 <= o < 2**63 for o in names if o is not None):
+        return pd.Series(names, dtype=_WHOLE)
     return pd.Series([None if o is None else _text(o) for o in names], dtype=object)
 _WHOLE = pd.ArrowDtype(pa.int64())
 
-# %% ../nbs/03_items.ipynb #92ea3cdf
+# %% ../nbs/03_items.ipynb #fd522251
 def _chosen(subset) -> np.ndarray: # int64
     "The positions that a torch `Subset` has of the dataset below."
     at = np.asarray(subset.indices)
-    if len(at) and at.dtype.kind not in 'iu': raise TypeError(f"the indices of a Subset are {at.dtype}, expected whole numbers")
+    if len(at) and at.dtype.kind not in 'iu':
+        raise TypeError(f"the indices of a Subset are {at.dtype}, expected whole numbers")
     return np.where(at < 0, at + len(subset.dataset), at).astype(np.int64)
 
 def _speaks(items) -> bool:
-    "Do these items name themselves? Judged by the first."
-    return len(items) > 0 and (isinstance(items[0], (str, os.PathLike)) or _missing(items[0]))
+    "Do these items name themselves? Judged by the first that is there."
+    if isinstance(items, torch.Tensor): return False
+    return isinstance(next((o for o in islice(items, 100) if not _missing(o)), None), (str, os.PathLike))
+
+def _placeless(items) -> bool: return isinstance(items, Mapping) or not hasattr(items, '__getitem__')
+
+def _strange(items) -> list:
+    "The places of items that are neither text nor path, nor missing."
+    def of_text(kind): return issubclass(kind, (str, os.PathLike))
+    if all(map(of_text, {*map(type, items)})): return []
+    return [i for i, o in enumerate(items) if not (of_text(type(o)) or _missing(o))]
 
 def _by_key(items, key_fn):
     rows, keys = items.itertuples() if isinstance(items, pd.DataFrame) else items, []
@@ -81,16 +97,18 @@ def _names(ds, key_fn) -> tuple: # A series or None, and what somebody should he
         unnamed = any(o is None for o in parts)
         return None if unnamed else _named(n for o in parts for n in o), next(filter(None, whys), '')
     items = getattr(ds, 'items', None)
-    if not hasattr(items, '__len__'): return None, "`key_fn` has nothing to name: the dataset has no list `items`" if key_fn else ''
-    if isinstance(items, Mapping): return None, f"`items` is a {type(items).__name__}, which has no item by place; make it a list"
+    if not hasattr(items, '__len__'):
+        return None, "`key_fn` has nothing to name: the dataset has no list `items`" if key_fn else ''
+    if _placeless(items): return None, f"`items` is a {type(items).__name__}, which has no item by place; make it a list"
     frame = isinstance(items, (pd.DataFrame, pd.Series))
     if not (key_fn or frame or _speaks(items)): return None, ''
     if len(items) != len(ds): return None, f"`items` has {len(items):,} entries, the dataset {len(ds):,}"
     if key_fn: return _by_key(items, key_fn)
     if frame: return _named(items.index), ''
-    strange = [i for i, o in enumerate(items) if not (isinstance(o, (str, os.PathLike)) or _missing(o))]
+    strange = _strange(items)
     if not strange: return _named(items), ''
-    return None, f"item {strange[0]} is a {type(items[strange[0]]).__name__}, expected a text or path like others; give `key_fn`"
+    kind = type(items[strange[0]]).__name__
+    return None, f"item {strange[0]} is a {kind}, expected a text or path as the first is; give `key_fn`"
 
 def _tried(f, *args):
     "What `f` gives, and what somebody should hear; an error of it is told, not raised."
@@ -99,18 +117,19 @@ def _tried(f, *args):
 
 def item_names(
     ds, # A dataset, usually `dls.train_ds`
-    key_fn=None, # Takes an item (a path, a row of a data frame, …) and gives its name; default: path, row label or text
+    key_fn=None, # From an item (a path, a row of a data frame, …) to its name; default: path, row label or text
 ) -> list|None: # A whole number or a text for each item, None for one without; or None, if there are no names
     "What the dataset's items are called."
     names, _ = _tried(_names, ds, key_fn)
-    return None if names is None else names.astype(object).where(names.notna(), None).tolist()
+    return None if names is None else _plain(names)
 
-# %% ../nbs/03_items.ipynb #0b4316af
+# %% ../nbs/03_items.ipynb #191a86a3
 def _split(ds):
     "The positions of the items in the source, as the dataset keeps them; None if it does not."
-    if hasattr(ds, 'split_idxs'): return ds.split_idxs if len(getattr(ds, 'items', ())) != len(ds) else None   # tsai
     splits, idx = getattr(ds, 'splits', None), getattr(ds, 'split_idx', None)
-    return None if splits is None or idx is None or idx >= len(splits) else splits[idx]
+    split = None if splits is None or idx is None or idx >= len(splits) else splits[idx]
+    if hasattr(ds, 'split_idxs') and len(ds.items) != len(ds): split = ds.split_idxs    # tsai: `items` is all of the source
+    return split if hasattr(split, '__len__') and len(split) == len(ds) else None
 
 def _root(ds): return _root(ds.dataset) if isinstance(ds, Subset) else ds
 
@@ -123,7 +142,7 @@ def _source(ds) -> tuple: # An array or None, and what somebody should hear abou
         one = len({id(_root(o)) for o in ds.datasets}) == 1 and not any(o is None for o in parts)
         return np.concatenate(parts) if one else None, ''
     split = _split(ds)
-    return np.asarray(split, dtype=np.int64) if hasattr(split, '__len__') and len(split) == len(ds) else None, ''
+    return None if split is None else np.asarray(split, dtype=np.int64), ''
 
 def item_source(
     ds, # A dataset, usually `dls.train_ds`
@@ -131,12 +150,12 @@ def item_source(
     "Where the items stood before fastai's splitter divided them, or before a torch `Subset` chose some."
     return _tried(_source, ds)[0]
 
-# %% ../nbs/03_items.ipynb #bf20e146
+# %% ../nbs/03_items.ipynb #2f7b04a3
 def items_frame(
     ds, # A dataset, usually `dls.train_ds`
     key_fn=None, # As for `item_names`
     n: int|None = None, # Number of items, where the dataset has no length
-) -> pd.DataFrame: # Columns `item`, `name`, `source`, null where unknown; `attrs['why']` says what somebody should hear
+) -> pd.DataFrame: # Columns `item`, `name`, `source`, null where unknown; `attrs['why']` says what is wrong with them
     "One row an item: index, name, and position in the source."
     (names, why), (source, failed) = _tried(_names, ds, key_fn), _tried(_source, ds)
     if n is None: n = len(ds)
@@ -148,22 +167,29 @@ def items_frame(
     return frame
 
 # %% ../nbs/03_items.ipynb #4ffa547a
-def _spelt(o) -> str:
-    "A name or place for hashing, so that no two lists look alike when joined."
-    s = str(None if _missing(o) else o)
-    clash = not _missing(o) and (s == 'None' or '\x1f' in s or s.startswith('\x1e'))
+def _spelt(s: str, null: str) -> str:
+    "A name, so that it can be joined with others and still be told from them and from none."
+    clash = s == null or '\x1f' in s or s.startswith('\x1e')
     return '\x1e' + s.replace('\x1e', '\x1e0').replace('\x1f', '\x1e1') if clash else s
+
+def _joined(values: list, null: str) -> str:
+    "These names or places as one text. Two different lists never give the same."
+    texts = [null if o is None else str(o) for o in values]
+    res = '\x1f'.join(texts)
+    if str not in {*map(type, values)}: return res
+    if null not in res and '\x1e' not in res and res.count('\x1f') < len(texts): return res
+    return '\x1f'.join(null if o is None else _spelt(s, null) for o, s in zip(values, texts))
 
 def fingerprint(items: pd.DataFrame) -> str:
     "A short hash of what the indices mean: it differs if a dataset has other items, or the same in another order."
     h = hashlib.sha256(f'{len(items)}'.encode())
-    for col in ('name', 'source'):
+    for col, null in (('name', 'None'), ('source', '<NA>')):
         for at in range(0, len(items), 2**16):        # a piece at a time: a million names make a long text
-            piece = '\x1f'.join(map(_spelt, items[col].iloc[at:at + 2**16]))
+            piece = _joined(_plain(items[col].iloc[at:at + 2**16]), null)
             h.update(('\x1f' * (at > 0) + piece).encode(errors='surrogatepass'))
     return h.hexdigest()[:16]
 
-# %% ../nbs/03_items.ipynb #38fc5cf9
+# %% ../nbs/03_items.ipynb #43113f1f
 def _shown(a, b) -> str:
     "`a` in a few words, from where it begins to differ from `b`."
     if a is None: return 'none'
@@ -172,30 +198,29 @@ def _shown(a, b) -> str:
     start = k - 20 if k > 40 else 0
     return repr('…' * (start > 0) + a[start:start + 60] + '…' * (len(a) > start + 60))
 
-def _plain(col) -> np.ndarray: # Texts and whole numbers, None where null
-    return np.array([None if _missing(o) else o for o in col], dtype=object)
+def _differ(a, b) -> bool: return (a is None) != (b is None) or str(a) != str(b)
 
 def difference(
     old: pd.DataFrame, # As of `items_frame`
     new: pd.DataFrame,
     when: tuple = ('then', 'now'), # What to call the two
-    labels: tuple|None = None, # The class of each item in the two, −1 where unknown: looked at where there are no names
+    labels: tuple|None = None, # The classes of the items in the two, −1 where unknown, to compare where there are no names
 ) -> str: # Empty if they are the same
     "How two lists of items differ, in words."
     if len(old) != len(new): return f"{len(old):,} items {when[0]}, {len(new):,} {when[1]}"
     cols = [(o, _plain(old[o]), _plain(new[o])) for o in ('name', 'source')]
     if labels is not None and old['name'].isna().all():
         known = (np.asarray(labels[0]) >= 0) & (np.asarray(labels[1]) >= 0)
-        cols.append(('label', *(_plain(np.where(known, o, -1)) for o in labels)))
+        cols.append(('label', *(np.where(known, o, -1).tolist() for o in labels)))
     for what, a, b in cols:
-        other = np.array([x is not y and str(x) != str(y) for x, y in zip(a, b)], dtype=bool)
-        if not other.any(): continue
-        i = int(other.argmax())
-        return (f"{other.sum():,} of {len(old):,} items differ, the first is item {i}: "
+        other = [] if a == b else [i for i, (x, y) in enumerate(zip(a, b)) if _differ(x, y)]
+        if not other: continue
+        i = other[0]
+        return (f"{len(other):,} of {len(old):,} items differ, the first is item {i}: "
                 f"{what} {_shown(a[i], b[i])} {when[0]} and {_shown(b[i], a[i])} {when[1]}")
     return ''
 
-# %% ../nbs/03_items.ipynb #c0092afa
+# %% ../nbs/03_items.ipynb #1045684d
 def _label(y) -> int|None:
     if isinstance(y, (list, tuple)) and len(y) == 1: y = y[0]
     if isinstance(y, torch.Tensor): y = y.detach().cpu().numpy()
@@ -223,10 +248,11 @@ def labels_of(
         return _label(item[-1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
     with no_random(): return [read(i) for i in at]
 
-# %% ../nbs/03_items.ipynb #b3cae22c
+# %% ../nbs/03_items.ipynb #9455f8f2
 def _copied(o):
-    "A list of numbers as it is now."
-    return list(o) if isinstance(o, (list, L)) else o if o is None or isinstance(o, range) else np.array(o)
+    "A list as it is now."
+    if o is None or isinstance(o, (tuple, range, pd.Index)): return o
+    return np.array(o) if isinstance(o, (np.ndarray, torch.Tensor)) else list(o)
 
 def _state(ds, key_fn) -> list:
     "What the names and places of the items hang on, as it is now."
@@ -234,9 +260,8 @@ def _state(ds, key_fn) -> list:
     if isinstance(ds, ConcatDataset): return [o for d in ds.datasets for o in _state(d, key_fn)]
     items, labels = getattr(ds, 'items', None), None
     if isinstance(items, (pd.DataFrame, pd.Series)): labels = object() if key_fn else items.index
-    elif hasattr(items, '__len__') and not isinstance(items, Mapping) and (key_fn or _speaks(items)):
-        fixed = all(issubclass(k, (str, os.PathLike)) for k in set(map(type, items)))
-        labels = list(items) if fixed or not key_fn else object()
+    elif hasattr(items, '__len__') and not _placeless(items) and (key_fn or _speaks(items)):
+        labels = object() if _strange(items) else _copied(items)
     return [ds, len(ds) if hasattr(ds, '__len__') else None, labels, _copied(_split(ds))]
 
 def _same(a, b) -> bool:
@@ -244,7 +269,7 @@ def _same(a, b) -> bool:
     if type(a) is not type(b): return False
     if isinstance(a, pd.Index): return a.dtype == b.dtype and a.equals(b)
     if isinstance(a, np.ndarray): return np.array_equal(a, b)
-    return isinstance(a, (int, list, range)) and a == b
+    return isinstance(a, (int, list, tuple, range)) and a == b
 
 def _tried_state(ds, key_fn, n) -> list:
     try: return [n, *_state(ds, key_fn)]

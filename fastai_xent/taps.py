@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/taps.html.md"""
 # %% auto #0
 __all__ = ['NoItemIdentity', 'item_numbers', 'n_items', 'RowTap', 'why_not', 'tap_rows']
 
-# %% ../nbs/03a_taps.ipynb #5da2725f
+# %% ../nbs/03a_taps.ipynb #f8698d5d
 import reprlib
 from collections.abc import Sequence
 from copy import copy
@@ -21,7 +21,7 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset
 
-# %% ../nbs/03a_taps.ipynb #e98ed50c
+# %% ../nbs/03a_taps.ipynb #eb966365
 class NoItemIdentity(Exception):
     "It is not known which item each row is; the message says why, and what to do."
 
@@ -52,7 +52,7 @@ def n_items(ds) -> int:
     try: return len(ds) or 2**31
     except (TypeError, AttributeError, NotImplementedError): return 2**31
 
-# %% ../nbs/03a_taps.ipynb #d5c99446
+# %% ../nbs/03a_taps.ipynb #38d517ce
 class _Pass:
     "One walk over a fastai loader: the items it asked for, and which of them came through."
     def __init__(self,
@@ -80,7 +80,7 @@ class _Pass:
 
     def __getstate__(self): return {**vars(self), 'idxs': ()}     # a worker needs no order
 
-# %% ../nbs/03a_taps.ipynb #3caf7252
+# %% ../nbs/03a_taps.ipynb #fe6e246d
 class RowTap:
     "Listens to a loader for one pass; `rows` then names the item of each row."
     def __init__(self, dl):
@@ -128,7 +128,7 @@ class RowTap:
         self.padding = self._padding(running, at)
         return np.concatenate([given[i] for i in at])
 
-# %% ../nbs/03a_taps.ipynb #777b4916
+# %% ../nbs/03a_taps.ipynb #70b10906
 def _author(f) -> str:
     "The package in which a method or property was written, whatever its wrappers say."
     return getattr(getattr(f, 'fget', f), '__globals__', {}).get('__name__', '').partition('.')[0]
@@ -147,10 +147,10 @@ def _theirs(o, package, names) -> list:
 
 def _patched_torch() -> list:
     "Methods of torch's iterators, below every loader, that somebody has replaced."
-    steps = ['__next__', '_next_data', '_next_index', '_reset']
-    below = {torch_loaders._SingleProcessDataLoaderIter: steps, torch_loaders._MultiProcessingDataLoaderIter: steps,
+    below = {torch_loaders._SingleProcessDataLoaderIter: _STEPS, torch_loaders._MultiProcessingDataLoaderIter: _STEPS,
              torch_loaders._utils.fetch._MapDatasetFetcher: ['fetch']}
     return [f'{c.__name__}.{o}' for c, names in below.items() for o in names if _author(getattr(c, o)) != 'torch']
+_STEPS = ['__next__', '_next_data', '_next_index', '_reset']
 
 def _own_way(dl, theirs, instead) -> str:
     "The refusal of a loader with methods of its own."
@@ -158,7 +158,7 @@ def _own_way(dl, theirs, instead) -> str:
     return (f"{type(dl).__name__} has its own {', '.join(f'`{o}`' for o in theirs)}, "
             f"which may reorder, merge or leave out items unseen; {instead}")
 
-# %% ../nbs/03a_taps.ipynb #75980bc8
+# %% ../nbs/03a_taps.ipynb #9c1cd2e8
 def _inner(dl):
     "The loader that reads the items: a DistributedDL leaves that to the one it wraps."
     return dl.dl if _is_a(dl, 'fastai', 'DistributedDL') else dl
@@ -186,7 +186,7 @@ def _why_not_tsai(dl) -> str:
                 "use shuffle=True, or leave out `partial_n` and `weights`")
     return ''
 
-# %% ../nbs/03a_taps.ipynb #ac4e959f
+# %% ../nbs/03a_taps.ipynb #31169b59
 def _base(dl):
     "The torch loader that reads the items: accelerate's leave that to the one they hold."
     return vars(dl).get('base_dataloader', dl)
@@ -195,6 +195,8 @@ def _why_not_torch(dl) -> str:
     kind, base = type(dl).__name__, _base(dl)
     if isinstance(base.dataset, IterableDataset):
         return f"{kind} reads a stream (IterableDataset): its rows have no index; use a map-style dataset"
+    if n_items(base.dataset) == 2**31:
+        return f"{kind} reads a dataset without a length: it is not known how many items there are; give it `__len__`"
     if not getattr(base, 'in_order', True):
         return f"{kind} was made with in_order=False: its batches come in any order; use in_order=True"
     theirs = []
@@ -203,10 +205,11 @@ def _why_not_torch(dl) -> str:
             return (f"accelerate's {kind} hands out what another process may have read; prepare the loaders with "
                     "dispatch_batches=False, or give plain ones to the Learner and train in `learn.distrib_ctx()`")
         theirs = _theirs(dl, 'accelerate', ['__iter__', '__getattribute__'])
-    theirs += _theirs(base, 'torch', ['__iter__', '_get_iterator', '_index_sampler', '_auto_collation', '__getattribute__'])
+    names = ['__iter__', '_get_iterator', '_index_sampler', '_auto_collation', '__getattribute__']
+    theirs += _theirs(base, 'torch', names)
     theirs += [o for o in ('sampler', 'batch_sampler') if hasattr(type(base), o)]
     running = vars(base).get('_iterator')                 # of workers that stay
-    if running is not None: theirs += _theirs(running, 'torch', ['__next__', '_next_data', '_next_index', '_reset'])
+    if running is not None: theirs += _theirs(running, 'torch', _STEPS)
     return _own_way(dl, [*theirs, *_patched_torch()],
                     "give a `sampler` or `batch_sampler` instead, which are followed exactly")
 
@@ -218,12 +221,12 @@ def why_not(
     if isinstance(dl, DataLoader): return _why_not_fastai(dl)
     return f"{type(dl).__name__} is neither fastai's nor torch's DataLoader: how it orders its items is not known"
 
-# %% ../nbs/03a_taps.ipynb #a7205e14
+# %% ../nbs/03a_taps.ipynb #769314c0
 _PLAIN = (list, tuple, range, L)
 _ITERATORS = tuple(type(iter(o)) for o in ([], (), range(0), np.empty(0)))
 
 def _listed(idxs):
-    "`idxs`, or a copy of what it has still to give, if that can be read without running anybody's code; else None."
+    "`idxs`, or a copy of what it has still to give, if no code runs when it is read; else None."
     if type(idxs) in _PLAIN or isinstance(idxs, (np.ndarray, torch.Tensor)): return idxs
     if type(idxs) not in _ITERATORS: return None
     inside = idxs.__reduce__()[1][0]
@@ -324,13 +327,14 @@ class _FastaiTap(RowTap):
         given = p.batches()
         return np.concatenate([given[i] >= p.own for i in at])
 
-    def __getstate__(self): return {**vars(self), 'passes': self.passes[-1:], 'started': None, 'error': None, 'read': None}
+    def __getstate__(self):
+        return {**vars(self), 'passes': self.passes[-1:], 'started': None, 'error': None, 'read': None}
 
-# %% ../nbs/03a_taps.ipynb #8c16530d
+# %% ../nbs/03a_taps.ipynb #e82eb03b
 class _Listened:
     "Stands in for a sampler: the same in all, but that a tap hears what it gives."
     def __init__(self, sampler, tap): vars(self).update(_sampler=sampler, _tap=tap)
-    def __iter__(self): return self._tap.listen(iter(self._sampler))    # asked at once: it may draw its order right here
+    def __iter__(self): return self._tap.listen(iter(self._sampler))    # at once: it may draw its order right here
     def __len__(self): return len(self._sampler)
     def __getitem__(self, i): return self._sampler[i]
     def __getattr__(self, k): return getattr(self._sampler, k)
@@ -339,9 +343,9 @@ class _Listened:
     def __reduce_ex__(self, protocol): return noop, (self._sampler,)    # a copy is free of the tap
     __class__ = property(lambda self: type(self._sampler))
 
-# %% ../nbs/03a_taps.ipynb #1ba9520c
-def _places(sampler) -> tuple|None: # a, b, c, and the length of the common order
-    "Where a process's rows stand in an order that several share: row j of batch k at a + b·k + c·j. None: it is not shared."
+# %% ../nbs/03a_taps.ipynb #3078e9f6
+def _places(sampler) -> tuple|None: # a, b, c, and the length of the common order; None: it has no repeats
+    "Where a process's rows stand in an order that several share: row j of batch k at a + b·k + c·j."
     if _is_a(sampler, 'accelerate', 'SkipBatchSampler'):
         places, skip = _places(sampler.batch_sampler), sampler.skip_batches
         return places and (places[0] + places[1] * skip, *places[1:])
@@ -359,7 +363,7 @@ def _shard_places(shard):
     if shard.split_batches: return shard.process_index * (bs // ranks), bs, 1, len(inner.sampler)
     return shard.process_index * bs, ranks * bs, 1, len(inner.sampler)
 
-# %% ../nbs/03a_taps.ipynb #5706487d
+# %% ../nbs/03a_taps.ipynb #71be2e08
 class _Given(list):
     "What a sampler gave in one walk: the items of each batch."
     error = None
