@@ -16,7 +16,6 @@ import fastai_xent.label_issues
 from .acts import prune, relabel, reweight
 from .dynamics import SCORES, MarginLoss, Mean, MeanColumn, Reducer, get_score, register_score
 from .issues import LabelDoubt
-from .items import NoItemIdentity
 from .linear import LinearXentLossFlat, head_in_loss, linear_xent
 from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats, softmax_jacobian, xent_grad, xent_stats
@@ -25,6 +24,7 @@ from .records import XentRecords
 from .rows import NotRecordable
 from .sampler import XentSampler
 from .record import XentRecord
+from .taps import NoItemIdentity
 
 # %% ../nbs/10_all.ipynb #8125224d
 _all_ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'Reducer', 'SCORES', 'XentLoss',

@@ -28,11 +28,12 @@ from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from .head import HeadTap, find_head
-from .items import NoItemIdentity, class_names, fingerprint, items_frame, tap_rows
+from .items import class_names, fingerprint, items_frame
 from .numerics import XentStats
 from .rows import Batch, MixTap, NotRecordable, RowBuffer, expected_loss, put_back, read_batch, row_stats
 from .record import XentRecord
 from .writer import XentWriter
+from .taps import NoItemIdentity, tap_rows
 
 # %% ../nbs/06_recorder.ipynb #c7cb7eae
 @dataclass

@@ -22,9 +22,9 @@ from fastai.callback.mixup import MixHandler
 from fastai.data.load import DataLoader
 from fastcore.basics import patch
 
-from .items import NoItemIdentity, RowTap, _FastaiTap, tap_rows
 from .linear import Features
 from .rows import NotRecordable, RowBuffer, read_batch
+from .taps import NoItemIdentity, RowTap, _FastaiTap, tap_rows
 
 # %% ../nbs/07a_sampler.ipynb #489b75f1
 def n_skipped(

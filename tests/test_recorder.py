@@ -30,7 +30,7 @@ from fastai.torch_core import TensorImage, set_seed
 from helpers import COLUMNS, Net, Points, Truth, at_most, check_against_truth, ended, halves, learner, quiet, same_bits, same_rows, warned
 from torch import nn
 
-from fastai_xent import items, losses, recorder
+from fastai_xent import losses, recorder, taps
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.recorder import XentRecorder
 from fastai_xent.store import XentRecord
@@ -379,7 +379,7 @@ def test_mixup_interrupted():
 class Odd(Exception): pass
 
 BREAK = {
-    'add': (XentRecord, 'add'), 'set_items': (XentRecord, 'set_items'), 'rows': (items.RowTap, 'rows'), 'freeze': (items.RowTap, 'freeze'), 'fingerprint': (recorder, 'fingerprint'),
+    'add': (XentRecord, 'add'), 'set_items': (XentRecord, 'set_items'), 'rows': (taps.RowTap, 'rows'), 'freeze': (taps.RowTap, 'freeze'), 'fingerprint': (recorder, 'fingerprint'),
     'items_frame': (recorder, 'items_frame'), 'class_names': (recorder, 'class_names'), 'tap_rows': (recorder, 'tap_rows'), 'keys': (XentRecord, 'keys'),
 }
 

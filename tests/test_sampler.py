@@ -22,7 +22,7 @@ from fastai.torch_core import set_seed
 from helpers import Coded, Points, Saw, decoded, ended, learner, quiet, same_bits, state, through_learner, wrong_rows
 from hypothesis import given
 from hypothesis import strategies as st
-from test_items import LOADERS
+from test_taps import LOADERS
 from torch import nn
 
 from fastai_xent.linear import head_in_loss
