@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/look.html.md"""
 # %% auto #0
 __all__ = ['untouched', 'hearers', 'in_order', 'LookFailed', 'look']
 
-# %% ../nbs/06b_look.ipynb #f2ee4a37
+# %% ../nbs/06b_look.ipynb #d4448fe7
 import random
 from contextlib import contextmanager, nullcontext
 from copy import copy
@@ -19,10 +19,11 @@ from fastai.learner import Recorder
 from fastcore.foundation import L
 from torch import nn
 
+from .items import NoItemIdentity
 from .passes import Pass
-from .rows import read_batch
+from .rows import NotRecordable, read_batch
 
-# %% ../nbs/06b_look.ipynb #50090d8c
+# %% ../nbs/06b_look.ipynb #e337ae75
 @contextmanager
 def _random_kept():
     "Leave the random states as they were."
@@ -79,7 +80,7 @@ def untouched(
     "Leave a Learner, its model and the random states as they were."
     with _random_kept(), _attributes_kept(_touched(learn, cbs)), _buffers_kept(learn.model): yield
 
-# %% ../nbs/06b_look.ipynb #5efc896d
+# %% ../nbs/06b_look.ipynb #7c8f3b26
 def hearers(
     learn, # A Learner
 ) -> list: # Of callbacks
@@ -94,9 +95,13 @@ class _Ear(Callback):
     def __call__(self, event):                            # fastai's own would put words around an error
         if event == 'before_batch': self.seen.before_batch()
         elif event == 'after_loss': self.seen.take(read_batch(self.learn), self.learn.iter)
-        elif event == 'after_batch' and self.bar is not None: self.bar.update(self.learn.iter + 1)
+        elif self.bar is not None: self._draw(event)
+    def _draw(self, event):
+        if event == 'before_validate': self.bar.update(0)
+        elif event == 'after_batch': self.bar.update(self.learn.iter + 1)
+        elif event == 'after_validate': self.bar.on_iter_end()
 
-# %% ../nbs/06b_look.ipynb #a1bffc6a
+# %% ../nbs/06b_look.ipynb #8cf3d0a8
 def in_order(
     dl, # A loader of train
 ): # Another one
@@ -108,7 +113,7 @@ def in_order(
     with _random_kept(): res = inner.new(shuffle=False, drop_last=False)     # a loader draws a seed when it is made
     return res if inner is dl else type(dl)(res, dl.rank, dl.world_size, dl.device)
 
-# %% ../nbs/06b_look.ipynb #eed83963
+# %% ../nbs/06b_look.ipynb #fc34b3fc
 class LookFailed(Exception):
     "A look could not be completed; the message says why."
 
@@ -127,4 +132,6 @@ def look(
         learn.cbs, learn.training = L([*cbs, ear]), False
         learn.model.eval()
         try: learn._do_epoch_validate(dl=dl)
-        except (CancelEpochException, CancelFitException) as e: raise LookFailed(f"a callback has ended it with {type(e).__name__}") from e
+        except (NoItemIdentity, NotRecordable): raise
+        except (CancelEpochException, CancelFitException) as e: raise LookFailed(f"a callback has ended it by {type(e).__name__}") from e
+        except Exception as e: raise LookFailed(f"the Learner fails when it validates on train: {e!r}") from e

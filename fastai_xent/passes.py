@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/passes.html.md"""
 # %% auto #0
 __all__ = ['Pass', 'KeptMaps', 'most_bytes', 'KeptProbs']
 
-# %% ../nbs/06_passes.ipynb #23dcdd4f
+# %% ../nbs/06_passes.ipynb #acfcb08c
 import numpy as np
 import torch
 from fastcore.basics import patch
@@ -17,7 +17,7 @@ from .items import tap_rows
 from .numerics import XentStats
 from .rows import Batch, MixTap, RowBuffer, row_stats
 
-# %% ../nbs/06_passes.ipynb #9b1aa715
+# %% ../nbs/06_passes.ipynb #384571f3
 class Pass:
     "One walk through a loader, listened to."
     def __init__(self,
@@ -30,7 +30,7 @@ class Pass:
         self.split, self.dataset, self.keepers = split, dl.dataset, keepers
         self.tap = tap_rows(dl).install()
         bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
-        self.rows, self.mix = RowBuffer(len(dl) * bs), None
+        self.rows, self.mix, self.balance = RowBuffer(len(dl) * bs), None, None
         self.head = None if layer is None else HeadTap(layer).install()
 
     def mixed_by(self, cb) -> None:
@@ -47,7 +47,7 @@ class Pass:
         for o in (self.tap, self.mix, self.head):
             if o is not None: o.remove()
 
-# %% ../nbs/06_passes.ipynb #8a2fb775
+# %% ../nbs/06_passes.ipynb #e43e880a
 @patch
 def take(self: Pass,
     batch: Batch,
@@ -59,14 +59,15 @@ def take(self: Pass,
     for o in self.keepers: o.take(batch, i, self)
     self.rows.add(i, batch, step, None if self.head is None else dict(grand=self.head.factor(batch.pred)))
 
-# %% ../nbs/06_passes.ipynb #df7d788e
+# %% ../nbs/06_passes.ipynb #88f5053a
 @patch
 def columns(self: Pass) -> dict: # Column → array; empty if no batch came
     "Item and numbers of every row; after it the pass is over, and its memory given back."
     rows, self.rows = self.rows, None
     cols, at, sizes = rows.cols(), rows.at, rows.sizes
-    del rows                                              # a million rows are some 30 MB
     if not cols: return {}
+    if hasattr(rows, 'balance'): self.balance = rows.balance()
+    del rows                                              # a million rows are some 30 MB
     cols['item'] = self.tap.rows(at, sizes)
     cols['padding'], self.tap = self.tap.padding, None    # its orders are no longer needed
     if 'partner' in cols: cols['partner'] = cols['item'][cols['partner']]
@@ -81,7 +82,7 @@ def kept(self: Pass,
     "What the keepers have kept."
     return {k: v for o in self.keepers for k, v in [(o.name, o.done(cols))] if v is not None}
 
-# %% ../nbs/06_passes.ipynb #5a80961c
+# %% ../nbs/06_passes.ipynb #f76d8a8f
 class KeptMaps:
     "The numbers at every position of some items."
     name = 'maps'
@@ -106,7 +107,7 @@ class KeptMaps:
         on_host = lambda cols: {k: v.cpu().numpy() for k, v in zip(XentStats._fields, cols)}
         return {item: on_host(cols) for item, cols in self.found} or None
 
-# %% ../nbs/06_passes.ipynb #be20a039
+# %% ../nbs/06_passes.ipynb #88e6bfbf
 def most_bytes(
     keep_probs: bool|str|int, # True: 2 GB; a number of bytes; or 'any size'
 ) -> float: # 0: keep none

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/same_items.html.md"""
 # %% auto #0
 __all__ = ['KnownItems', 'difference', 'labels_of', 'OtherItems', 'SameItems']
 
-# %% ../nbs/06a_same_items.ipynb #96157eec
+# %% ../nbs/06a_same_items.ipynb #8dc76f3a
 import numpy as np
 from fastcore.basics import patch
 
@@ -15,11 +15,11 @@ from . import items
 from .items import fingerprint, items_frame
 from .writer import XentWriter
 
-# %% ../nbs/06a_same_items.ipynb #62c0716a
+# %% ../nbs/06a_same_items.ipynb #3614a00b
 class OtherItems(Exception):
     "These are not the items or classes of the record; the message says how they differ, and what to do."
 
-# %% ../nbs/06a_same_items.ipynb #6b83e7ed
+# %% ../nbs/06a_same_items.ipynb #0f902d94
 class _Known:
     "The items of a dataset at one moment."
     def __init__(self, ds, key_fn, n=None):
@@ -43,7 +43,7 @@ def _difference(old, new) -> str: # Empty if they are the same
 KnownItems, difference = getattr(items, 'KnownItems', _Known), getattr(items, 'difference', _difference)
 labels_of = getattr(items, 'labels_of', lambda ds, at, whole: [None for _ in at])
 
-# %% ../nbs/06a_same_items.ipynb #4f6b6a09
+# %% ../nbs/06a_same_items.ipynb #2cd3c6e6
 class SameItems:
     "Keeps the rows of different items apart."
     def __init__(self,
@@ -79,7 +79,7 @@ def look(self: SameItems,
     now = next((o for o in (before, *self.now.values()) if o is not None and o.still(dataset, n)), None)
     if now is None:
         now = KnownItems(dataset, self.key_fn, n)
-        if now.why: self.tell(f"hears of {split!r}: {now.why}")
+        if now.why: self.tell(f"on the names of the items: {now.why}")
     self.seen[split] = dataset, n
     if before is not None and before.fingerprint == now.fingerprint: return
     self.lists.pop(split, None)
@@ -109,7 +109,7 @@ def open(self: SameItems, split: str, dataset, epoch: int) -> None:
     known, n = self.seen.get(split, (None, None))
     if known is not dataset or n != _length(dataset): self.look(split, dataset, epoch)
 
-# %% ../nbs/06a_same_items.ipynb #54469cc3
+# %% ../nbs/06a_same_items.ipynb #60042c7f
 @patch
 def meet(self: SameItems,
     split: str,
@@ -159,7 +159,7 @@ def _same_labels(self: SameItems, split, k, cols) -> bool:
     was, now = known[cols['item']], cols['targ']
     return not ((was >= 0) & (now >= 0) & (was != now)).any()
 
-# %% ../nbs/06a_same_items.ipynb #d041e6ab
+# %% ../nbs/06a_same_items.ipynb #1b360c46
 @patch
 def check_classes(self: SameItems, c: int) -> None:
     "The model has `c` classes: is that what the record has?"
@@ -174,7 +174,7 @@ def check_vocab(self: SameItems, vocab: list|None) -> None:
     k = next(k for k, (a, b) in enumerate(zip(old, vocab)) if a != b)
     raise OtherItems(f"class {k} of the record is {old[k]!r}, of the dataset {vocab[k]!r}: use a new record, or the same vocab")
 
-# %% ../nbs/06a_same_items.ipynb #7cad173d
+# %% ../nbs/06a_same_items.ipynb #1a0fa1ca
 _REORDERED = ("If labels are drawn at random this is as it should be. If not, a transform or collate function "
               "reorders the rows of a batch, and the record is wrong")
 
