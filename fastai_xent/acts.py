@@ -24,7 +24,7 @@ from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, Sub
 
 from .dynamics import Label, get_score
 from .items import class_names, item_source, items_frame
-from .recorder import _difference
+from .items import difference as _difference
 from .record import XentRecord
 
 # %% ../nbs/07_acts.ipynb #1ae94dbd

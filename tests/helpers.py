@@ -10,6 +10,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import MixedPrecision
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.learner import Learner
@@ -158,6 +159,12 @@ class Net(nn.Module):
         super().__init__()
         self.body = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(dropout), nn.Linear(8, out or c))
     def forward(self, x): return self.body(x[:, :4])
+
+class CpuAutocast(MixedPrecision):
+    "fastai's mixed precision with the CPU's autocast."
+    def before_fit(self):
+        super().before_fit()
+        self.autocast, self.learn.scaler = torch.autocast('cpu', torch.bfloat16), torch.amp.GradScaler('cpu', enabled=False)
 
 def halves(model):
     "Two parameter groups, for `fine_tune`."

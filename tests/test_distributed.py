@@ -108,7 +108,7 @@ def test_two_ranks_write_one_record_and_resume_it(folder):
     record = XentRecord(folder / 'plain')
     check(record.to_df(), fits=2)
     assert record.n_fits == 2
-    assert {Path(o).name for o in (folder / 'plain/epochs').rglob('*.parquet')} == {'part-0.parquet', 'part-1.parquet'}
+    assert {Path(o).stem.rsplit('-', 1)[1] for o in (folder / 'plain/rows').rglob('*.parquet')} == {'0', '1'}
     assert (record.to_df('train')['occurrence'] == -1).sum() == 2 * EPOCHS      # 22 rows for 21 items, in each epoch
     assert (record.seen().rows == 2 * EPOCHS).all()
 
@@ -139,5 +139,5 @@ def test_probabilities_of_two_ranks(folder):
         z = torch.zeros(n, C)
         z[:, 0] = torch.arange(n) / 8
         for epoch in range(2 * EPOCHS): np.testing.assert_allclose(record.probs(split, epoch), z.softmax(1), rtol=2.**-11, atol=1e-6)
-    parts = [pq.read_table(folder / f'plain/probs/fit=0/split=train/epoch=0/part-{r}.parquet', partitioning=None)['item'].to_pylist() for r in (0, 1)]
+    parts = [pq.read_table(folder / f'plain/_probs/train/fit-0-epoch-000-part-{r}.pq')['item'].to_pylist() for r in (0, 1)]
     assert sorted(sum(parts, [])) == list(range(N)) and all(parts)

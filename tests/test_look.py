@@ -1,0 +1,204 @@
+"`eval_every` sees what the Learner sees, and nothing is left of it."
+import copy
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+import torch.nn.functional as F
+from fastai.callback.channelslast import ChannelsLast
+from fastai.callback.core import Callback, CancelBatchException, CancelEpochException, CancelFitException, CancelValidException
+from fastai.callback.mixup import MixUp
+from fastai.callback.rnn import rnn_cbs
+from fastai.callback.schedule import ParamScheduler, SchedCos
+from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
+from fastai.callback.training import GradientAccumulation
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.learner import Learner
+from fastai.torch_core import set_seed
+from helpers import CpuAutocast, Net, Points, learner, quiet, same_bits, state, warned
+from torch import nn
+
+from fastai_xent.look import in_order
+from fastai_xent.losses import XentLossFlat
+from fastai_xent.recorder import XentRecorder
+
+
+# -- the same numbers as the Learner's
+
+class Far(Points):
+    "Inputs that only a callback brings near zero."
+    def __getitem__(self, i): return self.x[i] * 50 + 100, self.y[i]
+class Near(Callback):
+    def before_batch(self): self.learn.xb = ((self.xb[0] - 100) / 50,)
+
+class Sharp(Callback):
+    "Another output than the model's."
+    def after_pred(self): self.learn.pred = self.pred * 3
+
+class OtherLabels(Callback):
+    "Other targets than the loader's."
+    def before_batch(self): self.learn.yb = ((self.yb[0] + 1) % 3,)
+
+class Recurrent(nn.Module):
+    "Gives a tuple, as fastai's text models do, and goes on from where the batch before has left it until it is reset."
+    def __init__(self):
+        super().__init__()
+        self.rnn, self.out, self.hidden = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 3), None
+    def reset(self): self.hidden = None
+    def forward(self, x):
+        h = self.hidden[:, :len(x)] if self.hidden is not None and self.hidden.shape[1] >= len(x) else None
+        out, h = self.rnn(x[:, None, :4], None if h is None else h.contiguous())
+        self.hidden = h.detach()
+        return self.out(out[:, -1]), out, out
+
+class AsDict(Points):
+    n_inp = 1
+    def __getitem__(self, i): return dict(x=self.x[i], y=self.y[i])
+class DictLearner(Learner):
+    "Takes batches apart by name."
+    def _split(self, b): self.xb, self.yb = (b['x'],), (b['y'],)
+
+class Drawn(Points):
+    def __init__(self, n=36, **kw):
+        super().__init__(n, **kw)
+        self.x = self.x.view(n, 1, 1, 5).repeat(1, 3, 2, 1)
+class Flat(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.out = nn.Conv2d(3, 4, (1, 2)), nn.Linear(4, 3)
+    def forward(self, x): return self.out(self.conv(x[..., :4]).relu().mean((2, 3)))
+
+def dicts(cbs):
+    set_seed(0)
+    dls = DataLoaders(*(torch.utils.data.DataLoader(AsDict(n), batch_size=8, shuffle=True) for n in (36, 18)))
+    return quiet(DictLearner(dls, Net(), loss_func=XentLossFlat(), lr=.05, cbs=cbs))
+
+def of(model=Net, data=Points, more=list, loss=XentLossFlat):
+    return lambda cbs: learner([*cbs, *more()], loss(), model=model(), train=data(), valid=data(18, seed=1))
+SEEN = {
+    'plain': of(), 'dropout': of(lambda: Net(dropout=.5)), 'inputs': of(data=Far, more=lambda: [Near()]), 'outputs': of(more=lambda: [Sharp()]),
+    'targets': of(more=lambda: [OtherLabels()]), 'autocast': of(more=lambda: [CpuAutocast(amp_mode='bf16')]),
+    'text': of(Recurrent, more=rnn_cbs), 'text, regularised': of(Recurrent, more=lambda: rnn_cbs(alpha=2., beta=1.)), 'dicts': dicts,
+    'channels last': of(Flat, Drawn, lambda: [ChannelsLast()]), 'weights': of(loss=lambda: XentLossFlat(weight=torch.tensor([1., 2., .5]))),
+    'all': of(lambda: Net(dropout=.5), Far, lambda: [Near(), Sharp(), MixUp(), GradientAccumulation(20), CpuAutocast(amp_mode='bf16')]),
+}
+
+@pytest.mark.parametrize('name', SEEN)
+def test_the_loss_is_the_learner_s_own(name):
+    "The rows' losses are those of `get_preds` on the same items; the training is the same to the bit."
+    rec = XentRecorder(eval_every=1)
+    learn = SEEN[name]([rec])
+    with warned() as said: learn.fit(2)
+    assert not said, said
+    end = copy.deepcopy(state(learn))
+    got = rec.record.to_df('train_eval', 1)
+    want = learn.get_preds(dl=in_order(learn.dls.train), with_loss=True, reorder=False)[2]
+    assert got['item'].tolist() == list(range(36))
+    np.testing.assert_allclose(got['loss'].astype(float), want.float(), rtol=2e-4, atol=1e-6)
+    plain = SEEN[name]([XentRecorder()])
+    plain.fit(2)
+    same_bits(end, state(plain))
+
+
+# -- no trace
+
+class Notes(Callback):
+    "Keeps notes in every way, and hears everything."
+    order = 20
+    def __init__(self): self.n, self.seen, self.by, self.kinds = 0, [], {}, set()
+    def before_batch(self):
+        self.n += 1
+        self.seen.append(self.learn.iter)
+        self.by[self.learn.iter] = self.n
+        self.kinds.add(self.learn.training)
+    def after_batch(self): self.seen.append(-1)
+    def before_validate(self): self.seen.append('v')
+class Averages(Callback):
+    "Puts batch norm into train mode, also in validation: it goes on averaging."
+    def before_batch(self): self.learn.model.body[1].train()
+
+def trained(tmp_path, **kw):
+    "A fit with much that has a state, and what it leaves."
+    notes = Notes()
+    cbs = [XentRecorder(**kw), notes, Averages(), MixUp(), GradientAccumulation(20), SaveModelCallback(fname='best'),
+           EarlyStoppingCallback(patience=3), ParamScheduler({'lr': SchedCos(.05, .01)})]
+    learn = learner(cbs, model=Net(dropout=.3), path=tmp_path, model_dir='m')
+    learn.fit(3)
+    own = {k: v for k, v in vars(learn.gradient_accumulation).items() if k != 'learn'}
+    return state(learn), vars(notes)['seen'], notes.n, notes.by, notes.kinds, learn.save_model.best, str(own), learn.training, learn.iter
+
+def test_nothing_is_left_of_it(tmp_path, capsys):
+    plain, looked = trained(tmp_path / 'a'), trained(tmp_path / 'b', eval_every=1)
+    same_bits(plain[0], looked[0])
+    assert plain[1:] == looked[1:]
+
+def test_nothing_is_left_in_a_recurrent_model():
+    "The state of a text model that nobody resets."
+    class Next(Callback):
+        order = 41
+        def before_fit(self): self.states = []
+        def after_epoch(self): self.states.append(self.learn.model.hidden.clone())
+    class Last(Callback):
+        def after_pred(self): self.learn.pred = self.pred[0]
+    def run(**kw):
+        learn = learner([XentRecorder(**kw), Last(), nxt := Next()], model=Recurrent())
+        learn.fit(2)
+        return state(learn), nxt.states
+    same_bits(run(), run(eval_every=1))
+
+def test_nothing_is_left_in_a_loss():
+    "A loss that counts its calls counts those of the training."
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.calls, self.losses = 0, []
+        def forward(self, pred, targ):
+            self.calls += 1
+            self.losses.append(F.cross_entropy(pred, targ))
+            return self.losses[-1] / self.calls
+    def run(**kw):
+        learn = learner([XentRecorder(**kw)], Counting())
+        with warned(): learn.fit(2)
+        return state(learn), learn.loss_func.calls, len(learn.loss_func.losses)
+    same_bits(run(), run(eval_every=1))
+
+def test_reports_do_not_hear_it(tmp_path):
+    "The table that fastai shows has the numbers of train and valid."
+    def run(**kw):
+        learn = learner([XentRecorder(**kw)])
+        learn.fit(3)
+        return learn.recorder.values, learn.recorder.losses, learn.recorder.metric_names
+    a, b = run(), run(eval_every=1)
+    assert [list(o) for o in a[0]] == [list(o) for o in b[0]] and a[1] == b[1] and list(a[2]) == list(b[2])
+
+
+# -- what may go wrong
+
+class InALook(Callback):
+    "Raises in the second batch of a look."
+    def __init__(self, ex): self.ex = ex
+    def before_batch(self):
+        if self.learn.lock.locked() and self.learn.iter == 1: raise self.ex
+
+@pytest.mark.parametrize('ex', [CancelEpochException(), CancelFitException(), RuntimeError('no such key')])
+def test_a_look_that_fails_ends_alone(ex):
+    "Told with the reason; the fit and its record go on."
+    def run(cbs):
+        learn = learner([*cbs, InALook(ex)])
+        learn.fit(2)
+        return state(learn)
+    rec = XentRecorder(eval_every=1)
+    with warned() as said: end = run([rec])
+    assert len(said) == 1 and "nothing of 'train_eval'" in said[0] and (type(ex).__name__ in said[0] or 'no such key' in said[0]), said
+    same_bits(end, run([]))
+    assert [k.split for k in rec.record.epochs] == ['train', 'valid'] * 2
+
+@pytest.mark.parametrize('ex, n', [(CancelBatchException(), 28), (CancelValidException(), 8)])
+def test_a_look_that_is_cancelled_is_kept_as_far_as_it_went(ex, n):
+    rec = XentRecorder(eval_every=1)
+    with warned() as said: learner([rec, InALook(ex)]).fit(1)
+    assert not said, said
+    got = rec.record.to_df('train_eval')
+    assert len(got) == n and not got['item'].isin(range(8, 16)).any()
+    pd.testing.assert_series_equal(got['targ'].astype('int64'), pd.Series(Points().y[got['item'].to_numpy()].numpy(), name='targ'))
