@@ -10,6 +10,7 @@ __all__ = ['FORMAT', 'Layout', 'layout_of', 'Compact', 'Epochs']
 # %% ../nbs/05b_epochs.ipynb #c6fb2156
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import reduce
 from operator import or_
@@ -225,6 +226,17 @@ def _drop_packed(self: Epochs, split):
         if self.place.local: self._remove_empty(Path(self.place.at(names[0])).parent)
     for name, m in list(self._named('compact')):
         if m['split'] == split and int(m['number']) < packed.number: self.place.remove(name)
+
+@patch
+def tidy(self: Epochs) -> None:
+    "Complete what was interrupted: while a row lies in two files, others read it twice."
+    packed = self.compact()
+    twice = {split for fit, split, epoch in self.parts() if split in packed and (fit, epoch) in packed[split].marks}
+    if not twice: return
+    try:
+        with self.place.lock(alone=True) or nullcontext():
+            for split in twice: self._drop_packed(split)
+    except (RuntimeError, OSError): return                # a fit writes, or nothing can be changed; what we read is right
 
 @patch
 def _remove_empty(self: Epochs, folder):

@@ -122,7 +122,7 @@ def unfinished(name: str) -> bool:
     "Is this the name of a file that is being written, or was when its process died?"
     return _UNFINISHED.fullmatch(name) is not None
 
-# %% ../nbs/05_files.ipynb #9a05849a
+# %% ../nbs/05_files.ipynb #80912633
 @patch
 def try_writing(self: Place) -> None:
     "Raise if nothing can be written here. Nothing stays behind."
@@ -133,12 +133,21 @@ def try_writing(self: Place) -> None:
 
 @patch
 def _try_local(self: Place):
-    where = Path(self.root)
-    while not os.path.lexists(where): where = where.parent
+    where = _nearest(Path(self.root))
+    longest = max((os.fsencode(o) for o in Path(self.root).relative_to(where).parts), key=len, default=b'')
+    if len(longest) > _NAME: raise OSError(f"a name of {len(longest)} bytes is too long, expected up to {_NAME}")
     if not where.is_dir(): raise NotADirectoryError(f"{where} is a file, expected a directory")
     trial = where/f'.xent-{uuid.uuid4().hex}.{os.getpid()}.tmp'
     try: trial.write_bytes(bytes(_TRIAL))
     finally: trial.unlink(missing_ok=True)
+
+_NAME = 255 # Bytes of a name that every file system has room for
+
+def _nearest(path: Path) -> Path:
+    "The path, or the lowest of those above it that exists."
+    try: os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError): return _nearest(path.parent)
+    return path
 
 @patch
 def _try_store(self: Place):

@@ -51,6 +51,7 @@ class XentRecord(metaclass=_Renamed):
         self._use(Place(path))
         if not self._place.exists(self._layout.meta): raise FileNotFoundError(self._no_record(path))
         self.meta = self._read_meta()
+        self._epochs.tidy()
 
     def __getattr__(self, name): raise _missing(name)
     def _use(self, place):
@@ -119,7 +120,7 @@ class XentRecord(metaclass=_Renamed):
         self._use(place)
         self.meta = state['meta']
 
-# %% ../nbs/05f_record.ipynb #7e761cf8
+# %% ../nbs/05f_record.ipynb #8be52f99
 @patch
 def _covers(self: XentRecord, key) -> bool:
     _, split, epoch = key

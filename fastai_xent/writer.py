@@ -141,7 +141,7 @@ def keep_cost(self: XentWriter,
     self._write_meta({**meta, 'cost': cost})
     self._record.meta = {**self._record.meta, 'cost': cost}
 
-# %% ../nbs/05g_writer.ipynb #d33b2356
+# %% ../nbs/05g_writer.ipynb #95b93377
 def _processes() -> int:
     "How many processes train together? Each writes its part, and none knows what the others have written of the record."
     return int(os.environ.get('WORLD_SIZE') or 1)
@@ -296,8 +296,10 @@ def settle(self: XentWriter,
 
 @patch
 def wait(self: XentWriter) -> None:
-    "Wait until all that was handed in is written, and raise its errors."
-    while self._jobs: self._tell_of(self._jobs.pop(0)[0])
+    "Wait until all that was handed in is written, and raise the first of its errors."
+    jobs, self._jobs = self._jobs, []
+    failed = [e for e in (job.exception() for job, _ in jobs) if e is not None]
+    if failed: raise failed[0]
     while self._folds: self._tell_of(self._folds.pop(0))
 
 @patch
@@ -329,7 +331,7 @@ def __exit__(self: XentWriter, *error):
     if error[0] is not None: self._pass = None            # a pass that was interrupted is not one
     self.close()
 
-# %% ../nbs/05g_writer.ipynb #21bd39db
+# %% ../nbs/05g_writer.ipynb #e89826dd
 @patch
 def add(self: XentWriter,
     *,
