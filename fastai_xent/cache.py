@@ -61,7 +61,7 @@ class StateCache:
         "The scores of every item of a segment."
         return self._in_step(lambda anew: self._values(reducers, seg, anew))
 
-    def all_values(self, seg: Segment) -> tuple: # label, likely class; name → values of each registered score that can be computed
+    def all_values(self, seg: Segment) -> tuple: # label, likely class; name → values of each score that can be computed
         "Every score of every item of a segment. The states are looked up once."
         def read(anew):
             states = self._current(list(LABELS), seg, anew)
@@ -140,7 +140,8 @@ def _current(self: StateCache,
     except BrokenScore as e:
         self.broken[e.key] = e
         if e.key in {r.key for r in asked}: raise
-        warnings.warn(f"XentRecord: a score that reads the state {e.key!r} cannot be computed and is left out: {e.__cause__!r}", stacklevel=2)
+        warnings.warn(f"XentRecord: a score that reads the state {e.key!r} cannot be computed and is left out: "
+                      f"{e.__cause__!r}", stacklevel=2)
         return self._current(asked, seg, anew, writing)
 
 @patch

@@ -83,7 +83,7 @@ class Epochs:
             m = self.layout.read(kind, name)
             if m: yield name, m
 
-    def parts(self, kind: str = 'rows', names: list|None = None) -> dict: # (fit, split, epoch) → names of files, in the order of ranks
+    def parts(self, kind: str = 'rows', names: list|None = None) -> dict: # (fit, split, epoch) → names of files, by rank
         "The files that hold one epoch each: of rows, 'maps' or 'probs'."
         parts = {}
         for name, m in self._named(kind, names):
@@ -109,7 +109,8 @@ class Epochs:
         single, packed = self._files(found)
         hold = set()
         for name in (*single, *packed):
-            with pq.ParquetFile(**self.place.parquet(name)) as f: hold |= {*json.loads(f.metadata.metadata.get(b'columns', _ALL_NAMES))}
+            with pq.ParquetFile(**self.place.parquet(name)) as f: facts = f.metadata.metadata
+            hold |= {*json.loads(facts.get(b'columns', _ALL_NAMES))}
         return [o for o in ALL.names if o in hold]
 
     def marks(self, found: dict) -> list:
@@ -144,7 +145,7 @@ def rows(self: Epochs,
         yield t.filter(mine).select(columns)
 
 @patch
-def _files(self: Epochs, found) -> tuple: # Names of single files; name of a compact file → its epochs that are wanted, None: all
+def _files(self: Epochs, found) -> tuple: # Names of single files; name of a compact file → epochs, None: all
     single, packed = [n for o in found.values() if not isinstance(o, Compact) for n in o], {}
     for k, o in found.items():
         if isinstance(o, Compact): packed.setdefault(o, []).append((k[0], k[2]))
@@ -164,7 +165,7 @@ def _is(column, v): return pa.compute.field(column) == v
 
 @patch
 def sources(self: Epochs, found: dict) -> list: # Of texts in SQL, or Arrow datasets
-    "The rows of these epochs for DuckDB. It reads files on a local disk itself, which is faster; not where a path would be a pattern."
+    "The rows of these epochs for DuckDB. It reads files on a local disk itself, but where a path would be a pattern."
     single, packed = self._files(found)
     odd = any(re.search(r'[*?\[\]{}\\]', self.place.at(o)) for o in (*single, *packed))
     if odd or not self.place.local or self.layout != Layout(): return self.scan(found)
@@ -182,8 +183,8 @@ def _select(self: Epochs, names) -> str:
 def _dataset(self: Epochs, names: list):
     "Old records have the columns of the key in the files' paths."
     hive = pa.dataset.partitioning(KEY, flavor='hive')
-    return pa.dataset.dataset([self.place.at(o) for o in names], schema=ALL, format='parquet', partitioning=hive, partition_base_dir=self.place.root,
-                              filesystem=None if self.place.local else self.place.fs)
+    return pa.dataset.dataset([self.place.at(o) for o in names], schema=ALL, format='parquet',
+                              partitioning=hive, partition_base_dir=self.place.root, filesystem=None if self.place.local else self.place.fs)
 
 @patch
 def read(self: Epochs,

@@ -122,7 +122,7 @@ def unfinished(name: str) -> bool:
     "Is this the name of a file that is being written, or was when its process died?"
     return _UNFINISHED.fullmatch(name) is not None
 
-# %% ../nbs/05_files.ipynb #80912633
+# %% ../nbs/05_files.ipynb #e5ec8a33
 @patch
 def try_writing(self: Place) -> None:
     "Raise if nothing can be written here. Nothing stays behind."

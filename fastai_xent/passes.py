@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/passes.html.md"""
 # %% auto #0
 __all__ = ['items_of', 'Pass']
 
-# %% ../nbs/05fa_passes.ipynb #fb388a71
+# %% ../nbs/05fa_passes.ipynb #e4bcb678
 import numpy as np
 import pandas as pd
 import torch
@@ -16,7 +16,7 @@ from torch import nn
 from .items import items_frame
 from .rows import Batch, RowBuffer, xent_settings
 
-# %% ../nbs/05fa_passes.ipynb #74bb86f7
+# %% ../nbs/05fa_passes.ipynb #abb090c1
 def items_of(
     items, # Number of items, their names, a data frame, or a dataset
 ) -> pd.DataFrame: # Columns item, name, source
@@ -25,12 +25,14 @@ def items_of(
     elif isinstance(items, pd.DataFrame): names = items['name'] if 'name' in items else items.index
     elif isinstance(items, (list, tuple, np.ndarray, pd.Series, pd.Index)): names = items
     elif hasattr(items, '__len__') and hasattr(items, '__getitem__'): return items_frame(items)
-    else: raise TypeError(f"items are a {type(items).__name__}, expected their number, their names, a data frame or a dataset")
+    else:
+        raise TypeError(f"items are a {type(items).__name__}, expected their number, their names, a data frame or a dataset")
     source = items['source'] if isinstance(items, pd.DataFrame) and 'source' in items else None
     names = pd.Series([o if isinstance(o, (int, np.integer)) or o is None else str(o) for o in names], dtype=object)
-    return pd.DataFrame(dict(item=np.arange(len(names)), name=names, source=pd.array([None] * len(names) if source is None else source, dtype='Int64')))
+    source = pd.array([None] * len(names) if source is None else source, dtype='Int64')
+    return pd.DataFrame(dict(item=np.arange(len(names)), name=names, source=source))
 
-# %% ../nbs/05fa_passes.ipynb #c8fdd4ea
+# %% ../nbs/05fa_passes.ipynb #5f472e1c
 class Pass:
     "The rows of one split in one epoch, batch by batch."
     def __init__(self,
@@ -60,19 +62,22 @@ class Pass:
         settings = xent_settings(self.loss_func)
         axis = getattr(self.loss_func, 'axis', 1) if settings is None else settings['axis']
         if pred.ndim < 2 or not pred.is_floating_point() or not -pred.ndim <= axis < pred.ndim:
-            raise ValueError(f"pred is {pred.dtype} of shape {list(pred.shape)}, expected class logits with the classes in axis {axis}")
+            raise ValueError(f"pred is {pred.dtype} of shape {list(pred.shape)}, "
+                             f"expected class logits with the classes in axis {axis}")
         axis = axis % pred.ndim
         rows = [s for k, s in enumerate(pred.shape) if k != axis]
         if list(targ.shape) != (list(pred.shape) if targ.is_floating_point() else rows):
-            raise ValueError(f"targ is {targ.dtype} of shape {list(targ.shape)}, expected classes of shape {rows}, or probabilities in the shape of pred")
+            raise ValueError(f"targ is {targ.dtype} of shape {list(targ.shape)}, "
+                             f"expected classes of shape {rows}, or probabilities in the shape of pred")
         return Batch(pred.detach(), targ.detach().to(pred.device), self.loss_func, axis)
 
     def _checked(self, item, n) -> torch.Tensor:
         "Indices `n`. Those on a device are looked at when the pass ends."
         item = torch.as_tensor(item).detach()
         if item.is_floating_point() or item.is_complex() or item.dtype == torch.bool or item.ndim != 1:
-            raise ValueError(f"item is {item.dtype} of shape {list(item.shape)}, expected the index of each row's item: {n} whole numbers")
-        if len(item) != n: raise ValueError(f"{len(item)} item{'s' * (len(item) != 1)} for {n} row{'s' * (n != 1)}: expected one index a row")
+            raise ValueError(f"item is {item.dtype} of shape {list(item.shape)}, "
+                             f"expected the index of each row's item: {n} whole numbers")
+        if len(item) != n: raise ValueError(f"item has {len(item)} indices for {n} rows, expected one index a row")
         if item.device.type == 'cpu': self._in_range(item.numpy())
         return item.clone()                               # a loop may write into its own
 
@@ -89,7 +94,9 @@ class Pass:
         cols = {**self.rows.cols(), 'item': item.astype(np.int32)}
         again = np.bincount(item) > 1
         if again.any() and not self.repeats:
-            raise ValueError(f"item {again.argmax()} of {self.split!r} comes {np.bincount(item).max()} times in epoch {self.epoch}: give each row's index in the dataset, "
-                             "not its place in the batch. If items may come again, as with a weighted sampler, say `repeats=True`")
-        if np.isnan(cols['loss']).all() and not np.isnan(cols['margin']).all(): cols['loss'] = cols['grad_norm'] = None   # a loss that cannot be asked
+            raise ValueError(f"item {again.argmax()} of {self.split!r} comes {np.bincount(item).max()} times in epoch {self.epoch}: "
+                             "give each row's index in the dataset, not its place in the batch. "
+                             "If items may come again, as with a weighted sampler, say `repeats=True`")
+        asked = not np.isnan(cols['loss']).all() or np.isnan(cols['margin']).all()
+        if not asked: cols['loss'] = cols['grad_norm'] = None                  # a loss that cannot be asked for its rows
         return cols

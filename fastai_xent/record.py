@@ -33,8 +33,8 @@ from .parquet import ALL, ROWS, with_key
 # %% ../nbs/05f_record.ipynb #00a6b968
 Key = namedtuple('Key', 'fit split epoch')
 
-_NOW = dict(new='XentWriter(path)', add='XentWriter.write', set_items='XentWriter.set_items', add_maps='XentWriter.write(…, maps=)',
-            add_probs='XentWriter.write(…, probs=)', keys='record.epochs') # what was called otherwise
+_NOW = dict(new='XentWriter(path)', add='XentWriter.write', set_items='XentWriter.set_items', keys='record.epochs',
+            add_maps='XentWriter.write(…, maps=)', add_probs='XentWriter.write(…, probs=)') # what was called otherwise
 
 def _missing(name):
     moved = f"; it is {_NOW[name]} now" if name in _NOW else ''
@@ -80,7 +80,8 @@ class XentRecord(metaclass=_Renamed):
         if not isinstance(meta, dict) or not {'format', 'splits'} <= meta.keys():
             raise ValueError(f"{self._place} has a {self._layout.meta} that fastai_xent did not write; use another path")
         if meta['format'] > FORMAT:
-            raise ValueError(f"{self._place} has format {meta['format']}, this version of fastai_xent reads up to {FORMAT}; update fastai_xent")
+            raise ValueError(f"{self._place} has format {meta['format']}, this version of fastai_xent reads up to {FORMAT}; "
+                             "update fastai_xent")
         return {'precision': 'full', 'classes': None, **meta} # format 1 knows no other precision
 
     __repr__, _repr_html_ = shown.told, shown.drawn
@@ -120,7 +121,7 @@ class XentRecord(metaclass=_Renamed):
         self._use(place)
         self.meta = state['meta']
 
-# %% ../nbs/05f_record.ipynb #8be52f99
+# %% ../nbs/05f_record.ipynb #465d734d
 @patch
 def _covers(self: XentRecord, key) -> bool:
     _, split, epoch = key
@@ -159,7 +160,8 @@ def is_record(path: str|Path) -> bool:
 @patch
 def _of_split(self: XentRecord, split) -> dict:
     if split in self.meta['splits']: return self.meta['splits'][split]
-    raise KeyError(f"no split {split!r} in this record; " + (f"it has {', '.join(self.splits)}" if self.splits else "nothing was recorded yet"))
+    there = f"it has {', '.join(self.splits)}" if self.splits else "nothing was recorded yet"
+    raise KeyError(f"no split {split!r} in this record; {there}")
 
 @patch
 def _list(self: XentRecord, split, segment=-1) -> int:
@@ -194,8 +196,10 @@ def items(self: XentRecord,
     segment: int = -1, # Which list of items; −1: that of the last epoch
 ) -> pd.DataFrame: # Columns item, name, source
     "What the items of a split are called, and where they stood in their source."
-    return _frame(self._items_table(split, self._list(split, segment)))
+    return self._items_frame(split, self._list(split, segment))
 
+@patch
+def _items_frame(self: XentRecord, split, k) -> pd.DataFrame: return _frame(self._items_table(split, k))
 @patch
 def _items_name(self: XentRecord, split, k): return self._layout.items.format(split=split, k=k)
 @patch
@@ -268,8 +272,8 @@ def _index(self: XentRecord, i, seg) -> int:
         raise IndexError(f"item {i} is not in split {seg.split!r}, which has items 0 to {seg.n - 1}")
     at = np.flatnonzero(self.items(seg.split, seg.k)['name'].astype(object).map(str) == i)
     if len(at) == 1: return int(at[0])
-    raise KeyError(f"{len(at) or 'no'} item{'s' * (len(at) > 1)} of {seg.split!r} {'are' if len(at) > 1 else 'is'} called {i!r}, expected one"
-                   + (f": {', '.join(map(str, at[:5]))}; give the index" if len(at) else "; `record.items()` has the names"))
+    if not len(at): raise KeyError(f"no item of {seg.split!r} is called {i!r}, expected one; `record.items()` has the names")
+    raise KeyError(f"{len(at)} items of {seg.split!r} are called {i!r}, expected one: {', '.join(map(str, at[:5]))}; give the index")
 
 _SOMETIMES = ('n_pos', 'lam', 'partner', 'step', 'entropy', 'grand')
 
@@ -298,17 +302,19 @@ def item(self: XentRecord,
 # %% ../nbs/05f_record.ipynb #e51cd110
 @patch
 def sql(self: XentRecord,
-    query: str, # May use the tables `record` (all rows), `items` (split, segment, item, name, source), `classes` (class, name), and `frames`
+    query: str, # May use the tables `record` (all rows), `items` (split, segment, item, name, source) and `classes` (class, name)
     names: bool = False, # Names instead of numbers for the classes in `record`?
     **frames, # Data frames of your own, by the names that `query` calls them
 ) -> pd.DataFrame:
     "Ask in SQL, answered by DuckDB. Variables of Python are not seen."
     taken = frames.keys() & _TABLES
-    if taken: raise ValueError(f"{min(taken)!r} is a table of the record, expected another name for your frame; taken are {', '.join(_TABLES)}")
+    if taken:
+        raise ValueError(f"{min(taken)!r} is a table of the record, expected another name for your frame; "
+                         f"taken are {', '.join(_TABLES)}")
     with duckdb.connect() as con:
         con.execute('set enable_progress_bar = false; set python_enable_replacements = false')
         for name, frame in frames.items(): con.register(name, frame)
-        if 'items' in query.lower(): con.register('items', self._all_items())         # a million names, if they are not needed
+        if 'items' in query.lower(): con.register('items', self._all_items())         # perhaps a million names
         if names or 'classes' in query.lower(): con.register('classes', self._classes())
         self._view_rows(con, names)
         return con.execute(query).df()
@@ -332,14 +338,16 @@ def _classes(self: XentRecord) -> pa.Table:
     "The classes and their names; a class without a name is called by its number."
     vocab = list(self.vocab or range(self.n_classes or 0))
     if len({type(o) for o in vocab}) > 1: vocab = [str(o) for o in vocab]
-    return pa.table({'class': pa.array(range(len(vocab)), pa.int32()), 'name': pa.array(vocab, None if vocab else pa.string())})
+    names = pa.array(vocab, None if vocab else pa.string())
+    return pa.table({'class': pa.array(range(len(vocab)), pa.int32()), 'name': names})
 
 @patch
 def _all_items(self: XentRecord) -> pa.Table:
     "The items of all splits and segments."
     def told(split, k):
         t = self._items_table(split, k)
-        return t.append_column('split', pa.repeat(split, len(t))).append_column('segment', pa.repeat(pa.scalar(k, pa.int32()), len(t)))
+        where = dict(split=pa.repeat(split, len(t)), segment=pa.repeat(pa.scalar(k, pa.int32()), len(t)))
+        return pa.table([*t.columns, *where.values()], names=[*t.column_names, *where])
     tables = [told(split, k) for split, d in self.meta['splits'].items() for k in range(len(d['segments']))]
     if len({t.schema.field('name').type for t in tables}) > 1:    # numbers here, texts there
         tables = [t.set_column(1, 'name', t['name'].cast(pa.string())) for t in tables]
@@ -361,7 +369,8 @@ def _readable(by):
     "The score called `by`, whose columns a record has."
     reducer = get_score(by)
     unknown = {*reducer.columns} - {*ROWS.names}
-    if unknown: raise KeyError(f"the score {by!r} reads the column {min(unknown)!r}, expected some of {', '.join(ROWS.names)}")
+    if unknown:
+        raise KeyError(f"the score {by!r} reads the column {min(unknown)!r}, expected some of {', '.join(ROWS.names)}")
     return reducer
 
 @patch
@@ -370,7 +379,7 @@ def top(self: XentRecord,
     by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch
-) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (the label, or the class that most other predictions vote for), score
+) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (what most predictions vote for), score
     "The items a person should look at first."
     seg, reducer = self._segment(split, segment), _readable(by)
     score, targ, likely = self._cache.values([reducer, *LABELS], seg)
@@ -400,7 +409,7 @@ def scores(self: XentRecord,
 def seen(self: XentRecord,
     split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch
-) -> pd.DataFrame: # Columns item, name, rows (how often seen), last_epoch, last_step (null if never, or not in training)
+) -> pd.DataFrame: # Columns item, name, rows (how often seen), last_epoch, last_step (null if not seen in training)
     "How often each item was seen, and when last."
     seg = self._segment(split, segment)
     t = self._epochs.read(seg.found, ['item', 'epoch', 'step', 'occurrence']).to_pandas()

@@ -7,11 +7,11 @@ Docs: https://fastai-xent.github.io/fastai_xent/shown.html.md"""
 # %% auto #0
 __all__ = ['count', 'told', 'drawn']
 
-# %% ../nbs/05ea_shown.ipynb #1e0b3921
+# %% ../nbs/05ea_shown.ipynb #5aced2e8
 import textwrap
 from html import escape
 
-# %% ../nbs/05ea_shown.ipynb #f1a26598
+# %% ../nbs/05ea_shown.ipynb #8db28894
 def count(n: int, what: str) -> str: return f"{n:,} {what}{'' if n == 1 else 's'}"
 
 def _splits(record) -> list: # Of (split, items, epochs), in words
@@ -26,7 +26,7 @@ def _facts(record) -> dict: # what → in words
     "What else there is to say. What a record does not have is left out."
     fits, cost, vocab = 1 + max((k.fit for k in record.epochs), default=-1), record.meta.get('cost'), record.vocab
     facts = {}
-    if vocab: facts[count(len(vocab), 'class').replace('classs', 'classes')] = ', '.join(map(str, vocab[:6])) + (', …' if len(vocab) > 6 else '')
+    if vocab: facts[f"{len(vocab):,} classes"] = ', '.join([*map(str, vocab[:6]), *['…'] * (len(vocab) > 6)])
     columns = record._columns()
     if columns: facts['columns'] = ', '.join(columns)
     if cost and cost['fit']: facts['recording'] = f"took {cost['recording'] / cost['fit']:.1%} of the fit{'' if fits == 1 else 's'}"
@@ -45,7 +45,8 @@ def told(record) -> str:
 
 def drawn(record) -> str:
     "A record as a table in HTML."
-    row = lambda cells, tag='td': '<tr>' + ''.join(f'<{tag} style="text-align: left">{escape(str(o))}</{tag}>' for o in cells) + '</tr>'
+    cell = lambda o, tag: f'<{tag} style="text-align: left">{escape(str(o))}</{tag}>'
+    row = lambda cells, tag='td': f"<tr>{''.join(cell(o, tag) for o in cells)}</tr>"
     rows = ''.join(row(o) for o in _splits(record)) or row(['nothing recorded yet'])
     facts = ''.join(f'<div>{escape(k)}: {escape(v)}</div>' for k, v in _facts(record).items())
     head = f'<div><b>XentRecord</b> {escape(str(record._place))}: {_head(record)}</div>'

@@ -50,8 +50,10 @@ class XentWriter:
         adopt: bool = False, # Make the stray epochs at `path` part of the record? With `resume=True`
         precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the leading one, or 'full'
     ):
-        if resume and overwrite: raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
-        if adopt and not resume: raise ValueError("`adopt=True` goes on with epochs that are there: give `resume=True` too")
+        if resume and overwrite:
+            raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
+        if adopt and not resume:
+            raise ValueError("`adopt=True` goes on with epochs that are there: give `resume=True` too")
         if precision not in ('short', 'full'): raise ValueError(f"precision is {precision!r}, expected 'short' or 'full'")
         self._record = _opened(path, overwrite, resume or adopt, adopt, precision if path is not None else 'full')
         self.items = items if isinstance(items, Mapping) else {} if items is None else dict(train=items)
@@ -64,7 +66,8 @@ class XentWriter:
         self._me = uuid.uuid4().hex                       # to notice when somebody else writes
         self._pool = self._lock = self._pass = None
         self._fit, self._step, self._closed, self._in_loop, self._stopped = self._record.n_fits, 0, set(), False, False
-        self._jobs, self._folds, self._next_fold = [], [], {} # writing, with its number of rows; folding; when a split may be folded again
+        self._jobs, self._folds = [], []                  # writing, with its number of rows; bringing scores up to date
+        self._next_fold = {}                              # when the scores of a split may be brought up to date again
 
     def __getstate__(self):
         own = ('_record', 'items', 'vocab', 'loss_func', 'repeats')
@@ -82,13 +85,14 @@ class XentWriter:
         return self._record
 
 def _opened(path, overwrite, resume, adopt, precision) -> XentRecord:
-    "The record to go on with, or one without rows. The place is tried; nothing stays there before there is something to keep."
+    "The record to go on with, or one without rows. The place is tried, and left as it was."
     place = Place(path)
     place.try_writing()
     there = any(place.exists(o) for o in (Layout.meta, 'record.json'))
     if there and resume: return XentRecord(path)
     if there and not overwrite:
-        raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on with it, or `overwrite=True` to replace it")
+        raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on with it, "
+                              "or `overwrite=True` to replace it")
     if there:
         old = XentRecord(path)                            # somebody else's record.json stays
         for o in old._layout.folders(): place.remove(o)
@@ -104,21 +108,24 @@ def _refuse_strangers(new, path):
     stray = told_epochs(new._epochs.parts())
     what = f"it has {', '.join(found[:3])}{', …' if len(found) > 3 else ''}"
     if stray: what = f"it has stray epochs ({stray}); `resume=True, adopt=True` makes a record of them"
-    raise FileExistsError(f"{path} exists and is not a record of fastai_xent: {what}. Use a path that does not exist, or an empty directory")
+    raise FileExistsError(f"{path} exists and is not a record of fastai_xent: {what}. "
+                          "Use a path that does not exist, or an empty directory")
 
 # %% ../nbs/05g_writer.ipynb #f6ec380d
 @patch
 def _save(self: XentWriter, **new) -> None:
     "Change what the record knows of itself; it holds once it is on the disk."
     meta = {**self._record.meta, **new}
-    meta.update(fastai_xent=version('fastai_xent'), id=meta.get('id') or uuid.uuid4().hex, revision=meta.get('revision', 0) + 1,
-                writer=self._me, saved=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
+    meta.update(fastai_xent=version('fastai_xent'), id=meta.get('id') or uuid.uuid4().hex,
+                revision=meta.get('revision', 0) + 1, writer=self._me,
+                saved=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     self._write_meta(meta)
     self._record.meta = meta
 
 @patch
 def _write_meta(self: XentWriter, meta):
-    self._record._place.write(self._record._layout.meta, lambda f: f.write(json.dumps(meta, indent=1, ensure_ascii=False).encode()))
+    text = json.dumps(meta, indent=1, ensure_ascii=False)
+    self._record._place.write(self._record._layout.meta, lambda f: f.write(text.encode()))
 
 @patch
 def in_step(self: XentWriter) -> bool:
@@ -141,17 +148,18 @@ def keep_cost(self: XentWriter,
     self._write_meta({**meta, 'cost': cost})
     self._record.meta = {**self._record.meta, 'cost': cost}
 
-# %% ../nbs/05g_writer.ipynb #95b93377
+# %% ../nbs/05g_writer.ipynb #b3deabd2
 def _processes() -> int:
-    "How many processes train together? Each writes its part, and none knows what the others have written of the record."
+    "How many processes train together? Each writes its part, and does not know what the others have written."
     return int(os.environ.get('WORLD_SIZE') or 1)
 
 @patch
 def _check_in_step(self: XentWriter):
     if _processes() > 1 or self.in_step(): return
     gone = not self._record._place.exists(self._record._layout.meta)
-    raise RecordReplaced(f"the record at {self.path} was {'removed' if gone else 'replaced, or written to by someone else,'} since this writer began; "
-                         "nothing more is written to it. Use another path, or `resume=True` to go on with what is there")
+    what = 'removed' if gone else 'replaced, or written to by someone else,'
+    raise RecordReplaced(f"the record at {self.path} was {what} since this writer began; nothing more is written to it. "
+                         "Use another path, or `resume=True` to go on with what is there")
 
 # %% ../nbs/05g_writer.ipynb #efcfdfd0
 _NAMES = 2**11 # Names that are read at once
@@ -160,8 +168,9 @@ def _items_table(items: pd.DataFrame) -> pa.Table:
     "A name that is a whole number stays one, so that it can be looked up where it came from."
     names = pd.Series(items['name'])
     whole = pd.api.types.infer_dtype(names, skipna=True) == 'integer'
-    return pa.table({'item': pa.array(items['item'], pa.int32()), 'source': pa.array(items['source'].astype('Int64'), pa.int64()),
-                     'name': pa.array(names.astype('Int64') if whole else names, pa.int64() if whole else pa.string())}).select(['item', 'name', 'source'])
+    names = pa.array(names.astype('Int64'), pa.int64()) if whole else pa.array(names, pa.string())
+    source = pa.array(items['source'].astype('Int64'), pa.int64())
+    return pa.table([pa.array(items['item'], pa.int32()), names, source], names=['item', 'name', 'source'])
 
 @patch
 def set_items(self: XentWriter,
@@ -181,31 +190,33 @@ def set_items(self: XentWriter,
     if k < len(prints) and known['starts'][-1][1] == k: return k
     if k == len(prints):
         if not r._place.exists(r._layout.meta): self._save()     # from here on the directory is known as a record
-        r._place.write(r._items_name(split, k), lambda f: pq.write_table(_items_table(items), f, compression='zstd', row_group_size=_NAMES))
+        table = _items_table(items)
+        r._place.write(r._items_name(split, k), lambda f: pq.write_table(table, f, compression='zstd', row_group_size=_NAMES))
         segments = [*segments, dict(n=len(items), fingerprint=fingerprint)]
     self._save(splits={**r.meta['splits'], split: dict(segments=segments, starts=[*known['starts'], [epoch, k]])},
-               vocab=r.vocab if vocab is None else list(vocab), classes=n_classes or (len(vocab) if vocab else r.meta['classes']))
+               vocab=r.vocab if vocab is None else list(vocab),
+               classes=n_classes or (len(vocab) if vocab else r.meta['classes']))
     return k
 
 @patch
 def _adopt(self: XentWriter):
     "Cover stray epochs by the list of items that is there, or by nameless items as far as their rows reach."
-    r, lists = self._record, self._record._epochs.lists()
-    for split in sorted({s for _, s, _ in r._strays()}):
-        strays = {k: o for k, o in r._strays().items() if k[1] == split}
-        known, first = r.meta['splits'].get(split), min(epoch for _, _, epoch in strays)
-        n = 1 + max((t['item'].to_numpy().max(initial=-1) for t in r._epochs.rows(strays, 0, 2**31 - 1, ['item'])), default=-1)
-        if len(known['segments'] if known else lists.get(split, [])) > 1:
-            raise ValueError(f"{split!r} has several lists of items in {self.path}, and which of them the stray epochs are of is not known")
-        if not known and split in lists: items = r.items(split, lists[split][0]) if split in r.splits else _frame_of(r, split, lists[split][0])
-        else: items = items_of(int(n))
-        size = known['segments'][0]['n'] if known else len(items)
-        if n > size: raise ValueError(f"the stray epochs of {split!r} have an item {n - 1}, the list of items has {size}: they belong to something else")
-        if known: self._save(splits={**r.meta['splits'], split: dict(known, starts=[[first, 0]])})
-        else: self.set_items(split, items, _fingerprint(items), epoch=first)
+    strays = self._record._strays()
+    for split in sorted({s for _, s, _ in strays}): self._adopt_split(split, {k: o for k, o in strays.items() if k[1] == split})
 
-def _frame_of(record, split, k) -> pd.DataFrame:
-    return record._place.table(record._items_name(split, k)).to_pandas(types_mapper={pa.int64(): pd.Int64Dtype()}.get)
+@patch
+def _adopt_split(self: XentWriter, split, strays):
+    r, first = self._record, min(epoch for _, _, epoch in strays)
+    known, lists = r.meta['splits'].get(split), r._epochs.lists().get(split, [])
+    if len(known['segments'] if known else lists) > 1:
+        raise ValueError(f"{split!r} has several lists of items in {self.path}, and which of them the stray epochs are of is not known")
+    n = 1 + max(t['item'].to_numpy().max(initial=-1) for t in r._epochs.rows(strays, 0, 2**31 - 1, ['item']))
+    items = r._items_frame(split, lists[0]) if lists else items_of(int(n))
+    if n > len(items):
+        raise ValueError(f"the stray epochs of {split!r} have an item {n - 1}, the list of items has {len(items)}: "
+                         "they belong to something else")
+    if known: self._save(splits={**r.meta['splits'], split: dict(known, starts=[[first, 0]])})
+    else: self.set_items(split, items, _fingerprint(items), epoch=first)
 
 # %% ../nbs/05g_writer.ipynb #dcfb7f01
 @patch
@@ -213,7 +224,7 @@ def write(self: XentWriter,
     fit: int, # Number of the fit
     epoch: int, # Number of the epoch, counted over all fits
     split: str, # 'train', 'valid' or a name of your own
-    cols: dict, # Arrays of one length: item, loss, grad_norm, el2n, p_targ, margin, pred, targ; perhaps padding, n_pos, lam, partner, step
+    cols: dict, # Arrays of one length by name, as `parquet.ROWS` lists them; perhaps `padding`, which rows only fill up a batch
     maps: dict|None = None, # item → column → array `d…`: the numbers of every position of some items
     probs: tuple|None = None, # Items `r` and probabilities of the classes `r c`
     rank: int = 0, # Rank of the process in a distributed training
@@ -268,7 +279,8 @@ def _write_probs(self: XentWriter, key, item, probs, rank):
     item, back = np.unique(item[::-1], return_index=True)
     rows = np.ascontiguousarray(probs[len(probs) - 1 - back], dtype=np.float16)
     c = rows.shape[1]
-    table = pa.table({'item': pa.array(item, pa.int32()), 'probs': pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), c)})
+    lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), c)
+    table = pa.table({'item': pa.array(item, pa.int32()), 'probs': lists})
     self._record._place.write(self._file('probs', key, rank), lambda f: pq.write_table(
         table, f, compression='zstd', use_dictionary=False, row_group_size=max(1024, 2**25 // c)))
 
@@ -278,13 +290,14 @@ _WAITING = 2**18 # rows that may wait for the thread; a larger epoch waits alone
 
 @patch
 def _keep_scores(self: XentWriter, split) -> str|None: # What to tell
-    "Bring the running scores up to date, unless it is too soon. They can be computed from the rows, so the recording goes on without them."
+    "Bring the running scores up to date, unless it is too soon. They can be computed from the rows: nothing hangs on them."
     start = time.perf_counter()
     if start < self._next_fold.get(split, 0): return
     if not self.in_step(): return                         # told by the rows
     try: self._record._cache.update(self._record._segment(split))
     except Exception as e:
-        return f"XentWriter could not keep the running scores of {split!r}, they will be computed from the epochs when they are asked for: {e!r}"
+        return (f"XentWriter could not keep the running scores of {split!r}, they will be computed from the epochs "
+                f"when they are asked for: {e!r}")
     finally: self._next_fold[split] = start + (time.perf_counter() - start) / _SHARE
 
 @patch
@@ -292,7 +305,8 @@ def settle(self: XentWriter,
     room: int, # For so many rows more
 ) -> None:
     "Raise the errors of what was handed in, and wait until few enough rows are on their way."
-    while self._jobs and (self._jobs[0][0].done() or sum(n for _, n in self._jobs) + room > _WAITING): self._tell_of(self._jobs.pop(0)[0])
+    def full(): return sum(n for _, n in self._jobs) + room > _WAITING
+    while self._jobs and (self._jobs[0][0].done() or full()): self._tell_of(self._jobs.pop(0)[0])
 
 @patch
 def wait(self: XentWriter) -> None:
@@ -331,7 +345,7 @@ def __exit__(self: XentWriter, *error):
     if error[0] is not None: self._pass = None            # a pass that was interrupted is not one
     self.close()
 
-# %% ../nbs/05g_writer.ipynb #e89826dd
+# %% ../nbs/05g_writer.ipynb #b1b77c9b
 @patch
 def add(self: XentWriter,
     *,
@@ -352,10 +366,12 @@ def add(self: XentWriter,
 def _begin_pass(self: XentWriter, split, epoch):
     self._end_pass()
     if split not in self.items:
-        raise ValueError(f"the items of {split!r} are not known: give `items={{{split!r}: …}}`, their names or their number, to XentWriter")
+        raise ValueError(f"the items of {split!r} are not known: give `items={{{split!r}: …}}`, "
+                         "their names or their number, to XentWriter")
     if not self._closed: self._closed = {(k.split, k.epoch) for k in self._record.epochs}
     if (split, epoch) in self._closed:
-        raise ValueError(f"epoch {epoch} of {split!r} is recorded already; the next free number is {1 + max(e for _, e in self._closed)}")
+        free = 1 + max(e for _, e in self._closed)
+        raise ValueError(f"epoch {epoch} of {split!r} is recorded already; the next free number is {free}")
     self._pass = Pass(split, epoch, items_of(self.items[split]), self.loss_func, self.repeats)
 
 @patch
@@ -378,4 +394,5 @@ def _safely(self: XentWriter, do):
         if not self._in_loop: raise
         self._stopped = True
         self.give_up()
-        warnings.warn(f"XentWriter has stopped recording: {e!r}. The training goes on, and finished epochs are kept", stacklevel=4)
+        warnings.warn(f"XentWriter has stopped recording: {e!r}. The training goes on, and finished epochs are kept",
+                      stacklevel=4)

@@ -85,8 +85,8 @@ def test_resumed(tmp_path):
 MISTAKES = {
     'above': (dict(item=[0, 3]), "item 3 is not in 'train', which has items 0 to 2"),
     'below': (dict(item=[0, -1]), "item -1 is not in 'train'"),
-    'too few': (dict(item=[0], pred=torch.zeros(2, 2), targ=torch.zeros(2).long()), '1 item for 2 rows'),
-    'too many': (dict(item=[0, 1], pred=torch.zeros(1, 2), targ=torch.zeros(1).long()), '2 items for 1 row'),
+    'too few': (dict(item=[0], pred=torch.zeros(2, 2), targ=torch.zeros(2).long()), 'item has 1 indices for 2 rows'),
+    'too many': (dict(item=[0, 1], pred=torch.zeros(1, 2), targ=torch.zeros(1).long()), 'item has 2 indices for 1 rows'),
     'fractions': (dict(item=np.array([0., 1.])), 'expected the index of each row'),
     'booleans': (dict(item=torch.tensor([True, False])), 'expected the index of each row'),
     'a column': (dict(item=torch.zeros(2, 1).long()), 'of shape \\[2, 1\\], expected the index'),
