@@ -19,12 +19,15 @@ from pathlib import Path
 os.environ.setdefault('OMP_NUM_THREADS', '1')
 sys.path.insert(0, str(Path(__file__).parents[1] / 'tests'))
 
+import numpy as np
 import pandas as pd
 import torch
 from helpers import learner
 
 from fastai_xent.recorder import XentRecorder
-from fastai_xent.store import XentRecord, _Packed
+from fastai_xent.epochs import Compact
+from fastai_xent.record import XentRecord
+from fastai_xent.writer import XentWriter
 
 torch.set_num_threads(1)
 ITEMS, EPOCHS = 600, 4
@@ -52,9 +55,9 @@ def fork(do, *args, delay=None, **kw) -> tuple: # How it ended (a signal's numbe
 
 def same(record, want) -> str:
     "Nothing, or how the epochs of `record` differ from those of a run that lived."
-    if not set(record.keys) <= set(want.keys): return 'there are epochs that were not trained'
-    if sorted(record.keys, key=lambda k: (k[2], k[1])) != sorted(want.keys, key=lambda k: (k[2], k[1]))[:len(record.keys)]: return 'an epoch is missing before the last one'
-    for k in record.keys:
+    if not set(record.epochs) <= set(want.epochs): return 'there are epochs that were not trained'
+    if sorted(record.epochs, key=lambda k: (k[2], k[1])) != sorted(want.epochs, key=lambda k: (k[2], k[1]))[:len(record.epochs)]: return 'an epoch is missing before the last one'
+    for k in record.epochs:
         if not record.to_df(k[1], k[2]).equals(want.to_df(k[1], k[2])): return f'epoch {k} has other rows'
     for split in record.meta['splits']:
         kept, anew = record.scores(split), fresh(record).scores(split)
@@ -64,15 +67,16 @@ def same(record, want) -> str:
 
 def fresh(record):
     "The same epochs in memory, without states."
-    res = XentRecord()
-    res.meta = record.meta
+    writer = XentWriter()
     for split, d in record.meta['splits'].items():
-        for k in range(len(d['segments'])): res._items[split, k] = record._items_table(split, k)
-    for k in record.keys:
-        res._added += 1
-        names = ['item', 'loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'pred', 'targ', 'occurrence', 'n_pos', 'lam', 'partner', 'step', 'entropy', 'grand']
-        res._tables[k] = record._read({k: record._found()[k]}, names).sort_by('item').replace_schema_metadata({'added': str(res._added)})
-    return res
+        for start, k in d['starts']: writer.set_items(split, record.items(split, k), d['segments'][k]['fingerprint'], record.vocab, start, record.n_classes)
+    for fit, split, epoch in record.epochs:
+        df = record.to_df(split, epoch).drop(columns=['fit', 'epoch', 'split'])
+        padding = (df.pop('occurrence') < 0).to_numpy()
+        none = dict(pred=-1, targ=-100, partner=-1, n_pos=None, step=None)
+        cols = {o: None if v.isna().all() and o not in ('pred', 'targ') else v.to_numpy(np.float64, na_value=none.get(o) if none.get(o) is not None else np.nan) for o, v in df.items()}
+        writer.write(fit, epoch, split, {**cols, 'padding': padding}, fold=False)
+    return writer.record
 
 def kills(where: Path, n: int) -> str:
     "Kill fits at random instants; look at what is left; go on with it."
@@ -88,18 +92,18 @@ def kills(where: Path, n: int) -> str:
             continue
         count['killed'] += 1
         before = []
-        if (path / 'record.json').exists():
+        if (path / '_record.json').exists():
             record = XentRecord(path)
-            before = record.keys
+            before = record.epochs
             bad = same(record, want)
             if bad: raise SystemExit(f'kill {count["killed"]}: {bad}; see {path}')
             count['unfinished files'] += sum(1 for o in path.rglob('*.tmp'))
-        elif path.exists() and [*path.rglob('part-*.parquet')]: raise SystemExit(f'{path} has epochs and no record.json')
+        elif path.exists() and [*path.rglob('*.parquet')]: raise SystemExit(f'{path} has epochs and no _record.json')
         left[len(before)] += 1
         if fork(fit, path, resume=True)[0] != 0: raise SystemExit(f'{path} could not be resumed')
         after = XentRecord(path)
-        new = [k for k in after.keys if k not in before]
-        if not set(before) <= set(after.keys) or [k[1] for k in new] != ['train', 'valid']: raise SystemExit(f'{path} did not go on: {before}, {after.keys}')
+        new = [k for k in after.epochs if k not in before]
+        if not set(before) <= set(after.epochs) or [k[1] for k in new] != ['train', 'valid']: raise SystemExit(f'{path} did not go on: {before}, {after.epochs}')
         for k in before: assert after.to_df(k[1], k[2]).equals(want.to_df(k[1], k[2]))
         shutil.rmtree(path)
     return (f"{count['killed']} fits killed in {count['tried']} tries, at instants spread over {took:.2f} s. Finished passes left (of {2 * EPOCHS}): "
@@ -118,10 +122,10 @@ def compact_kills(where: Path, n: int) -> str:
         if fork(lambda: XentRecord(where / 'try').compact(), delay=rng.uniform(0, took))[0] != signal.SIGKILL: continue
         killed += 1
         record = XentRecord(where / 'try')
-        states[sum(isinstance(o, _Packed) for o in record._found().values())] += 1
+        states[sum(isinstance(o, Compact) for o in record._found().values())] += 1
         assert record.to_df().equals(rows) and record.scores().equals(scores)
         record.compact()
-        assert XentRecord(where / 'try').to_df().equals(rows) and not record._place.files('epochs')
+        assert XentRecord(where / 'try').to_df().equals(rows) and not record._epochs.parts()
     return f"{n} calls of compact() killed; passes that were compact then: {', '.join(f'{k}: {v}' for k, v in sorted(states.items()))}. All answers stayed, and another call completed each"
 
 def told(do) -> list:
@@ -138,7 +142,11 @@ def told_by(path, prepare) -> str:
         plain = learner([], n=ITEMS, bs=50)
         plain.fit(3)
         prepare()
-        learn = learner([XentRecorder(path)], n=ITEMS, bs=50)
+        try: recorder = XentRecorder(path)
+        except OSError as e:                              # found before anything is trained
+            os.write(w, f'refused at construction: {e}'.encode()[:4000])
+            return
+        learn = learner([recorder], n=ITEMS, bs=50)
         said = told(lambda: learn.fit(3))
         assert all(torch.equal(a, b) for a, b in zip(plain.model.parameters(), learn.model.parameters())), 'other weights'
         words = [o.strip().splitlines()[-1] for o in said]
@@ -154,9 +162,9 @@ def whole(path) -> str:
     "How many passes can be read, with all their rows."
     try: record = XentRecord(path)
     except FileNotFoundError: return 'nothing was finished'
-    for k in record.keys: assert len(record.to_df(k[1], k[2])) in (ITEMS, ITEMS // 2)
+    for k in record.epochs: assert len(record.to_df(k[1], k[2])) in (ITEMS, ITEMS // 2)
     for split in record.meta['splits']: record.scores(split)
-    return f'{len(record.keys)} of 6 passes are there, whole'
+    return f'{len(record.epochs)} of 6 passes are there, whole'
 
 def limited(kb):
     import resource
@@ -196,14 +204,14 @@ def faults(where: Path):
     fork(fit, where / 'sick')
     record = XentRecord(where / 'sick')
     rows = record.to_df()
-    for name, what in (('running/train-0.parquet', 'torn running scores'), ('epochs/fit=0/split=train/epoch=1/part-0.parquet', 'a torn epoch')):
+    for name, what in (('_running/train-0.pq', 'torn running scores'), ('rows/train/fit-0-epoch-001-part-0.parquet', 'a torn epoch')):
         path = where / what
         shutil.copytree(where / 'sick', path)
         data = (path / name).read_bytes()
         (path / name).write_bytes(data[:len(data) // 2])
         said = told(lambda: fit(path, resume=True))
         after = XentRecord(path)
-        others = [k for k in record.keys if k != (0, 'train', 1) or 'epochs' not in name]
+        others = [k for k in record.epochs if k != (0, 'train', 1) or not name.startswith('rows')]
         for k in others:
             pd.testing.assert_frame_equal(after.to_df(k[1], k[2]).drop(columns='split'), rows[(rows.split == k[1]) & (rows.epoch == k[2])].reset_index(drop=True).drop(columns='split'))
         try: asked = f'{len(after.scores())} items have scores'
@@ -211,15 +219,15 @@ def faults(where: Path):
         yield what, '; '.join(said).replace(str(where), '…') or 'nothing', f'{len(others)} old passes can be read; scores(): {asked}'
     path = where / 'foreign'
     shutil.copytree(where / 'sick', path)
-    for o in ('notes.txt', 'epochs/part-0.parquet', 'epochs/fit=0/split=train/epoch=0/copy.parquet', 'running/other.parquet', 'compact/split=train/mine.parquet'):
+    for o in ('notes.txt', 'rows/part-0.parquet', 'rows/train/copy.parquet', '_running/other.parquet', 'rows/mine/compact.parquet'):
         (path / o).parent.mkdir(parents=True, exist_ok=True)
         (path / o).write_bytes(b'PAR1 and then nothing')
     said = told(lambda: fit(path, resume=True))
-    yield 'foreign files', '; '.join(said) or 'nothing', f'{len(XentRecord(path).keys)} of {2 * EPOCHS + 2} passes, the files are left alone: {(path / "notes.txt").exists()}'
+    yield 'foreign files', '; '.join(said) or 'nothing', f'{len(XentRecord(path).epochs)} of {2 * EPOCHS + 2} passes, the files are left alone: {(path / "notes.txt").exists()}'
     first, second = XentRecorder(where / 'two'), learner([XentRecorder(where / 'two')], n=ITEMS, bs=50)
     second.fit(1)
     said = told(lambda: learner([first], n=ITEMS, bs=50).fit(1))
-    yield 'two recorders that began on one path', '; '.join(said).replace(str(where), '…'), f'{len(XentRecord(where / "two").keys)} passes of the other one'
+    yield 'two recorders that began on one path', '; '.join(said).replace(str(where), '…'), f'{len(XentRecord(where / "two").epochs)} passes of the other one'
     real = time.time
     try:
         time.time = lambda: real() - 1e9
@@ -228,7 +236,7 @@ def faults(where: Path):
     finally: time.time = real
     record = XentRecord(where / 'sick')
     pd.testing.assert_frame_equal(record.scores(), fresh(record).scores())
-    yield 'a clock that jumps back by thirty years, and files of 1970', '; '.join(said) or 'nothing', f'{len(record.keys)} passes in the order of training, scores as computed anew'
+    yield 'a clock that jumps back by thirty years, and files of 1970', '; '.join(said) or 'nothing', f'{len(record.epochs)} passes in the order of training, scores as computed anew'
 
 def main():
     p = argparse.ArgumentParser(description=__doc__)

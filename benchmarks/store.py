@@ -23,7 +23,8 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from fastai_xent.store import XentRecord
+from fastai_xent.record import XentRecord
+from fastai_xent.writer import XentWriter
 
 N, EPOCHS, CLASSES, BS = 1_281_167, 90, 1000, 256
 COLUMNS = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'pred', 'targ', 'step', 'entropy')
@@ -52,13 +53,17 @@ def size(path: Path) -> int: return sum(o.stat().st_size for o in Path(path).rgl
 def write(folder, n, epochs):
     "The record, the plain files and the arrays, epoch by epoch."
     shutil.rmtree(folder / 'record', ignore_errors=True)
-    record, took = XentRecord.new(folder / 'record'), dict(rows=[], states=[], plain=[])
-    record.set_items('train', pd.DataFrame({'item': np.arange(n), 'name': [f'n{i // 1300:08d}/n{i // 1300:08d}_{i * 7919 % 99991}.JPEG' for i in range(n)],
+    writer, took = XentWriter(folder / 'record'), dict(rows=[], states=[], plain=[])
+    def rows(e, cols):
+        writer.write(0, e, 'train', dict(cols), fold=False)
+        writer.wait()
+    def states(): writer.record._cache.update(writer.record._segment('train'))
+    writer.set_items('train', pd.DataFrame({'item': np.arange(n), 'name': [f'n{i // 1300:08d}/n{i // 1300:08d}_{i * 7919 % 99991}.JPEG' for i in range(n)],
                                             'source': pd.Series(np.arange(n), dtype='Int64')}), 'f')
     (folder / 'plain').mkdir(exist_ok=True)
     for e in range(epochs):
         cols = simulated(n, e, epochs)
-        for what, do in (('rows', lambda: record.add(0, e, 'train', dict(cols))), ('states', record.update_scores),
+        for what, do in (('rows', lambda: rows(e, cols)), ('states', states),
                          ('plain', lambda: pq.write_table(pa.table({**cols, 'epoch': np.full(n, e, np.int32)}), folder / f'plain/{e}.parquet'))):
             start = time.process_time()
             do()
@@ -69,8 +74,9 @@ def write(folder, n, epochs):
             out = np.lib.format.open_memmap(path, 'r+' if e else 'w+', None if e else cols[o].dtype, None if e else (epochs, n))
             out[e] = cols[o][at]
             del out
-    per = [size_of(o) for o in sorted((folder / 'record/epochs').rglob('*.parquet'))]
-    return dict(took={k: np.median(v) for k, v in took.items()}, epoch=np.mean(per), largest=max(per), states=size(folder / 'record/running'), plain=size(folder / 'plain') / epochs,
+    writer.close()
+    per = [size_of(o) for o in sorted((folder / 'record/rows').rglob('*.parquet'))]
+    return dict(took={k: np.median(v) for k, v in took.items()}, epoch=np.mean(per), largest=max(per), states=size(folder / 'record/_running'), plain=size(folder / 'plain') / epochs,
                 dense=sum(size_of(folder / f'{o}.npy') for o in COLUMNS) / epochs)
 
 def size_of(path): return path.stat().st_size
@@ -100,7 +106,7 @@ def scores(folder, n, epochs):
     record = XentRecord(folder / 'record')
     return timed(lambda: record.scores(), repeats=1)
 def recompute(folder, n, epochs):
-    shutil.rmtree(folder / 'record/running')
+    shutil.rmtree(folder / 'record/_running')
     record = XentRecord(folder / 'record')
     return dict(timed(lambda: record.top(100), repeats=1), cpu_all=time.process_time())
 def compact(folder, n, epochs):
@@ -111,7 +117,7 @@ def compact(folder, n, epochs):
     record.compact()
     took = time.perf_counter() - start
     pd.testing.assert_frame_equal(record.item(5), old)
-    return dict(first=took, cpu=time.process_time(), size=size(folder / 'compact/compact'), item=timed(lambda: record.item(n // 3)), top=timed(lambda: record.top(100)), sql=timed(lambda: record.sql(SQL.format('record')), repeats=1))
+    return dict(first=took, cpu=time.process_time(), size=size(folder / 'compact/rows'), item=timed(lambda: record.item(n // 3)), top=timed(lambda: record.top(100)), sql=timed(lambda: record.sql(SQL.format('record')), repeats=1))
 
 def plain(folder): return f"'{folder}/plain/*.parquet'"
 def duckdb_top(folder, n, epochs):

@@ -10,7 +10,10 @@ __all__ = ['FORMAT', 'Layout', 'layout_of', 'Compact', 'Epochs']
 # %% ../nbs/05b_epochs.ipynb #c6fb2156
 import json
 import re
+from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import reduce
+from operator import or_
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +58,8 @@ def layout_of(place: Place) -> Layout:
     return _OLD if place.exists(_OLD.meta) and not place.exists(Layout.meta) else Layout()
 
 # %% ../nbs/05b_epochs.ipynb #9ed01cbe
+_ALL_NAMES = json.dumps(ALL.names) # an older file does not say
+
 class Compact:
     "A file with many epochs."
     def __init__(self, place: Place, name: str, number: int):
@@ -66,30 +71,47 @@ class Epochs:
     "The recorded epochs of a record."
     def __init__(self, place: Place, layout: Layout): self.place, self.layout = place, layout
 
-    def _named(self, kind: str): # Pairs of a name and its fields
-        pattern = getattr(self.layout, kind)
-        for name in self.place.files(pattern.split('/')[0]):
+    def lists(self) -> dict: # split → numbers of its lists of items that have a file
+        "The lists of items that are there, whatever the record says."
+        there = {}
+        for _, m in self._named('items'): there.setdefault(m['split'], []).append(int(m['k']))
+        return there
+
+    def _named(self, kind: str, names: list|None = None): # Pairs of a file's name and its fields
+        if names is None: names = self.place.files(getattr(self.layout, kind).split('/')[0])
+        for name in names:
             m = self.layout.read(kind, name)
             if m: yield name, m
 
-    def parts(self, kind: str = 'rows') -> dict: # (fit, split, epoch) → names of files, in the order of ranks
+    def parts(self, kind: str = 'rows', names: list|None = None) -> dict: # (fit, split, epoch) → names of files, by rank
         "The files that hold one epoch each: of rows, 'maps' or 'probs'."
         parts = {}
-        for name, m in self._named(kind):
+        for name, m in self._named(kind, names):
             parts.setdefault((int(m['fit']), m['split'], int(m['epoch'])), []).append((int(m['rank']), name))
         return {k: [name for _, name in sorted(o)] for k, o in parts.items()}
 
-    def compact(self) -> dict: # split → `Compact`
+    def compact(self, names: list|None = None) -> dict: # split → `Compact`
         "The newest compact file of each split."
         newest = {}
-        for name, m in self._named('compact'):
+        for name, m in self._named('compact', names):
             newest[m['split']] = max(newest.get(m['split'], (-1, '')), (int(m['number']), name))
         return {split: Compact(self.place, name, number) for split, (number, name) in newest.items()}
 
     def found(self) -> dict: # (fit, split, epoch) → names of files, or `Compact`; in the order of training
         "Where each epoch's rows are."
-        packed = {(fit, split, epoch): p for split, p in self.compact().items() for fit, epoch in p.marks}
-        return dict(sorted({**self.parts(), **packed}.items(), key=lambda o: (o[0][2], o[0][1], o[0][0])))
+        folders = {getattr(self.layout, o).split('/')[0] for o in ('rows', 'compact')}
+        names = [n for o in folders for n in self.place.files(o)]              # listed once
+        packed = {(fit, split, epoch): p for split, p in self.compact(names).items() for fit, epoch in p.marks}
+        return dict(sorted({**self.parts(names=names), **packed}.items(), key=lambda o: (o[0][2], o[0][1], o[0][0])))
+
+    def columns(self, found: dict) -> list:
+        "The columns of these epochs that hold something, as far as their files say."
+        single, packed = self._files(found)
+        hold = set()
+        for name in (*single, *packed):
+            with pq.ParquetFile(**self.place.parquet(name)) as f: facts = f.metadata.metadata
+            hold |= {*json.loads(facts.get(b'columns', _ALL_NAMES))}
+        return [o for o in ALL.names if o in hold]
 
     def marks(self, found: dict) -> list:
         "What identifies the rows of these epochs: it differs once one of them was written anew."
@@ -117,27 +139,52 @@ def rows(self: Epochs,
             yield _merge([read_items(lo=lo, hi=hi, columns=columns, **self.place.parquet(name)) for name in o])
             continue
         if o.name not in packed:
-            packed[o.name] = read_items(lo=lo, hi=hi, columns=[*columns, 'epoch'], **self.place.parquet(o.name))
+            packed[o.name] = read_items(lo=lo, hi=hi, columns=[*columns, 'fit', 'epoch'], **self.place.parquet(o.name))
         t = packed[o.name]
-        yield t.filter(pa.compute.equal(t['epoch'], k[2])).select(columns)
+        mine = pa.compute.and_(pa.compute.equal(t['fit'], k[0]), pa.compute.equal(t['epoch'], k[2]))
+        yield t.filter(mine).select(columns)
+
+@patch
+def _files(self: Epochs, found) -> tuple: # Names of single files; name of a compact file → epochs, None: all
+    single, packed = [n for o in found.values() if not isinstance(o, Compact) for n in o], {}
+    for k, o in found.items():
+        if isinstance(o, Compact): packed.setdefault(o, []).append((k[0], k[2]))
+    return single, {o.name: None if len(v) == len(o.marks) else v for o, v in packed.items()}
 
 @patch
 def scan(self: Epochs, found: dict) -> list: # Of Arrow datasets
     "The rows of these epochs as things that Arrow and DuckDB can read a part of."
-    parts, packed = [self.place.at(n) for o in found.values() if not isinstance(o, Compact) for n in o], {}
-    for k, o in found.items():
-        if isinstance(o, Compact): packed.setdefault(o.name, []).append(k[2])
-    res = [self._dataset(parts)] if parts else []
-    for name, epochs in packed.items():
-        res.append(self._dataset([self.place.at(name)]).filter(pa.compute.field('epoch').isin(epochs)))
+    single, packed = self._files(found)
+    res = [self._dataset(single)] if single else []
+    for name, wanted in packed.items():
+        t = self._dataset([name])
+        res.append(t if wanted is None else t.filter(reduce(or_, [_is('fit', f) & _is('epoch', e) for f, e in wanted])))
     return res or [pa.dataset.dataset(ALL.empty_table())]
+
+def _is(column, v): return pa.compute.field(column) == v
+
+@patch
+def sources(self: Epochs, found: dict) -> list: # Of texts in SQL, or Arrow datasets
+    "The rows of these epochs for DuckDB. It reads files on a local disk itself, but where a path would be a pattern."
+    single, packed = self._files(found)
+    odd = any(re.search(r'[*?\[\]{}\\]', self.place.at(o)) for o in (*single, *packed))
+    if odd or not self.place.local or self.layout != Layout(): return self.scan(found)
+    res = [self._select(single)] if single else []
+    for name, wanted in packed.items():
+        res.append(self._select([name]) + (f" where (fit, epoch) in ({', '.join(map(str, wanted))})" if wanted else ''))
+    return res or self.scan({})
+
+@patch
+def _select(self: Epochs, names) -> str:
+    quoted = ', '.join("'" + self.place.at(o).replace("'", "''") + "'" for o in names)
+    return f"select {', '.join(ALL.names)} from read_parquet([{quoted}], hive_partitioning = false)"
 
 @patch
 def _dataset(self: Epochs, names: list):
     "Old records have the columns of the key in the files' paths."
     hive = pa.dataset.partitioning(KEY, flavor='hive')
-    return pa.dataset.dataset(names, schema=ALL, format='parquet', partitioning=hive, partition_base_dir=self.place.root,
-                              filesystem=None if self.place.local else self.place.fs)
+    return pa.dataset.dataset([self.place.at(o) for o in names], schema=ALL, format='parquet',
+                              partitioning=hive, partition_base_dir=self.place.root, filesystem=None if self.place.local else self.place.fs)
 
 @patch
 def read(self: Epochs,
@@ -180,6 +227,17 @@ def _drop_packed(self: Epochs, split):
         if self.place.local: self._remove_empty(Path(self.place.at(names[0])).parent)
     for name, m in list(self._named('compact')):
         if m['split'] == split and int(m['number']) < packed.number: self.place.remove(name)
+
+@patch
+def tidy(self: Epochs) -> None:
+    "Complete what was interrupted: while a row lies in two files, others read it twice."
+    packed = self.compact()
+    twice = {split for fit, split, epoch in self.parts() if split in packed and (fit, epoch) in packed[split].marks}
+    if not twice: return
+    try:
+        with self.place.lock(alone=True) or nullcontext():
+            for split in twice: self._drop_packed(split)
+    except (RuntimeError, OSError): return                # a fit writes, or nothing can be changed; what we read is right
 
 @patch
 def _remove_empty(self: Epochs, folder):

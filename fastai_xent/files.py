@@ -29,8 +29,12 @@ from fsspec.implementations.memory import MemoryFileSystem
 def _file_system(path: str|Path|None) -> tuple: # file system, root
     "Where a path leads; None leads to a place of its own in memory."
     if path is None: return MemoryFileSystem(), f'/xent-{uuid.uuid4().hex}'
-    if '://' in str(path): return fsspec.core.url_to_fs(str(path))
+    if '://' in str(path): return _store(str(path))
     return LocalFileSystem(), str(path.absolute())
+
+def _store(url: str) -> tuple:
+    try: return fsspec.core.url_to_fs(url)
+    except (ImportError, ValueError) as e: raise type(e)(f"{url} cannot be reached: {e}") from e
 
 def _forget(fs, root):
     if fs.exists(root): fs.rm(root, recursive=True)
@@ -117,6 +121,41 @@ def _alive(pid: int) -> bool:
 def unfinished(name: str) -> bool:
     "Is this the name of a file that is being written, or was when its process died?"
     return _UNFINISHED.fullmatch(name) is not None
+
+# %% ../nbs/05_files.ipynb #e5ec8a33
+@patch
+def try_writing(self: Place) -> None:
+    "Raise if nothing can be written here. Nothing stays behind."
+    if self.path is None: return
+    try: self._try_local() if self.local else self._try_store()
+    except Exception as e:                                # each store has errors of its own
+        raise OSError(f"nothing can be written to {self}: {e}; use another path, or make room or get the rights") from e
+
+@patch
+def _try_local(self: Place):
+    where = _nearest(Path(self.root))
+    longest = max((os.fsencode(o) for o in Path(self.root).relative_to(where).parts), key=len, default=b'')
+    if len(longest) > _NAME: raise OSError(f"a name of {len(longest)} bytes is too long, expected up to {_NAME}")
+    if not where.is_dir(): raise NotADirectoryError(f"{where} is a file, expected a directory")
+    trial = where/f'.xent-{uuid.uuid4().hex}.{os.getpid()}.tmp'
+    try: trial.write_bytes(bytes(_TRIAL))
+    finally: trial.unlink(missing_ok=True)
+
+_NAME = 255 # Bytes of a name that every file system has room for
+
+def _nearest(path: Path) -> Path:
+    "The path, or the lowest of those above it that exists."
+    try: os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError): return _nearest(path.parent)
+    return path
+
+@patch
+def _try_store(self: Place):
+    trial = self.at(f'.xent-{uuid.uuid4().hex}.tmp')
+    self.fs.pipe_file(trial, b'x')
+    self.fs.rm(trial)
+
+_TRIAL = 2**16 # Bytes: a full disk shows
 
 # %% ../nbs/05_files.ipynb #b88e7847
 @patch

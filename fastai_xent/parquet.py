@@ -114,7 +114,11 @@ def write_rows(
 ) -> None:
     "Write a Parquet file of rows."
     with pq.ParquetWriter(sink, ALL, **_HOW) as out:
-        for t in tables: out.write_table(t, row_group_size=2**30)
+        hold = set()
+        for t in tables:
+            out.write_table(t, row_group_size=2**30)
+            hold |= {o for o in t.column_names if t[o].null_count < len(t)}
+        facts['columns'] = [o for o in ALL.names if o in hold]
         out.add_key_value_metadata({**{k: json.dumps(v) for k, v in facts.items()}, 'written': uuid.uuid4().hex})
 
 def _holds(group, at, lo, hi) -> bool:

@@ -8,6 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/records.html.md"""
 __all__ = ['XentRecords']
 
 # %% ../nbs/05h_records.ipynb #ee1ab3bf
+import warnings
 from pathlib import Path
 
 import fsspec
@@ -15,16 +16,23 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
-from .dynamics import get_score
-from .record import XentRecord
+from .dynamics import RANK_BY, get_score
+from .record import XentRecord, is_record
 
 # %% ../nbs/05h_records.ipynb #a5596d60
 def _found(pattern: str|Path) -> list: # Paths, or URLs where `pattern` is one
     "The directories that a path with wildcards names, sorted."
-    fs, path = fsspec.core.url_to_fs(str(pattern))
+    fs, path = fsspec.core.url_to_fs(str(pattern) if '://' in str(pattern) else str(Path(pattern).expanduser()))
     found = [fs.unstrip_protocol(o) if '://' in str(pattern) else Path(o) for o in sorted(fs.glob(path))]
-    if not found: raise FileNotFoundError(f"no record matches {pattern}; in a list, a path is taken as it is, brackets and stars included")
-    return found
+    there = [o for o in found if is_record(o)]
+    others = [o for o in found if o not in there]
+    if not there:
+        what = f"; {_listed(others)} {'is' if len(others) == 1 else 'are'} none" if others else ''
+        raise FileNotFoundError(f"no record matches {pattern}{what}; in a list, a path is taken as it is, brackets and stars included")
+    if others: warnings.warn(f"XentRecords: skipped, as no record is there: {_listed(others)}", stacklevel=4)
+    return there
+
+def _listed(paths) -> str: return ', '.join(map(str, paths[:5])) + (f', and {len(paths) - 5} more' if len(paths) > 5 else '')
 
 def _names(paths: list) -> list:
     "Short names: the directory's, or the whole path where directories share a name; a number for a record in memory."
@@ -136,7 +144,7 @@ def items(self: XentRecords, split: str = 'train') -> pd.DataFrame: # Columns it
 # %% ../nbs/05h_records.ipynb #101b5f47
 @patch
 def scores(self: XentRecords,
-    by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
 ) -> pd.DataFrame: # items × runs; nan where the run has not seen the item
     "The score of every item in every run."
@@ -145,7 +153,7 @@ def scores(self: XentRecords,
 
 @patch
 def mean(self: XentRecords,
-    by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
 ) -> pd.Series: # One number an item, nan where no run has seen it
     "The mean of an item's scores, over the runs that have seen it."
@@ -153,7 +161,7 @@ def mean(self: XentRecords,
 
 @patch
 def std(self: XentRecords,
-    by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
 ) -> pd.Series: # One number an item, nan where fewer than two runs have seen it
     "The sample standard deviation of an item's scores over runs."
@@ -167,7 +175,7 @@ def _pairs(names, f) -> pd.DataFrame:
 
 @patch
 def rank_correlation(self: XentRecords,
-    by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
 ) -> pd.DataFrame: # runs × runs, from −1 to 1; nan where a run gives all items one score
     "Spearman's rank correlation of each two runs."
@@ -182,7 +190,7 @@ def _first(score: np.ndarray, by, k: int) -> np.ndarray: # Items, at most `k`
 @patch
 def overlap(self: XentRecords,
     k: int = 20, # Number of items
-    by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
 ) -> pd.DataFrame: # runs × runs, from 0 to 1
     "The share of their first `k` items that each two runs have in common."
@@ -214,7 +222,7 @@ def _votes(self: XentRecords, split, wanted) -> pd.DataFrame: # Columns key, tar
 @patch
 def top(self: XentRecords,
     k: int = 20, # Number of items
-    by='margin_loss', # A name in `dynamics.SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
 ) -> pd.DataFrame: # Columns of `items`; targ (the label), likely (the class predicted most often), score (mean over runs), std, runs (that have seen it)
     "The items a person should look at first, by the mean over runs."

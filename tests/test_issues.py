@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 from sklearn.datasets import load_digits
 from torch import nn
 
-from fastai_xent.all import LabelDoubt, XentLossFlat, XentRecord, XentRecorder
+from fastai_xent.all import LabelDoubt, XentLossFlat, XentRecorder
 from fastai_xent.dynamics import get_score
+from fastai_xent.writer import XentWriter
 from fastai_xent.issues import epoch_weight, gap_confidence, gap_sums, noise_rate, p_wrong, plateau
 from helpers import quiet
 
@@ -262,11 +263,12 @@ def test_items_that_were_never_seen_are_no_issues():
     assert unseen['targ'].isna().all() and issues['p_wrong'].notna().sum() == 16
 
 def test_masks_have_no_label_to_doubt():
-    n, record = 6, XentRecord()
-    record.set_items('train', pd.DataFrame(dict(item=np.arange(n), name=None, source=np.arange(n))), 'abc')
+    n, writer = 6, XentWriter()
+    writer.set_items('train', pd.DataFrame(dict(item=np.arange(n), name=None, source=np.arange(n))), 'abc')
     for e in range(3):
         cols = dict(item=np.arange(n), pred=-np.ones(n), targ=-np.ones(n), n_pos=np.full(n, 4), **{o: np.linspace(.1, .9, n) for o in ('loss', 'grad_norm', 'el2n', 'p_targ')}, margin=np.linspace(-1, 1, n))
-        record.add(0, e, 'train', cols)
+        writer.write(0, e, 'train', cols)
+    record = writer.record
     record.meta['classes'] = 3
     assert np.isfinite(record.score(LabelDoubt())).all()
     with pytest.raises(ValueError, match='expected one class an item'): record.label_issues()

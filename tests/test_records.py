@@ -13,8 +13,10 @@ from fastai_xent.dynamics import get_score
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
 from fastai_xent.records import XentRecords
-from fastai_xent.store import XentRecord
+from fastai_xent.record import XentRecord
+from fastai_xent.writer import XentWriter
 from helpers import quiet
+from runs import put
 from scipy.stats import spearmanr
 from torch import nn
 
@@ -30,15 +32,16 @@ def record_of(margin, path=None, items=None, mark='mark', vocab=None, targ=None,
     "A record with a row for each margin that is not nan: epochs × items."
     margin = np.atleast_2d(np.asarray(margin, dtype=float))
     n = margin.shape[1]
-    record = path if isinstance(path, XentRecord) else XentRecord.new(path)
-    record.set_items(split, items_of(n) if items is None else items, mark, vocab, start)
+    writer = path if isinstance(path, XentWriter) else XentWriter(path)
+    writer.set_items(split, items_of(n) if items is None else items, mark, vocab, start)
     targ = np.zeros(n, dtype=int) if targ is None else np.asarray(targ)
     for e, m in enumerate(margin):
         seen = np.flatnonzero(~np.isnan(m))
         p = 1 / (1 + np.exp(-m[seen]))
         won = (m[seen] <= 0).astype(int) if pred is None else np.asarray(pred)[seen]
-        record.add(0, start + e, split, dict(item=seen, margin=m[seen], p_targ=p, el2n=2**.5 * (1 - p), loss=-np.log(p), pred=won, targ=targ[seen]))
-    return record
+        put(writer, 0, start + e, split, dict(item=seen, margin=m[seen], p_targ=p, el2n=2**.5 * (1 - p), loss=-np.log(p), pred=won, targ=targ[seen]))
+    writer.close()
+    return writer.record
 
 def random_runs(seed, runs=4, epochs=3, n=N):
     "Records whose margins are drawn; each run misses some items in all epochs, and others in one."
@@ -75,10 +78,10 @@ def test_wildcards(tmp_path):
     found = XentRecords(tmp_path / 'my r*' / 'seed*')
     assert list(found.records) == ['seed0', 'seed1', 'seed2']
     assert [r.to_df()['margin'][1] for r in found.records.values()] == [0, 1, 2]
-    with pytest.raises(FileNotFoundError, match='notes.txt is not a record: it has no record.json'): XentRecords(tmp_path / 'my r*' / '*')
+    with pytest.raises(FileNotFoundError, match='notes.txt is not a record: it has no _record.json'): XentRecords(tmp_path / 'my r*' / '*')
     with pytest.raises(FileNotFoundError, match='no record matches .*; in a list, a path is taken as it is'): XentRecords(tmp_path / 'my rüns [1]' / 'seed0')
     assert len(XentRecords([tmp_path / 'my rüns [1]' / 'seed0'])) == 1
-    for k in (0, 1): record_of([[1., k]], XentRecord.new(f'memory://many/seed{k}', overwrite=True))
+    for k in (0, 1): record_of([[1., k]], XentWriter(f'memory://many/seed{k}', overwrite=True))
     found = XentRecords('memory://many/seed*')
     assert list(found.records) == ['seed0', 'seed1'] and [r.to_df()['margin'][1] for r in found.records.values()] == [0, 1]
 
@@ -102,12 +105,13 @@ def test_other_numbers_of_items_are_refused():
 
 def test_a_shared_split_that_differs():
     "All splits that all runs have must be of the same items; one that a run lacks is left out."
-    a, b, c = (record_of(np.ones(N)) for _ in range(3))
-    record_of(np.ones(5), a, split='valid')
+    writers = [XentWriter() for _ in range(3)]
+    a, b, c = (record_of(np.ones(N), o) for o in writers)
+    record_of(np.ones(5), writers[0], split='valid')
     assert XentRecords([a, b]).splits == ['train']
-    record_of(np.ones(5), b, split='valid')
+    record_of(np.ones(5), writers[1], split='valid')
     assert XentRecords([a, b]).splits == ['train', 'valid'] and XentRecords([a, b, c]).splits == ['train']
-    record_of(np.ones(6), c, split='valid')
+    record_of(np.ones(6), writers[2], split='valid')
     with pytest.raises(ValueError, match="'valid' of runs '0' and '2'"): XentRecords([a, b, c])
     with pytest.raises(KeyError, match="not all runs have the split 'test'; all have: train, valid"): XentRecords([a, b]).mean(split='test')
 
@@ -125,14 +129,16 @@ def test_items_without_names():
 
 def test_the_last_segment_counts():
     "A run whose dataset has changed is compared by what it has now."
-    a, b = record_of(np.full(N, 3.)), record_of(np.full((5, N), -1.), items=items_of(order=np.arange(N)[::-1]), mark='before')
+    writer = XentWriter()
+    a, b = record_of(np.full(N, 3.)), record_of(np.full((5, N), -1.), writer, items=items_of(order=np.arange(N)[::-1]), mark='before')
     with pytest.raises(ValueError): XentRecords([a, b])
-    record_of(np.full(N, 5.), b, start=5)
+    record_of(np.full(N, 5.), writer, start=5)
     runs = XentRecords([a, b])
     assert (runs.mean('aum') == 4).all() and runs.top(1, 'aum')['likely'].tolist() == [0]
-    back = record_of(np.full((3, N), 5.))              # these items, others, and these again
-    record_of(np.full((9, N), -5.), back, items=items_of(order=np.arange(N)[::-1]), mark='between', start=3)
-    record_of(np.full((2, N), -1.), back, start=12)
+    writer = XentWriter()
+    back = record_of(np.full((3, N), 5.), writer)      # these items, others, and these again
+    record_of(np.full((9, N), -5.), writer, items=items_of(order=np.arange(N)[::-1]), mark='between', start=3)
+    record_of(np.full((2, N), -1.), writer, start=12)
     assert XentRecords([back]).top(1, 'aum')['likely'].tolist() == back.top(1, 'aum')['likely'].tolist() == [0]
 
 
@@ -143,11 +149,11 @@ def folds_of(margin, k=3, names=True, **kw):
     n, rng, res = margin.shape[-1], np.random.default_rng(1), {}
     for f in range(k):
         out, into = rng.permutation(np.arange(f, n, k)), rng.permutation(np.setdiff1d(np.arange(n), np.arange(f, n, k)))
-        rec = XentRecord.new()
+        writer = XentWriter()
         for split, at in (('train', into), ('valid', out)):
             items = pd.DataFrame({'item': range(len(at)), 'name': [f'{i}.png' for i in at] if names else None, 'source': at})
-            record_of(margin[f][at], rec, items, mark=f'{split}{f}', split=split, targ=at % 2, **kw)
-        res[f'fold{f}'] = rec
+            record_of(margin[f][at], writer, items, mark=f'{split}{f}', split=split, targ=at % 2, **kw)
+        res[f'fold{f}'] = writer.record
     return res
 
 @pytest.mark.parametrize('on', ['name', 'source'])
@@ -277,12 +283,13 @@ def test_likely_is_a_vote_over_runs():
 
 def test_nothing_was_seen():
     run = record_of(np.full((1, 3), 2.), items=items_of(4)[:3])
-    empty = XentRecord.new()
+    empty = XentWriter()
     empty.set_items('train', items_of(3), 'mark')
+    empty = empty.record
     runs = XentRecords([run, empty])
     assert runs.mean('aum').tolist() == [2, 2, 2] and np.isnan(runs.std('aum')).all() and np.isnan(runs.rank_correlation().loc['0', '1'])
     assert len(XentRecords([empty]).top(3)) == 0
-    assert repr(XentRecords([XentRecord.new()])) == 'XentRecords of 1 run: 0\n  no split that all runs have'
+    assert repr(XentRecords([XentWriter().record])) == 'XentRecords of 1 run: 0\n  no split that all runs have'
 
 def test_one_frame(tmp_path):
     "Every row of every run, under its run's name."

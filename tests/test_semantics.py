@@ -504,14 +504,14 @@ def test_maps(kind, workers, skip, where, tmp_path):
             z, y, item = by_item(batches, split, epoch, axis)
             want = truth(z, y, lambda z: rows_loss(z, y, axis, **kw), axis, 3)
             for i in own:
-                at, found = item.tolist().index(i), record.map(i, epoch, split)
+                at, found = item.tolist().index(i), record.map(i, split, epoch)
                 for o in FLOATS: assert_close(torch.tensor(found[o]).double(), want[o][at], rtol=2e-5, atol=2e-6, equal_nan=True)
                 pred = z.argmax(axis)[at]
                 assert found['pred'].shape == shape and (torch.tensor(found['pred']) == pred.where(want['ok'][at], torch.full_like(pred, -1))).all()
-    np.testing.assert_array_equal(record.map(2)['loss'], record.map(2, 1)['loss'])
+    np.testing.assert_array_equal(record.map(2)['loss'], record.map(2, epoch=1)['loss'])
     for bad in (3, 13):
         with pytest.raises(KeyError, match=r'no map of item .*maps=\[…\]'): record.map(bad)
-    with pytest.raises(KeyError, match='in epoch 5'): record.map(2, 5)
+    with pytest.raises(KeyError, match='in epoch 5'): record.map(2, epoch=5)
 
 def test_maps_add_up():
     "The mean of a map over its valid positions is the item's row."

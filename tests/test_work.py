@@ -1,0 +1,66 @@
+"Work that is done once: files opened, directories walked, rows folded; counted, not timed."
+from collections import Counter
+
+import pytest
+from runs import RUN, fill
+
+from fastai_xent import cache, epochs, running
+from fastai_xent.files import Place
+from fastai_xent.record import XentRecord
+from fastai_xent.writer import XentWriter
+
+
+@pytest.fixture
+def counted(monkeypatch):
+    "Counts walks over the directory, looks at epochs' ends, openings of rows and folds."
+    n = Counter()
+    def count(owner, name, what):
+        real = getattr(owner, name)
+        def f(*args, **kw):
+            n[what] += 1
+            return real(*args, **kw)
+        monkeypatch.setattr(owner, name, f)
+    for owner, name, what in ((Place, 'files', 'walks'), (Place, 'stamp', 'stamps'), (epochs, 'read_items', 'reads'), (epochs.Epochs, 'scan', 'scans'),
+                              (cache, 'fold', 'folds'), (Place, 'table', 'lists of items'), (running.States, '__init__', 'states')): count(owner, name, what)
+    return n
+
+@pytest.fixture
+def record(tmp_path):
+    fill(tmp_path / 'r', RUN).scores()
+    return XentRecord(tmp_path / 'r')
+
+TRAIN = 3 # epochs of train in RUN
+
+@pytest.mark.parametrize('ask, want', [
+    (lambda r: r.top(3), dict(walks=1, stamps=TRAIN, states=1)),
+    (lambda r: r.score('el2n'), dict(walks=1, stamps=TRAIN, states=1)),
+    (lambda r: r.scores(), {'walks': 1, 'stamps': TRAIN, 'states': 1, 'lists of items': 1}),
+    (lambda r: r.item(3), dict(walks=1, reads=TRAIN)),
+    (lambda r: r.sql('select count(*) from record'), dict(walks=1)),
+    (lambda r: r.sql('select * from record join items using (split, item)'), {'walks': 1, 'lists of items': 2}),
+    (lambda r: r.to_df('train', -1), dict(walks=1, scans=1)),
+    (lambda r: r.epochs, dict(walks=1)),
+], ids=['top', 'score', 'scores', 'item', 'sql without items', 'sql with items', 'to_df', 'epochs'])
+def test_a_question(ask, want, record, counted):
+    ask(record)
+    assert counted == want
+
+def test_a_first_question_folds_once(tmp_path, counted):
+    "All scores of a split in one fold, each epoch read once."
+    record = fill(tmp_path / 'r', RUN)
+    counted.clear()
+    record.scores()
+    assert counted['folds'] == 1 and counted['reads'] <= 2 * TRAIN      # once for what an epoch is as a whole, once for its rows
+    counted.clear()
+    record.top(), record.scores(), record.score('aum')
+    assert counted['folds'] == counted['reads'] == 0
+
+def test_many_items_are_named_only_where_they_are_shown(tmp_path, counted):
+    from runs import frame, put, rows
+    writer = XentWriter(tmp_path / 'r')
+    writer.set_items('train', frame(10000), 'f')
+    put(writer, 0, 0, 'train', rows(range(10000)))
+    writer.close()
+    counted.clear()
+    writer.record.top(5)
+    assert counted['lists of items'] == 0
