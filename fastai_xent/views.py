@@ -49,24 +49,23 @@ def plot_losses(
 
 # %% ../nbs/06_views.ipynb #74a31d45
 def data_map(
-    df: pd.DataFrame, # Rows of one split: columns `item`, `p_targ`, `pred`, `targ`
+    record, # An `XentRecord`
+    split: str = 'train',
 ) -> pd.DataFrame: # Index item; columns confidence, variability, correctness, each from 0 to 1
-    "Where each example stands on the data map (Swayamdipta et al. 2020)."
-    _columns(df, 'item', 'p_targ', 'pred', 'targ')
-    d = df.dropna(subset=['targ'])
-    right = (d['pred'] == d['targ']).astype(float)
-    g = d.groupby('item')['p_targ']
-    return pd.DataFrame(dict(confidence=g.mean(), variability=g.std(ddof=0), correctness=right.groupby(d['item']).mean()))
+    "Where each example that was seen stands on the data map (Swayamdipta et al. 2020): three of the record's scores."
+    m = pd.DataFrame({o: record.score(o, split) for o in ('confidence', 'variability', 'correctness')})
+    return m.dropna(subset='confidence').rename_axis('item')
 
 # %% ../nbs/06_views.ipynb #e79b4d23
 def plot_data_map(
-    df: pd.DataFrame, # Rows of one split, as from `record.to_df('train')`
-    ax: Axes|None = None,
+    record, # An `XentRecord`
+    split: str = 'train',
     mark=None, # Items to circle
+    ax: Axes|None = None,
 ) -> Axes:
     "Confidence against variability, coloured by correctness."
     ax = plt.subplots(figsize=(5.2, 4.2), layout='constrained')[1] if ax is None else ax
-    m = data_map(df)
+    m = data_map(record, split)
     dots = ax.scatter(m['variability'], m['confidence'], c=m['correctness'], cmap='cividis', vmin=0, vmax=1, s=10, lw=0)
     if mark is not None:
         at = m.reindex(mark)
