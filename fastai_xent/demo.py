@@ -86,12 +86,12 @@ def found(learn: Learner) -> dict: # auroc, precision at k, k, and the recorder'
 # %% ../nbs/07_demo.ipynb #46b1aecb
 def pictures(learn: Learner, path: Path) -> list: # Of the files
     "Losses, data map and the suspects, as PNG files."
-    from fastai_xent import views  # only this needs matplotlib
-    record, images = learn.xent_recorder.record, learn.dls.train_ds.x
+    from fastai_xent import show, views  # only these need matplotlib
+    record = learn.xent_recorder.record
     top = record.top(20)
-    figs = {'losses': views.plot_losses(record.to_df()),
+    figs = {'losses': views.plot_losses(record),
             'data_map': views.plot_data_map(record, mark=top['item']),
-            'suspects': views.show_items(top, lambda i, ax: ax.imshow(images[i, 0], cmap='gray_r'))}
+            'suspects': show.draw_items(record, top, learn.dls, title='The 20 training digits to look at first', cols=10, size=1.1)}
     files = []
     for name, drawn in figs.items():
         files.append(path / f'{name}.png')
