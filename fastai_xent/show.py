@@ -8,7 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/show.html.md"""
 __all__ = ['Sample', 'read_item', 'read_items', 'with_probs', 'draw_sample', 'draw_items', 'items_table', 'show_items',
            'show_top', 'show_history']
 
-# %% ../nbs/06a_show.ipynb #acc73bcf
+# %% ../nbs/06a_show.ipynb #c95f5ed9
 import textwrap
 from contextlib import contextmanager
 from math import ceil, sqrt
@@ -28,7 +28,7 @@ from torch import Tensor
 from .items import item_names
 from .views import _ORANGE, _columns, _shades, item_history, plot_history
 
-# %% ../nbs/06a_show.ipynb #48a788b5
+# %% ../nbs/06a_show.ipynb #5beff5de
 class Sample(NamedTuple):
     "An item, ready to be shown."
     inputs: tuple # What the model gets, decoded as far as it can show itself
@@ -66,7 +66,7 @@ def _class_of(targets) -> int|None:
     y = np.asarray(targets[0]) if len(targets) == 1 else np.empty(0)
     return int(y.reshape(())) if y.size == 1 and y.dtype.kind in 'iu' else None
 
-# %% ../nbs/06a_show.ipynb #27e7efc8
+# %% ../nbs/06a_show.ipynb #12ebc195
 def read_items(
     record, # An `XentRecord`
     items: pd.DataFrame, # Columns item, and perhaps name and targ
@@ -105,7 +105,7 @@ def _check_labels(record, items, samples):
         if targ is None or now is None or pd.isna(targ) or str(now) == str(targ): continue
         raise ValueError(f"item {i} has the label {str(targ)!r} in the record and {str(now)!r} in these DataLoaders; give those of the run")
 
-# %% ../nbs/06a_show.ipynb #d8876a53
+# %% ../nbs/06a_show.ipynb #34399aab
 def _from_name(name) -> Sample:
     "What a name shows: the picture that it leads to, or itself."
     path = Path(str(name))
@@ -113,7 +113,7 @@ def _from_name(name) -> Sample:
     try: return Sample((Image.open(path).convert('RGB'),))
     except OSError as e: return Sample((f"{name}\n({e})",))
 
-# %% ../nbs/06a_show.ipynb #e40201ca
+# %% ../nbs/06a_show.ipynb #180158c0
 def with_probs(
     record, # An `XentRecord`
     items: pd.DataFrame, # Columns item, targ, likely, as from `record.top()`
@@ -133,7 +133,7 @@ def _last_probs(record, item, targ, likely, split) -> tuple:
     last = h.iloc[-1]
     return last['p_targ'], last['p_targ' if likely == targ else 'p_rival']
 
-# %% ../nbs/06a_show.ipynb #e380abd5
+# %% ../nbs/06a_show.ipynb #40711b84
 def _named(name, p) -> str: return f"{'' if name is None or pd.isna(name) else name}{'' if pd.isna(p) else f' ({p:.0%})'}".strip()
 
 def _wrap(text, width) -> str: return '\n'.join(textwrap.wrap(text, width, max_lines=3, placeholder='…'))
@@ -151,7 +151,7 @@ def _caption(
     elif 'score' in row._fields: lines.append(f"{row.score:.3g}")
     return '\n'.join(o for o in lines if o)
 
-# %% ../nbs/06a_show.ipynb #95d5db5c
+# %% ../nbs/06a_show.ipynb #3a91f743
 def _as_picture(x) -> np.ndarray:
     "Channels last; colours beyond the range that can be shown are brought into it."
     x = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
@@ -161,8 +161,8 @@ def _as_picture(x) -> np.ndarray:
 
 def _draw_part(x, ax, **kw):
     "Draw one part of an item."
-    if hasattr(x, 'show') and not type(x).show.__module__.startswith('PIL'): return x.show(ctx=ax)
-    if isinstance(x, Image.Image): return show_image(x, ctx=ax)
+    if isinstance(x, Image.Image) and not hasattr(x, '_show_args'): return show_image(x, ctx=ax)     # PIL's own `show` starts a program
+    if hasattr(x, 'show'): return x.show(ctx=ax)
     shape = tuple(getattr(x, 'shape', ()))
     if len(shape) == 1 or (len(shape) == 2 and 8 * shape[0] <= shape[1]): return ax.plot(_as_picture(x).T, lw=1)
     if len(shape) == 2 or (len(shape) == 3 and {shape[0], shape[-1]} & {1, 3, 4}): return show_image(_as_picture(x), ctx=ax, **{'cmap': 'gray', **kw})
@@ -179,7 +179,7 @@ def draw_sample(
         if getattr(y, 'ndim', 0) >= 2: _draw_part(y, ax, alpha=.5, cmap='tab20', interpolation='nearest')
     return ax
 
-# %% ../nbs/06a_show.ipynb #3fc859d2
+# %% ../nbs/06a_show.ipynb #46ab278c
 class _Panel(NamedTuple):
     draw: object # Called with an axis
     caption: str
@@ -212,7 +212,7 @@ def _map_panel(sample, m) -> _Panel:
     said = f"wrong at {(m['margin'][known] < 0).sum():,} of {known.sum():,} positions"
     return _Panel(lambda ax: _draw_map(ax, sample, m, fits), said if fits else f"{said}\n(as augmented)")
 
-# %% ../nbs/06a_show.ipynb #7b9103bb
+# %% ../nbs/06a_show.ipynb #8e113d4d
 def draw_items(
     record, # An `XentRecord`
     items: pd.DataFrame, # Columns item, targ, likely and perhaps name, score or p_wrong, as from `record.top()` and `record.label_issues()`
@@ -247,7 +247,7 @@ def _draw_panel(ax, panel):
 def _item_panel(row, sample, width) -> _Panel:
     return _Panel(lambda ax: draw_sample(sample, ax), _caption(row, width), pd.notna(row.likely) and row.targ != row.likely)
 
-# %% ../nbs/06a_show.ipynb #696cf952
+# %% ../nbs/06a_show.ipynb #748b6b51
 def items_table(
     record, # An `XentRecord`
     items: pd.DataFrame, # Columns item, targ, likely and perhaps name, score or p_wrong
@@ -300,7 +300,7 @@ def show_top(
     name = '' if by is None else f" by {by if isinstance(by, str) else type(by).__name__}"
     show_items(record, top, dls, split, f"{split}: the first {len(top):,} of {len(record.items(split)):,} items{name}", cols, size, key_fn)
 
-# %% ../nbs/06a_show.ipynb #a86c012c
+# %% ../nbs/06a_show.ipynb #d4769725
 def show_history(
     record, # An `XentRecord`
     item: int, # Index in the split's dataset

@@ -26,7 +26,7 @@ from .dynamics import Rows, get_score, row_weight
 from .issues import gap_confidence
 from .records import XentRecords
 
-# %% ../nbs/06_views.ipynb #e256c3ce
+# %% ../nbs/06_views.ipynb #08028790
 _BLUE, _ORANGE, _GREEN, _GREY = '#0072B2', '#D55E00', '#009E73', '#888888' # after Okabe and Ito
 _AGREES = LinearSegmentedColormap.from_list('agrees', [_ORANGE, '#A0A0A0', _BLUE])
 _DOTS = 5_000
@@ -47,7 +47,7 @@ def _short(name, n=24) -> str:
 def _title(ax, text, legend=0):
     "The finding, as wide as the axis, with room for the rows of a legend below it."
     ax.figure.draw_without_rendering()                    # the layout settles how wide the axis is
-    letters = int(ax.get_position().width * ax.figure.get_figwidth() * 14)
+    letters = max(20, int(ax.get_position().width * ax.figure.get_figwidth() * 14))
     text = '\n'.join(textwrap.fill(o, letters) for o in text.split('\n'))
     ax.set_title(text, loc='left', fontsize=10, pad=6 + 15 * legend, parse_math=False)
 
@@ -142,7 +142,7 @@ def _corners(ax, corner):
     for name, x, y, how in (('easy', .57, .97, 'right'), ('hard', .57, .03, 'right'), ('ambiguous', .535, .5, 'center')):
         ax.text(x, y, f"{name}: {(corner == name).sum():,}", ha=how, va='center', fontsize=9, rotation=90 * (how == 'center'))
 
-# %% ../nbs/06_views.ipynb #24995d26
+# %% ../nbs/06_views.ipynb #a11bd91f
 def item_history(
     record, # An `XentRecord`
     item: int, # Index in the split's dataset
@@ -158,7 +158,7 @@ def item_history(
     names = {o: pd.array([record.class_name(c) for c in d[o]], dtype=object) for o in ('targ', 'pred')}
     return pd.DataFrame(dict(epoch=d['epoch'].to_numpy(), p_targ=p, p_rival=rival, **names))
 
-# %% ../nbs/06_views.ipynb #b051050c
+# %% ../nbs/06_views.ipynb #a68cfc08
 def plot_history(
     record, # An `XentRecord`
     item: int, # Index in the split's dataset
@@ -194,7 +194,7 @@ def _told_history(h, item, split) -> str:
     targ, pred = _short(h['targ'].iloc[-1]), _short(counts.index[0])
     return f"{head}, labelled {targ}: predicted {pred} in {counts.iloc[0]} of {n} rows"
 
-# %% ../nbs/06_views.ipynb #f062f213
+# %% ../nbs/06_views.ipynb #dae6479c
 def score_bins(
     record, # An `XentRecord`
     by='margin_loss', # A name in `SCORES`, or a `Reducer`
@@ -211,7 +211,7 @@ def score_bins(
     res.attrs = dict(items=int((~np.isnan(score)).sum()), infinite=int(np.isinf(score).sum()), cut=float(top['score'].iloc[-1]) if len(top) else np.nan)
     return res
 
-# %% ../nbs/06_views.ipynb #ad064bf6
+# %% ../nbs/06_views.ipynb #fa5c2316
 def plot_score(
     record, # An `XentRecord`
     by='margin_loss', # A name in `SCORES`, or a `Reducer`
@@ -234,7 +234,7 @@ def plot_score(
     _title(ax, '\n'.join(told), legend=1)
     return ax
 
-# %% ../nbs/06_views.ipynb #bc2883fb
+# %% ../nbs/06_views.ipynb #4cc5c248
 def class_pairs(
     suspects: pd.DataFrame, # Columns targ, likely; of a frame with `is_issue`, its issues count
 ) -> pd.DataFrame: # Columns targ, likely, items; the most frequent first
@@ -250,7 +250,7 @@ def _columns(df: pd.DataFrame, *names):
     missing = [o for o in names if o not in df]
     if missing: raise KeyError(f"the table has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, df.columns))}")
 
-# %% ../nbs/06_views.ipynb #f24dcd97
+# %% ../nbs/06_views.ipynb #a63e1bee
 def plot_class_pairs(
     record, # An `XentRecord`
     suspects: pd.DataFrame|None = None, # As from `record.label_issues()` or `record.top()`; None: the issues
@@ -262,8 +262,9 @@ def plot_class_pairs(
     names = list(dict.fromkeys(pairs[['targ', 'likely']].to_numpy().ravel()))[:most]
     names = [o for o in record.meta['vocab'] or [] if o in names] or sorted(names)
     table = pairs.pivot(index='targ', columns='likely', values='items').reindex(index=names, columns=names).fillna(0)
-    ax = _axis(ax, *[2 + .32 * len(names)] * 2)
-    _count_table(ax, table.to_numpy(dtype=int), [_short(o) for o in names])
+    shown = [_short(o) for o in names]
+    ax = _axis(ax, *[1.6 + .32 * len(names) + .07 * max(map(len, shown), default=0)] * 2)
+    if names: _count_table(ax, table.to_numpy(dtype=int), shown)
     ax.set(xlabel='likely', ylabel='label')
     _title(ax, _told_pairs(pairs, int(table.to_numpy().sum())))
     return ax
@@ -283,7 +284,7 @@ def _count_table(ax, counts, names):
     ax.set_xticks(range(len(names)), names, rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
     ax.set_yticks(range(len(names)), names, parse_math=False)
 
-# %% ../nbs/06_views.ipynb #621f1fc0
+# %% ../nbs/06_views.ipynb #8c27da85
 def class_issues(
     issues: pd.DataFrame, # All items, as from `record.label_issues()`
 ) -> pd.DataFrame: # Columns targ, items, issues, share; the largest share first
@@ -295,7 +296,7 @@ def class_issues(
     res = pd.DataFrame(dict(items=g.size(), issues=g.sum().astype(int), share=g.mean().astype(float))).reset_index()
     return res.sort_values(['share', 'issues'], ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/06_views.ipynb #160b18de
+# %% ../nbs/06_views.ipynb #0862ddea
 def plot_class_issues(
     record, # An `XentRecord`
     issues: pd.DataFrame|None = None, # All items, as from `record.label_issues()`; None: these
@@ -315,7 +316,7 @@ def plot_class_issues(
     _title(ax, f"{c['issues'].sum():,} of {c['items'].sum():,} labels are issues, most of {_short(c['targ'][0])} ({c['share'][0]:.0%}){rest}")
     return ax
 
-# %% ../nbs/06_views.ipynb #85d4d255
+# %% ../nbs/06_views.ipynb #5bab7f20
 def plot_two_scores(
     record, # An `XentRecord`
     x: str = 'el2n', # Names in `SCORES`
@@ -342,7 +343,7 @@ def _against(ax, s, mark=None) -> tuple: # axis, number of items drawn
     ax.set_ylabel(s.columns[1], parse_math=False)
     return ax, len(d)
 
-# %% ../nbs/06_views.ipynb #7bc3f2d7
+# %% ../nbs/06_views.ipynb #723e396f
 def plot_two_runs(
     record, # An `XentRecord`
     other, # An `XentRecord` of the same items
@@ -361,7 +362,7 @@ def plot_two_runs(
     _title(ax, f"{split}, {n:,} items: {_agreement(s)},\n{both} of the first {k} are the same")
     return ax
 
-# %% ../nbs/06_views.ipynb #f7e1776d
+# %% ../nbs/06_views.ipynb #edcdba06
 def training_time(
     record, # An `XentRecord`
     split: str = 'train',
@@ -372,7 +373,7 @@ def training_time(
     if not len(t): raise ValueError(f"no item of {split!r} has a predicted class in this record; masks and sequences have one a position")
     return t.astype(int).sort_values(['learned', 'wrong'], ascending=[True, False], kind='stable', ignore_index=True)
 
-# %% ../nbs/06_views.ipynb #2d6860a1
+# %% ../nbs/06_views.ipynb #1fca2ddd
 def plot_training_time(
     record, # An `XentRecord`
     split: str = 'train',
