@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/dynamics.html.md"""
 # %% auto #0
 __all__ = ['SCORES', 'RANK_BY', 'Reducer', 'row_weight', 'Mean', 'MeanColumn', 'MarginLoss', 'AUM', 'EL2N', 'EarlyMean', 'Last',
            'Confidence', 'Epistemic', 'Variability', 'Aleatoric', 'Correctness', 'Forgetting', 'Unforgettable',
-           'WrongEvents', 'FirstLearned', 'IterationLearned', 'Label', 'Likely', 'get_score', 'register_score']
+           'WrongEvents', 'FirstLearned', 'IterationLearned', 'Label', 'Rows', 'Likely', 'get_score', 'register_score']
 
 # %% ../nbs/03_dynamics.ipynb #343a978d
 import zlib
@@ -218,6 +218,10 @@ class IterationLearned(Correctness):
 class Label(Correctness):
     "The class an item was last labelled with. Not a score."
     def finalize(self, state): return self.of(state, state['label'])
+
+class Rows(Correctness):
+    "How many of an item's rows count, which are those whose own share is at least a half. Not a score."
+    def finalize(self, state): return self.of(state, state['rows'])
 
 class Likely(Correctness):
     "The label if at least half of the predictions were right, else the class that the wrong ones voted for. Not a score."
