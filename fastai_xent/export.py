@@ -34,7 +34,8 @@ def probs(record,
     found = _probs_of(record, split)
     epoch = max(found, default=-1) if epoch == -1 else epoch
     if epoch not in found:
-        kept = f"kept are those of the epochs {', '.join(map(str, found))}" if found else "none were kept; ask for them before training, with `XentRecorder(keep_probs=True)`"
+        kept = "none were kept; ask for them before training, with `XentRecorder(keep_probs=True)`"
+        if found: kept = f"kept are those of the epochs {', '.join(map(str, found))}"
         raise KeyError(f"no probabilities of {split!r}" + (f" in epoch {epoch}; " if epoch >= 0 else '; ') + kept)
     tables = [record._place.table(o) for o in found[epoch]]
     n = record._of_split(split)['segments'][record._list_at(split, epoch)]['n']
@@ -61,8 +62,8 @@ _WRITE = {'.csv': lambda df, f: f.write(df.to_csv(index=False).encode()),
 
 def export(record,
     path: str|Path, # File or URL that ends in .csv, .parquet or .jsonl
-    split: str = 'train',
     by=None, # Names in `dynamics.SCORES`; None: all that apply
+    split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch
 ) -> str|Path: # `path`
     "Write every item's label and scores into one file."
@@ -104,8 +105,10 @@ def to_cleanlab(record,
     items = np.arange(len(total)) if items is None else np.asarray(items)
     gaps = items[(seen[items] == 0) | (labels[items] < 0)]
     if len(gaps):
-        raise ValueError(f"{len(gaps):,} of {len(items):,} items have no probabilities or no label in {f'epoch {epochs[0]}' if len(epochs) == 1 else 'any epoch'} of {split!r}, the first is item {gaps[0]}; "
-                         f"`epoch=None` takes the mean over all epochs, `items=np.flatnonzero(~np.isnan(record.probs({split!r}, {epochs[-1]})[:, 0]))` takes those that were seen")
+        when = f'epoch {epochs[0]}' if len(epochs) == 1 else 'any epoch'
+        seen = f"np.flatnonzero(~np.isnan(record.probs({split!r}, {epochs[-1]})[:, 0]))"
+        raise ValueError(f"{len(gaps):,} of {len(items):,} items have no probabilities or no label in {when} of {split!r}, "
+                         f"the first is item {gaps[0]}; `epoch=None` takes the mean over all epochs, `items={seen}` takes those that were seen")
     return labels[items], total[items] / total[items].sum(1, keepdims=True)
 
 # %% ../nbs/05e_export.ipynb #089e8e13
@@ -115,7 +118,9 @@ def to_cartography(record,
 ) -> str|Path: # `path`
     "Write the training dynamics of all epochs with probabilities, as dataset cartography reads them."
     place, epochs = Place(path), _epochs_with_probs(record, split) or [-1]
-    if place.files('training_dynamics'): raise FileExistsError(f"{path}/training_dynamics has files already, and its reader takes all of them for epochs; use another directory")
+    if place.files('training_dynamics'):
+        raise FileExistsError(f"{path}/training_dynamics has files already, and its reader takes all of them for epochs; "
+                              "use another directory")
     items, labels, whole = record.items(split), None, True
     for e in epochs:
         p, gold = record.probs(split, e), np.full(len(items), -1)
@@ -124,21 +129,27 @@ def to_cartography(record,
         whole &= ~np.isnan(p[:, 0]) & (gold >= 0)
         labels = gold if labels is None else labels
         other = (gold >= 0) & (labels >= 0) & (gold != labels)
-        if other.any(): raise ValueError(f"item {other.argmax()} of {split!r} has label {labels[other.argmax()]}, and in epoch {e} label {gold[other.argmax()]}; a data map needs one label an item")
-    if not whole.any(): raise ValueError(f"no item of {split!r} has a label and probabilities in each of the epochs {', '.join(map(str, epochs))}")
+        if other.any():
+            i = other.argmax()
+            raise ValueError(f"item {i} of {split!r} has label {labels[i]}, and in epoch {e} label {gold[i]}; "
+                             "a data map needs one label an item")
+    if not whole.any():
+        raise ValueError(f"no item of {split!r} has a label and probabilities in each of the epochs {', '.join(map(str, epochs))}")
     if not whole.all():
-        warnings.warn(f"{(~whole).sum():,} of {len(items):,} items of {split!r} were not seen in every epoch and are left out; train with `drop_last=False` to have them all", stacklevel=3)
+        warnings.warn(f"{(~whole).sum():,} of {len(items):,} items of {split!r} were not seen in every epoch and are left out; "
+                      "train with `drop_last=False` to have them all", stacklevel=3)
     guid = items['name'] if items['name'].notna().all() and items['name'].is_unique else items['item']
     for k, e in enumerate(epochs):
         z = np.log(np.maximum(record.probs(split, e)[whole].astype(float), 2.**-25)).round(5)
-        lines = [json.dumps({'guid': g, f'logits_epoch_{k}': row, 'gold': y}) for g, row, y in zip(guid[whole].tolist(), z.tolist(), labels[whole].tolist())]
+        rows = zip(guid[whole].tolist(), z.tolist(), labels[whole].tolist())
+        lines = [json.dumps({'guid': g, f'logits_epoch_{k}': row, 'gold': y}) for g, row, y in rows]
         place.write(f'training_dynamics/dynamics_epoch_{k}.jsonl', lambda f: f.write(('\n'.join(lines) + '\n').encode()))
     return path
 
 # %% ../nbs/05e_export.ipynb #c12e23b2
 def to_spotlight(record,
+    by=('margin_loss', 'el2n', 'aum', 'confidence', 'variability', 'correctness', 'forgetting'), # Names in `SCORES`
     split: str = 'train',
-    by=('margin_loss', 'el2n', 'aum', 'confidence', 'variability', 'correctness', 'forgetting'), # Names in `dynamics.SCORES`
     paths=None, # A path an item, in item order; None: the items' names
 ) -> pd.DataFrame: # Columns item, path, label, likely, and a column a score
     "A row an item, with its path, label, preferred class and scores."
@@ -146,6 +157,9 @@ def to_spotlight(record,
     if paths is not None and len(paths) != len(df): raise ValueError(f"{len(paths):,} paths, expected one an item: {len(df):,}")
     if paths is not None: df['path'] = [str(o) for o in paths]
     if df['path'].isna().any(): raise ValueError(f"the items of {split!r} have no names; give `paths`, one an item")
+    df['path'] = df['path'].astype(str)                   # a name may be a number
     cut = df['path'].str.len() >= 200
-    if paths is None and cut.any(): raise ValueError(f"the name of item {cut.argmax()} has 200 characters, where a record cuts names off; give `paths`, one an item")
+    if paths is None and cut.any():
+        raise ValueError(f"the name of item {cut.argmax()} has 200 characters, where a record cuts names off; "
+                         "give `paths`, one an item")
     return df

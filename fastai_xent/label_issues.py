@@ -24,8 +24,8 @@ def _plain(t: dict) -> np.ndarray:
     lam, known = t['lam'].astype(float), ~np.isnan(t['targ'].astype(float))
     return known & np.isnan(lam) & (row_weight(lam, t['occurrence']) > 0)
 
-def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → (rate of the plateau, share of agreement, mean confidence)
-    "What the rows of a split's segment say of its labels."
+def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → three numbers
+    "What a split's rows say of its labels; of each epoch the rate of the plateau, share of agreement, mean confidence."
     targ, = record._cache.values([Label()], seg)
     epochs = {}
     for k, found in seg.found.items():
@@ -73,7 +73,9 @@ def label_issues(record,
     _checked(seg, noise_rate)
     c = _n_classes(record)
     state, targ, _ = doubts = _doubts(record, seg, c)
-    if (targ < 0).all(): raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; masks and sequences have one a position")
+    if (targ < 0).all():
+        raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; "
+                         "masks and sequences have one a position")
     rate, sd, excess = _noise_rate(record, split, doubts, c) if noise_rate is None else (float(noise_rate), 0., 0.)
     if noise_rate is None and (rate > .4 or sd > .06):
         warnings.warn(f"the noise rate, {rate:.0%} ± {sd:.0%}, is hard to tell from what the model does not know; take `p_wrong` for an order, "

@@ -111,14 +111,19 @@ class XentRecords:
         keys, told = self._keys(split), []
         for k, r in self.records.items():
             key, items = keys[k], r.items(split)
-            if key.hasnans: raise ValueError(f"item {key.isna().argmax()} of {split!r} in run {k!r} has no {self.on}; use something else for `on`")
-            if not key.is_unique: raise ValueError(f"two items of {split!r} in run {k!r} have the {self.on} {_told(key[key.duplicated()][0])}; use something else for `on`")
+            if key.hasnans:
+                raise ValueError(f"item {key.isna().argmax()} of {split!r} in run {k!r} has no {self.on}; use something else for `on`")
+            if not key.is_unique:
+                twice = _told(key[key.duplicated()][0])
+                raise ValueError(f"two items of {split!r} in run {k!r} have the {self.on} {twice}; use something else for `on`")
             labels = _labels(r, split, len(items))
             told.append(pd.DataFrame(dict(name=items['name'].to_numpy(), label=np.where(labels < 0, np.nan, labels)), index=key))
         told = pd.concat(told)
         what = 'label' if told['name'].isna().all() else 'name'
         several = told[what].groupby(level=0).nunique() > 1
-        if several.any(): raise ValueError(f"the item of {split!r} with the {self.on} {_told(several.idxmax())} has another {what} in another run; compare runs of one dataset")
+        if several.any():
+            raise ValueError(f"the item of {split!r} with the {self.on} {_told(several.idxmax())} has another {what} in another run; "
+                             "compare runs of one dataset")
 
     def _keys(self, split) -> dict: # run → what tells its items apart, in item order
         "How the items of each run are told apart."
@@ -131,11 +136,12 @@ class XentRecords:
     def __len__(self): return len(self.records)
     def __getitem__(self, name: str) -> XentRecord: return self.records[name]
     def __repr__(self):
-        lines = [f"{s}: {len(self.items(s)):,} items; epochs {', '.join(str(sum(k[1] == s for k in r.epochs)) for r in self.records.values())}" for s in self.splits]
-        return '\n  '.join([f"XentRecords of {len(self)} run{'' if len(self) == 1 else 's'}: {', '.join(self.records)}", *(lines or ['no split that all runs have'])])
+        def epochs(s): return ', '.join(str(sum(k.split == s for k in r.epochs)) for r in self.records.values())
+        lines = [f"{s}: {len(self.items(s)):,} items; epochs {epochs(s)}" for s in self.splits] or ['no split that all runs have']
+        return '\n  '.join([f"XentRecords of {len(self)} run{'' if len(self) == 1 else 's'}: {', '.join(self.records)}", *lines])
 
 @patch
-def items(self: XentRecords, split: str = 'train') -> pd.DataFrame: # Columns item (if it is the index in all runs), name, source (but for `on='name'`)
+def items(self: XentRecords, split: str = 'train') -> pd.DataFrame: # Columns item, name, source, as far as all runs agree on them
     "The items of all runs, ordered by what tells them apart."
     if split not in self.splits: raise KeyError(f"not all runs have the split {split!r}; all have: {', '.join(self.splits) or 'none'}")
     frames, cols = [r.items(split) for r in self.records.values()], dict(item=['item', 'name', 'source'], source=['name', 'source'], name=['name'])[self.on]
@@ -204,7 +210,8 @@ def overlap(self: XentRecords,
 def _epochs(record, split) -> list:
     "The epochs of the items that a split has now."
     starts = record.meta['splits'][split]['starts']
-    return [e for _, s, e in record.epochs if s == split and [k for start, k in starts if start <= e][-1] == starts[-1][1]]
+    now = lambda e: [k for start, k in starts if start <= e][-1] == starts[-1][1]
+    return [e for _, s, e in record.epochs if s == split and now(e)]
 
 @patch
 def _votes(self: XentRecords, split, wanted) -> pd.DataFrame: # Columns key, targ, pred, n (rows)
@@ -214,8 +221,9 @@ def _votes(self: XentRecords, split, wanted) -> pd.DataFrame: # Columns key, tar
         at = keys[k].get_indexer(wanted)
         own, epochs = at[at >= 0], _epochs(r, split)
         if not len(own) or not epochs: continue
-        rows = r.sql(f"select item, targ, pred, count(*) n from record where split = '{split}' and epoch in ({', '.join(map(str, epochs))}) and pred is not null "
-                     f"and item in ({', '.join(map(str, own))}) group by all")
+        rows = r.sql("select item, targ, pred, count(*) n from record join own using (item) join epochs using (epoch) "
+                     f"where split = '{split}' and pred is not null group by all",
+                     own=pd.DataFrame(dict(item=own)), epochs=pd.DataFrame(dict(epoch=epochs)))
         found.append(rows.assign(key=keys[k][rows.pop('item')]))
     return pd.concat(found) if found else pd.DataFrame(columns=['targ', 'pred', 'n', 'key'])
 
@@ -224,7 +232,7 @@ def top(self: XentRecords,
     k: int = 20, # Number of items
     by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
-) -> pd.DataFrame: # Columns of `items`; targ (the label), likely (the class predicted most often), score (mean over runs), std, runs (that have seen it)
+) -> pd.DataFrame: # Columns of `items`; targ, likely (the class predicted most often), score (mean), std, runs (that have seen it)
     "The items a person should look at first, by the mean over runs."
     s, one = self.scores(by, split), next(iter(self.records.values()))
     first = _first(s.mean(axis=1).to_numpy(), by, k)
@@ -232,8 +240,9 @@ def top(self: XentRecords,
     votes = self._votes(split, s.index)
     targ = votes.groupby('key')['targ'].agg(lambda o: o.iloc[0] if o.nunique() == 1 else None)
     likely = votes.groupby(['key', 'pred'])['n'].sum().groupby('key').agg(lambda o: o.idxmax()[1])
-    names = {c: pd.Series([one.class_name(o) for o in v.reindex(s.index)], dtype=object) for c, v in dict(targ=targ, likely=likely).items()}
-    df = self.items(split).iloc[first].reset_index(drop=True).assign(**names, score=s.mean(axis=1).to_numpy(), runs=s.notna().sum(axis=1).to_numpy())
+    def names(v): return pd.Series([one.class_name(o) for o in v.reindex(s.index)], dtype=object)
+    means = dict(score=s.mean(axis=1).to_numpy(), runs=s.notna().sum(axis=1).to_numpy())
+    df = self.items(split).iloc[first].reset_index(drop=True).assign(targ=names(targ), likely=names(likely), **means)
     with np.errstate(invalid='ignore'): df.insert(df.columns.get_loc('runs'), 'std', s.std(axis=1).to_numpy())
     return df
 
