@@ -65,12 +65,12 @@ class XentRecorder(Callback):
         *,
         resume: bool = False, # Go on with the record at `path`, if there is one?
         overwrite: bool = False, # Replace the record at `path`, if there is one?
-        precision: str = 'short', # Of floats in a new record on disk: 'short', 8 binary digits after the leading one, or 'full'
+        precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the leading one, or 'full'
         key_fn=None, # Names an item of the dataset (a path, a row of a data frame); default: path, row label or text
-        eval_every: int = 0, # After every so many epochs, look at all of train without augmentation, as split 'train_eval'; 0: never
-        head: nn.Module|str|None = None, # Record `grand`, the gradient's length in the last linear layer: 'auto' finds the layer, or name it; None: do not
+        eval_every: int = 0, # Every so many epochs look at all of train without augmentation, as 'train_eval'; 0: never
+        head: nn.Module|str|None = None, # Record `grand`, the gradient's length in this last layer; 'auto' finds it
         maps=(), # Items whose numbers are kept for each position, for masks and sequences
-        keep_probs: bool|str|int = False, # Keep the probability of every class? True: up to 2 GB an epoch and split; a number: up to so many bytes; or 'any size'
+        keep_probs: bool|str|int = False, # Keep the probability of every class? True: up to 2 GB a pass; or bytes; or 'any size'
         check: bool = False, # Compare the rows with the loss in every batch? For tests: it waits for the device
     ):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)
@@ -115,7 +115,7 @@ class XentRecorder(Callback):
         "How long the recorded fits have taken."
         return self._life.fit_seconds
 
-# %% ../nbs/06c_recorder.ipynb #fe7e5f66
+# %% ../nbs/06c_recorder.ipynb #0dcfa389
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss', 'after_train',
           'after_validate', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
 _IN_BATCH = ('before_batch', 'after_loss')
@@ -146,14 +146,14 @@ def __call__(self: XentRecorder, event_name):
 def _hears_batch(self: XentRecorder) -> bool: return self.run_train if self.learn.training else self.run_valid
 
 def _name_weights(learn):
-    "A loss whose class weights are given by name is told the order of the names. Its errors are the user's to see: it cannot train like this."
+    "A loss whose class weights are given by name is told their order. Its errors are the user's to see: it cannot train so."
     if not hasattr(learn.loss_func, 'set_vocab'): return
     vocab = getattr(learn.dls, 'vocab', None)
     if vocab is None: return
     words_and_classes = len(vocab) and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__')   # texts have two
     learn.loss_func.set_vocab(vocab[-1] if words_and_classes else vocab)
 
-# %% ../nbs/06c_recorder.ipynb #ad61f855
+# %% ../nbs/06c_recorder.ipynb #b94e0e0a
 @patch
 def _tell(self: XentRecorder, message):
     "Warn, once for each message."
@@ -185,7 +185,8 @@ def _stop(self: XentRecorder, where):
     self._life.stopped, error = True, traceback.format_exc()
     self._drop()
     self._writer.give_up()                                # what was handed in before is kept, if it can be
-    self._tell(f"has stopped recording this fit after an error of its own in {where}; the training goes on, and finished epochs are kept.\n{error}")
+    self._tell(f"has stopped recording this fit after an error of its own in {where}; the training goes on, "
+               f"and finished epochs are kept.\n{error}")
 
 # %% ../nbs/06c_recorder.ipynb #5188c19a
 @patch
@@ -251,7 +252,7 @@ def _after_fit(self: XentRecorder):
 @patch
 def _after_cancel_fit(self: XentRecorder): self._close()
 
-# %% ../nbs/06c_recorder.ipynb #715f17d8
+# %% ../nbs/06c_recorder.ipynb #48246a07
 @patch
 def _before_epoch(self: XentRecorder): self._life.in_fit, self._life.heard = True, False
 
@@ -284,7 +285,8 @@ def _open(self: XentRecorder, split):
     life.now = self._listen(split, self.learn.dl)
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run] if split == 'train' else []
     if mixers: life.now.mixed_by(mixers[0])
-    if len(mixers) > 1: raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: what they make of them is not known")
+    if len(mixers) < 2: return
+    raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: what they make of them is not known")
 
 @patch
 def _listen(self: XentRecorder, split, dl) -> Pass:
@@ -320,7 +322,8 @@ def _after_loss(self: XentRecorder):
 def _tell_of_loss(self: XentRecorder, now):
     "A loss that cannot be asked for its rows is told at the first batch."
     why = getattr(now.rows, 'why_no_loss', '')
-    if why: self._tell(f"has no loss and no gradient of single rows, and records the other columns: the loss is not asked for them, as {why}")
+    if not why: return
+    self._tell(f"has no loss and no gradient of single rows, and records the other columns: the loss is not asked, as {why}")
 
 @patch
 def _compare(self: XentRecorder, batch):

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/same_items.html.md"""
 # %% auto #0
 __all__ = ['OtherItems', 'SameItems']
 
-# %% ../nbs/06a_same_items.ipynb #8dc76f3a
+# %% ../nbs/06a_same_items.ipynb #df92b529
 import numpy as np
 from fastcore.basics import patch
 
@@ -15,7 +15,7 @@ from .items import KnownItems, difference, labels_of
 from .taps import NoItemIdentity
 from .writer import XentWriter
 
-# %% ../nbs/06a_same_items.ipynb #3614a00b
+# %% ../nbs/06a_same_items.ipynb #c8fd56db
 class OtherItems(Exception):
     "These are not the items or classes of the record; the message says how they differ, and what to do."
 
@@ -58,8 +58,9 @@ def look(self: SameItems,
     if now is None:
         now = KnownItems(dataset, self.key_fn, n)
         if now.why: self.tell(f"on the names of the items: {now.why}")
-    self.seen[split] = dataset, n
-    if before is not None and before.fingerprint == now.fingerprint: return
+    (was, _), self.seen[split] = self.seen.get(split, (None, None)), (dataset, n)
+    alike = before is not None and before.fingerprint == now.fingerprint
+    if alike and (was is dataset or now.frame['name'].notna().any()): return    # of another object without names, the labels tell
     self.lists.pop(split, None)
     self._compare(split, now, epoch)
     self.now[split] = now
@@ -87,7 +88,7 @@ def open(self: SameItems, split: str, dataset, epoch: int) -> None:
     known, n = self.seen.get(split, (None, None))
     if known is not dataset or n != _length(dataset): self.look(split, dataset, epoch)
 
-# %% ../nbs/06a_same_items.ipynb #60042c7f
+# %% ../nbs/06a_same_items.ipynb #cbcfcba5
 @patch
 def meet(self: SameItems,
     split: str,
@@ -137,7 +138,7 @@ def _same_labels(self: SameItems, split, k, cols) -> bool:
     was, now = known[cols['item']], cols['targ']
     return not ((was >= 0) & (now >= 0) & (was != now)).any()
 
-# %% ../nbs/06a_same_items.ipynb #1b360c46
+# %% ../nbs/06a_same_items.ipynb #0592a5d5
 @patch
 def check_classes(self: SameItems, c: int) -> None:
     "The model has `c` classes: is that what the record has?"
@@ -152,7 +153,7 @@ def check_vocab(self: SameItems, vocab: list|None) -> None:
     k = next(k for k, (a, b) in enumerate(zip(old, vocab)) if a != b)
     raise OtherItems(f"class {k} of the record is {old[k]!r}, of the dataset {vocab[k]!r}: use a new record, or the same vocab")
 
-# %% ../nbs/06a_same_items.ipynb #1a0fa1ca
+# %% ../nbs/06a_same_items.ipynb #2dbdb909
 _REORDERED = ("If labels are drawn at random this is as it should be. If not, a transform or collate function "
               "reorders the rows of a batch, and the record is wrong")
 

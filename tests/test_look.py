@@ -2,7 +2,6 @@
 import copy
 
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -75,7 +74,10 @@ def dicts(cbs):
     return quiet(DictLearner(dls, Net(), loss_func=XentLossFlat(), lr=.05, cbs=cbs))
 
 def of(model=Net, data=Points, more=list, loss=XentLossFlat):
-    return lambda cbs: learner([*cbs, *more()], loss(), model=model(), train=data(), valid=data(18, seed=1))
+    def make(cbs):
+        set_seed(0)
+        return learner([*cbs, *more()], loss(), model=model(), train=data(), valid=data(18, seed=1))
+    return make
 SEEN = {
     'plain': of(), 'dropout': of(lambda: Net(dropout=.5)), 'inputs': of(data=Far, more=lambda: [Near()]), 'outputs': of(more=lambda: [Sharp()]),
     'targets': of(more=lambda: [OtherLabels()]), 'autocast': of(more=lambda: [CpuAutocast(amp_mode='bf16')]),
@@ -120,6 +122,7 @@ class Averages(Callback):
 
 def trained(tmp_path, **kw):
     "A fit with much that has a state, and what it leaves."
+    set_seed(0)
     notes = Notes()
     cbs = [XentRecorder(**kw), notes, Averages(), MixUp(), GradientAccumulation(20), SaveModelCallback(fname='best'),
            EarlyStoppingCallback(patience=3), ParamScheduler({'lr': SchedCos(.05, .01)})]
@@ -142,6 +145,7 @@ def test_nothing_is_left_in_a_recurrent_model():
     class Last(Callback):
         def after_pred(self): self.learn.pred = self.pred[0]
     def run(**kw):
+        set_seed(0)
         learn = learner([XentRecorder(**kw), Last(), nxt := Next()], model=Recurrent())
         learn.fit(2)
         return state(learn), nxt.states
@@ -179,10 +183,10 @@ class InALook(Callback):
     "Raises in the second batch of a look."
     def __init__(self, ex): self.ex = ex
     def before_batch(self):
-        if self.learn.lock.locked() and self.learn.iter == 1: raise self.ex
+        if self.learn.lock.locked() and self.learn.iter == 1: raise self.ex()
 
-@pytest.mark.parametrize('ex', [CancelEpochException(), CancelFitException(), RuntimeError('no such key')])
-def test_a_look_that_fails_ends_alone(ex):
+@pytest.mark.parametrize('ex, word', [(CancelEpochException, 'CancelEpochException'), (CancelFitException, 'CancelFitException'), (lambda: RuntimeError('no such key'), 'no such key')])
+def test_a_look_that_fails_ends_alone(ex, word):
     "Told with the reason; the fit and its record go on."
     def run(cbs):
         learn = learner([*cbs, InALook(ex)])
@@ -190,15 +194,15 @@ def test_a_look_that_fails_ends_alone(ex):
         return state(learn)
     rec = XentRecorder(eval_every=1)
     with warned() as said: end = run([rec])
-    assert len(said) == 1 and "nothing of 'train_eval'" in said[0] and (type(ex).__name__ in said[0] or 'no such key' in said[0]), said
+    assert len(said) == 1 and "nothing of 'train_eval'" in said[0] and word in said[0], said
     same_bits(end, run([]))
     assert [k.split for k in rec.record.epochs] == ['train', 'valid'] * 2
 
-@pytest.mark.parametrize('ex, n', [(CancelBatchException(), 28), (CancelValidException(), 8)])
+@pytest.mark.parametrize('ex, n', [(CancelBatchException, 28), (CancelValidException, 8)])
 def test_a_look_that_is_cancelled_is_kept_as_far_as_it_went(ex, n):
     rec = XentRecorder(eval_every=1)
     with warned() as said: learner([rec, InALook(ex)]).fit(1)
     assert not said, said
     got = rec.record.to_df('train_eval')
     assert len(got) == n and not got['item'].isin(range(8, 16)).any()
-    pd.testing.assert_series_equal(got['targ'].astype('int64'), pd.Series(Points().y[got['item'].to_numpy()].numpy(), name='targ'))
+    assert got['targ'].tolist() == Points().y[got['item'].tolist()].tolist()

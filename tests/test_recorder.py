@@ -756,3 +756,63 @@ def test_run_is_fastais_switch():
     learn.fit(1)
     assert recorder.record.epochs == [(0, 'train', 0), (1, 'valid', 1)]
     assert recorder.seconds > 0
+
+
+# -- what changes between two fits
+
+def exchanged(ds): ds.items[:] = [f'new{i}.png' for i in range(len(ds))]
+def rebound(ds): ds.items = [f'new{i}.png' for i in range(len(ds))]
+def one_renamed(ds): ds.items[7] = 'x.png'
+def swapped(ds): ds.items[0], ds.items[1] = ds.items[1], ds.items[0]
+def grown(ds): ds.x, ds.y, ds.items = torch.cat([ds.x, ds.x]), torch.cat([ds.y, ds.y]), [f'{i}.png' for i in range(72)]
+def shrunk(ds): ds.x, ds.y, ds.items = ds.x[:20], ds.y[:20], ds.items[:20]
+
+@pytest.mark.parametrize('change', [exchanged, rebound, one_renamed, swapped, grown, shrunk])
+def test_items_that_change_in_place(change):
+    "The same object, other items: found when the fit starts; the rows go to a list of their own, and nothing is lost."
+    heard = []
+    class First(Callback):
+        order = 41
+        def before_train(self): heard.append(len(rec._told))
+    rec, ds = XentRecorder(), Named()
+    learn = learner([rec, First()], train=ds)
+    learn.fit(1)
+    before = rec.record.items()['name'].tolist()
+    change(ds)
+    learn.dls = DataLoaders(TfmdDL(ds, bs=8, shuffle=True, num_workers=0), learn.dls.valid)     # fastai's loader keeps its length
+    with warned() as said: learn.fit(1)
+    assert len(said) == 1 and "the dataset of 'train' is another one from epoch 1 on; its rows go to segment 1" in said[0], said
+    assert heard == [0, 1]                                # told before the first batch
+    record = rec.record
+    assert record.items(segment=0)['name'].tolist() == before and record.items()['name'].tolist() == list(ds.items)
+    assert record.to_df('train').groupby('epoch').size().tolist() == [36, len(ds)]
+    with warned() as said: learn.fit(1)
+    assert not said and len(record.meta['splits']['train']['segments']) == 2
+
+@pytest.mark.parametrize('items', [lambda n: {f'{i}.png': i for i in range(n)}, lambda n: [{'path': i} for i in range(n)]])
+def test_items_that_have_no_names(items):
+    "The fit is recorded without names rather than not at all."
+    rec, ds = XentRecorder(), Points()
+    ds.items = items(36)
+    with warned() as said: learner([rec], train=ds).fit(2)
+    assert not any('Traceback' in o for o in said) and len(said) <= 1, said
+    assert len(rec.record.to_df('train')) == 72 and rec.record.items()['name'].isna().all()
+
+def test_a_loss_learns_the_names_of_the_classes():
+    "A loss that takes weights by name is told the vocab before the first batch; what it says of a wrong one is the user's to see."
+    class ByName(XentLossFlat):
+        def set_vocab(self, vocab):
+            if 'd' in vocab: raise ValueError('no weight for d')
+            told.append(list(vocab))
+    told = []
+    learn = learner([XentRecorder()], ByName())
+    learn.dls.vocab = ['a', 'b', 'c']
+    learn.fit(1)
+    assert told == [['a', 'b', 'c']]
+    learn.dls.vocab = ['a', 'b', 'd']
+    with pytest.raises(ValueError, match='no weight for d'): learn.fit(1)
+
+def test_the_recorder_introduces_itself(tmp_path):
+    assert repr(XentRecorder()) == 'XentRecorder()'
+    shown = repr(XentRecorder(tmp_path / ('long' * 30)))
+    assert shown.startswith('XentRecorder(') and len(shown) <= 80
