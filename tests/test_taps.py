@@ -1,9 +1,11 @@
 "Which item is row i? Items that say who they are, through every loader there is, and a count of the rows that were checked."
+import copy
 import os
 import pickle
 import subprocess
 import sys
 import zipfile
+from functools import wraps
 from itertools import product
 from pathlib import Path
 
@@ -11,6 +13,8 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import torch.utils.data.dataloader as torch_loaders
+from accelerate.data_loader import BatchSamplerShard, DataLoaderDispatcher, DataLoaderShard, prepare_data_loader, skip_first_batches
 from fastai.callback.core import Callback
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.core import DataLoaders, TfmdDL
@@ -20,10 +24,11 @@ from fastai.learner import Learner
 from fastai.tabular.core import TabDataLoader, TabularPandas
 from fastai.text.data import LMDataLoader, SortedDL
 from fastai.torch_core import set_seed
-from helpers import C, CHECKED, MIDDLE, UNIT, Coded, OneRow, Saw, Through, at_most, check, coded, ended, little_memory, quiet, same_bits, through_learner, warned, wrong_rows
+from helpers import C, CHECKED, MIDDLE, UNIT, Coded, OneRow, Saw, Through, at_most, check, coded, decoded, ended, little_memory, quiet, same_bits, through_learner, warned, wrong_rows
+from torch.utils.data import DistributedSampler
 
 import fastai_xent
-from fastai_xent.taps import NoItemIdentity, tap_rows
+from fastai_xent.taps import NoItemIdentity, tap_rows, why_not
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
 
@@ -157,6 +162,309 @@ def test_torch_loader_is_as_before():
     before = dict(vars(dl))
     check(dl, torch_dl(9, batch_size=4))
     assert vars(dl) == before
+
+
+# -- torch loaders that decide for themselves
+
+TorchDL = torch.utils.data.DataLoader
+
+class OwnTorchIter(TorchDL):
+    def __iter__(self): return reversed(list(super().__iter__()))
+class HiddenIter(TorchDL):
+    @wraps(TorchDL.__iter__)
+    def __iter__(self): return reversed(list(super().__iter__()))
+class OwnIterator(TorchDL):
+    def _get_iterator(self): return reversed(list(super()._get_iterator()))
+class OwnIndexSampler(TorchDL):
+    @property
+    def _index_sampler(self): return [[3, 2], [1, 0]]
+class OwnCollation(TorchDL):
+    _auto_collation = property(lambda self: True)
+class OwnAttributes(TorchDL):
+    def __getattribute__(self, k): return super().__getattribute__(k)
+class OwnSamplers(TorchDL):
+    sampler = batch_sampler = property(lambda self: [[3, 2], [1, 0]], lambda self, v: None)
+class Below(OwnTorchIter):
+    "Two classes down."
+
+def of_class(cls, **kw): return lambda: cls(Coded(20), batch_size=4, shuffle=True, **kw)
+def given_iterator():
+    dl = of_class(TorchDL)()
+    dl._get_iterator = lambda: reversed(list(TorchDL._get_iterator(dl)))
+    return dl
+def swapped():
+    dl = of_class(TorchDL)()
+    dl.__class__ = OwnTorchIter
+    return dl
+def dispatched(): return DataLoaderDispatcher(Coded(20), batch_sampler=of_class(TorchDL)().batch_sampler)
+def shard_with_own_iter():
+    class Own(DataLoaderShard):
+        def __iter__(self): return reversed(list(super().__iter__()))
+    return Own(Coded(20), batch_sampler=of_class(TorchDL)().batch_sampler)
+def shard_of_own_iter():
+    dl = DataLoaderShard(Coded(20), batch_sampler=of_class(TorchDL)().batch_sampler)
+    dl.base_dataloader = of_class(OwnTorchIter)()
+    return dl
+def filled_up_unseen():
+    return TorchDL(Coded(20), batch_sampler=BatchSamplerShard(Uneven(), 2, 0))
+class NoLength(Coded):
+    def __len__(self): raise TypeError('endless')
+
+OWN_WAY = {
+    'own __iter__': (of_class(OwnTorchIter), 'OwnTorchIter has its own `__iter__`'), 'below': (of_class(Below), 'Below has its own `__iter__`'), 'hidden by wraps': (of_class(HiddenIter), 'own `__iter__`'), 'own _get_iterator': (of_class(OwnIterator), 'own `_get_iterator`'),
+    'own _index_sampler': (of_class(OwnIndexSampler), 'own `_index_sampler`'), 'own _auto_collation': (of_class(OwnCollation), 'own `_auto_collation`'), 'own attributes': (of_class(OwnAttributes), 'own `__getattribute__`'),
+    'own samplers': (of_class(OwnSamplers), 'own `sampler`, `batch_sampler`'), 'on the instance': (given_iterator, 'own `_get_iterator`'), 'swapped': (swapped, 'OwnTorchIter has its own `__iter__`'), 'dispatcher': (dispatched, 'dispatch_batches=False'),
+    'a shard of its own': (shard_with_own_iter, 'own `__iter__`'), 'a shard around one': (shard_of_own_iter, 'own `__iter__`'), 'filled up unseen': (filled_up_unseen, 'even_batches=False'), 'no length': (lambda: TorchDL(NoLength(20), batch_sampler=[[1]]), 'without a length')}
+
+@pytest.mark.parametrize('kind', OWN_WAY)
+def test_torch_loaders_with_a_way_of_their_own(kind):
+    make, word = OWN_WAY[kind]
+    with pytest.raises(NoItemIdentity) as e: tap_rows(make())
+    assert word in str(e.value) and any(o in str(e.value) for o in ('followed exactly', 'distrib_ctx', 'even_batches=False', 'give it `__len__`'))
+
+def test_a_torch_loader_that_reorders_is_not_recorded():
+    recorder = XentRecorder()
+    learn = through_learner(of_class(OwnTorchIter)(), cbs=[recorder])
+    with warned() as said: learn.fit(2)
+    assert len(said) == 1 and "'train'" in said[0] and 'give a `sampler` or `batch_sampler` instead' in said[0], said
+    assert {k[1] for k in recorder.record.keys} == {'valid'}
+
+@pytest.mark.parametrize('where, name', [(TorchDL, '__iter__'), (TorchDL, '_get_iterator'), (torch_loaders._SingleProcessDataLoaderIter, '_next_data'), (torch_loaders._utils.fetch._MapDatasetFetcher, 'fetch'), (DataLoader, '__iter__'), (TfmdDL, 'sample')])
+def test_methods_that_somebody_has_replaced(where, name, monkeypatch):
+    "In the library itself, for all loaders."
+    old = getattr(where, name)
+    @wraps(old)
+    def new(self, *args): return old(self, *args)
+    monkeypatch.setattr(where, name, new, raising=False)
+    refused = [dl for dl in (of_class(TorchDL)(), TfmdDL(Coded(20), bs=4, num_workers=0)) if why_not(dl)]
+    assert refused and all(f'{name}`' in why_not(dl) for dl in refused)
+    if where in (torch_loaders._SingleProcessDataLoaderIter, torch_loaders._utils.fetch._MapDatasetFetcher): assert len(refused) == 2
+
+@pytest.mark.parametrize('when', ['before', 'during'])
+@pytest.mark.parametrize('make', [of_class(TorchDL), lambda: TfmdDL(Coded(20), bs=4, num_workers=0)], ids=['torch', 'fastai'])
+def test_a_class_that_changes(make, when):
+    "After the tap is on, the loader becomes another one."
+    dl = make()
+    tap = tap_rows(dl).install()
+    class Own(type(dl)):
+        def __iter__(self): return reversed(list(super().__iter__()))
+    if when == 'before': dl.__class__ = Own
+    for _ in dl:
+        tap.freeze()
+        dl.__class__ = Own
+    tap.remove()
+    with pytest.raises(NoItemIdentity, match='own `__iter__`'): tap.rows([0], [4])
+
+
+# -- samplers that give something else
+
+class AnyKey(Coded):
+    def __getitem__(self, o):
+        while isinstance(o, (tuple, list)): o = o[0]
+        return coded(torch.tensor(int(o or 0) % self.n))
+
+class GivesOdd(torch.utils.data.Sampler):
+    def __init__(self, n, what): self.n, self.what = n, what
+    def __len__(self): return self.n
+    def __iter__(self): return (self.what(i) for i in range(self.n))
+
+GIVEN = {'pairs': (lambda i: (i, 224), '(0, 224)'), 'text': (str, "'0'"), 'fractions': (float, '0.0'), 'numpy fractions': (np.float32, 'np.float32(0.0)'), 'booleans': (lambda i: i > 3, 'False'), 'tensors of booleans': (lambda i: torch.tensor(i > 3), 'tensor(False)'),
+         'lists': (lambda i: [i], '[0]'), 'none': (lambda i: None, 'None'), 'from the end': (lambda i: i - 20, '-20'), 'beyond': (lambda i: i + 20, '20')}
+
+@pytest.mark.parametrize('batched', [False, True])
+@pytest.mark.parametrize('kind', GIVEN)
+def test_samplers_of_odd_things(kind, batched):
+    "Told with the first batch, once, with what came."
+    what, word = GIVEN[kind]
+    dl = TorchDL(AnyKey(20), batch_sampler=[[what(i) for i in range(k, k + 4)] for k in range(0, 20, 4)]) if batched else TorchDL(AnyKey(20), batch_size=4, sampler=GivesOdd(20, what))
+    tap = tap_rows(dl).install()
+    next(iter(dl))
+    tap.freeze()
+    tap.remove()
+    with pytest.raises(NoItemIdentity) as e: tap.check()
+    assert f'asks its dataset for {word}, expected indices: whole numbers from 0 to 19' in str(e.value)
+    recorder = XentRecorder()
+    learn = through_learner(dl, cbs=[recorder])
+    with warned() as said: learn.fit(1)
+    assert len(said) == 1 and "'train'" in said[0] and f'asks its dataset for {word}' in said[0], said
+    assert {k[1] for k in recorder.record.keys} == {'valid'}
+
+@pytest.mark.parametrize('batch', [{0: 'a', 1: 'b'}, {0, 1}, 'ab', iter([0, 1])], ids=['dict', 'set', 'text', 'iterator'])
+def test_batches_that_are_no_lists(batch):
+    dl = TorchDL(AnyKey(20), batch_sampler=[batch], collate_fn=len)
+    tap = tap_rows(dl).install()
+    assert list(dl.batch_sampler) == [batch]               # untouched
+    tap.freeze()
+    tap.remove()
+    with pytest.raises(NoItemIdentity, match='asks its dataset for'): tap.check()
+
+def test_ragged_lists():
+    "A batch of lists of different lengths."
+    dl = TorchDL(AnyKey(20), batch_sampler=[[[1, 2], [3]], [[4], [5, 6]]])
+    recorder = XentRecorder()
+    with warned() as said: through_learner(dl, cbs=[recorder]).fit(1)
+    assert len(said) == 1 and 'asks its dataset for [1, 2], expected' in said[0]
+
+def test_fastai_orders_of_odd_things():
+    "fastai's order is known as a whole before the first batch."
+    dl = Order(AnyKey(20), bs=4, num_workers=0)
+    dl.order = [(i, 1) for i in range(20)]
+    tap = tap_rows(dl).install()
+    next(iter(dl))
+    tap.freeze()
+    tap.remove()
+    with pytest.raises(NoItemIdentity, match=r'asks its dataset for \(0, 1\)'): tap.check()
+
+
+# -- a listener changes nothing
+
+class DrawsAtOnce(torch.utils.data.Sampler):
+    "Draws its order when it is asked for an iterator, from torch's own random numbers."
+    def __init__(self, n): self.n = n
+    def __len__(self): return self.n
+    def __iter__(self): return iter(torch.randperm(self.n).tolist())
+
+class LazyOrder(TfmdDL):
+    def get_idxs(self): return torch.utils.data.RandomSampler(self.dataset)
+
+@pytest.mark.parametrize('make', [lambda: TorchDL(Coded(N), batch_sampler=torch.utils.data.BatchSampler(DrawsAtOnce(N), 4, False)), lambda: TorchDL(Coded(N), batch_size=None, sampler=DrawsAtOnce(N), collate_fn=as_batch),
+                                  lambda: LazyOrder(Coded(N), bs=4, num_workers=0), lambda: TorchDL(Coded(N), batch_sampler=DrawsBatches())], ids=['batches', 'single', 'fastai', 'batches at once'])
+def test_orders_that_are_drawn_when_read(make):
+    "The training is the same to the bit, and each row has its item."
+    def run(cbs):
+        set_seed(3)
+        learn = through_learner(make(), cbs=[*cbs, saw := Saw()])
+        learn.fit(2)
+        return ended(learn), saw.seen()
+    recorder = XentRecorder()
+    (plain, seen), (learn, again) = run([]), run([recorder])
+    same_bits(plain.end, learn.end)
+    for (s, a), (t, b) in zip(seen, again): assert s == t and np.array_equal(a, b)
+    df = recorder.record.to_df()
+    assert not wrong_rows(df).any() and len(df) == sum(len(o) for _, o in seen)
+
+def as_batch(b): return tuple(o[None] for o in b)
+class DrawsBatches:
+    def __len__(self): return 5
+    def __iter__(self): return iter(torch.randperm(N)[:45].view(5, 9))
+
+def test_a_lazy_order_with_workers():
+    "Each worker would draw its own."
+    recorder = XentRecorder()
+    with warned() as said: through_learner(LazyOrder(Coded(N), bs=4, num_workers=2), cbs=[recorder]).fit(1)
+    assert len(said) == 1 and 'return a list' in said[0]
+    assert {k[1] for k in recorder.record.keys} == {'valid'}
+
+def test_a_sampler_is_itself_while_it_is_listened_to():
+    dl = TorchDL(Coded(N), sampler=(inner := DistributedSampler(range(N), 2, 0)), batch_size=4)
+    sampler = dl.batch_sampler
+    tap = tap_rows(dl).install()
+    on = dl.batch_sampler
+    assert on is not sampler and isinstance(on, torch.utils.data.BatchSampler) and len(on) == len(sampler) and on.sampler is inner
+    on.batch_size, on.mine = 7, 'x'
+    assert sampler.batch_size == 7 and sampler.mine == 'x' and not hasattr(on, 'yours')
+    del on.mine
+    assert not hasattr(sampler, 'mine')
+    for copied in (copy.copy(on), copy.deepcopy(on), pickle.loads(pickle.dumps(on))): assert type(copied) is torch.utils.data.BatchSampler and copied.batch_size == 7
+    assert type(copy.deepcopy(dl).batch_sampler) is torch.utils.data.BatchSampler
+    again = tap_rows(dl).install()                         # after an interrupted fit
+    assert again.sampler is sampler
+    tap.remove()
+    assert dl.batch_sampler is not sampler
+    again.remove()
+    assert dl.batch_sampler is sampler
+
+@pytest.mark.parametrize('taken', [1, 3, 13])
+def test_workers_that_stay_and_serve_somebody_else(taken):
+    "Workers that stay serve one pass at a time: who takes batches in between takes the training's."
+    dl = torch_dl(batch_size=4, shuffle=True, num_workers=2, persistent_workers=True)
+    def take(learn):
+        for _ in zip(range(taken), learn.dls.train): pass
+    recorder = XentRecorder()
+    learn = through_learner(dl, cbs=[recorder, At('after_batch', take, 0, lambda learn: learn.training and learn.iter == 8)])
+    with warned() as said: learn.fit(1)
+    df = recorder.record.to_df()
+    assert not wrong_rows(df).any()
+    assert len(said) == 1 and 'somebody else took batches' in said[0] and set(df['split']) == {'valid'}
+
+
+# -- several processes
+
+@pytest.mark.parametrize('shuffle', [False, True])
+@pytest.mark.parametrize('n, ranks, bs', [(10, 3, 2), (9, 3, 2), (2, 4, 3), (23, 2, 5), (7, 7, 1)])
+def test_repeats_of_a_distributed_sampler(n, ranks, bs, shuffle):
+    for drop_last in (False, True):
+        if drop_last and n < ranks: continue
+        whole, marked = [], []
+        for r in range(ranks):
+            dl = TorchDL(Coded(n), batch_size=bs, sampler=DistributedSampler(range(n), ranks, r, shuffle=shuffle, drop_last=drop_last))
+            items, padding = heard(dl)
+            whole += items[~padding].tolist()
+            marked += items[padding].tolist()
+        if drop_last: assert not marked and len(set(whole)) == len(whole) == n // ranks * ranks
+        else: assert sorted(whole) == list(range(n)) and len(marked) == -n % ranks
+
+def heard(dl):
+    "The items of one pass, which are as decoded, and which of them are repeats."
+    tap = tap_rows(dl).install()
+    seen = []
+    for x, y in dl:
+        tap.freeze()
+        tap.check()
+        seen.append(decoded(x, y))
+    tap.remove()
+    items = tap.rows([*range(len(seen))], [len(o) for o in seen])
+    np.testing.assert_array_equal(items, np.concatenate(seen) if seen else [])
+    return items, np.zeros(len(items), dtype=bool) if tap.padding is None else tap.padding
+
+@pytest.mark.parametrize('split', [False, True])
+@pytest.mark.parametrize('even', [False, True])
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('ranks', [1, 2, 3])
+def test_repeats_of_accelerate(ranks, drop_last, even, split):
+    "Each item once among those that are no repeats, however batches are dealt out or cut."
+    for n in (1, 2, 5, 6, 7, 11, 12, 13, 24):
+        order, whole, marked = np.random.default_rng(n).permutation(n).tolist(), [], []
+        for r in range(ranks):
+            inner = torch.utils.data.BatchSampler(order, 2 * ranks if split else 2, drop_last)
+            dl = DataLoaderShard(Coded(n), batch_sampler=BatchSamplerShard(inner, ranks, r, split, even))
+            items, padding = heard(dl)
+            whole += items[~padding].tolist()
+            marked += items[padding].tolist()
+            later, repeats = heard(skip_first_batches(dl, 1))
+            np.testing.assert_array_equal(later, items[2:])
+            np.testing.assert_array_equal(repeats, padding[2:])
+        assert len(set(whole)) == len(whole)
+        if not drop_last: assert sorted(whole) == list(range(n))
+        if drop_last or not even: assert not marked
+
+@pytest.mark.parametrize('workers', [0, 2])
+def test_loaders_that_accelerate_has_prepared(workers):
+    "With seeds of their own, an epoch that is set, and one batch ahead."
+    def prepared(n, **kw):
+        dl = torch_dl(n, num_workers=workers, **kw)
+        return prepare_data_loader(dl, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=5, rng_types=['generator'])
+    learn = check(prepared(N, batch_size=4, shuffle=True), prepared(9, batch_size=4), epochs=2)
+    seen = [o for s, o in learn.seen if s == 'train']
+    assert not np.array_equal(*seen)
+    before = dict(vars(learn.dls.train))
+    check(learn.dls.train, prepared(9, batch_size=4), epochs=1)
+    assert type(learn.dls.train.batch_sampler) is torch.utils.data.BatchSampler and before.keys() == vars(learn.dls.train).keys()
+
+
+# -- tsai's loaders, by their own rules
+
+class NumpyDataLoader(TfmdDL):
+    "As tsai's: it chooses the items of a batch once more."
+    __module__ = 'tsai.data.core'
+    partial_n = weights = sampler = None
+    sort = False
+
+@pytest.mark.parametrize('kw, word', [(dict(shuffle=True), ''), (dict(), ''), (dict(shuffle=True, partial_n=5), ''), (dict(sort=True), ''), (dict(shuffle=True, sort=True), 'sort=False'), (dict(sampler=[1], sort=True), 'sort=False'), (dict(partial_n=5), 'shuffle=True'), (dict(weights=[1]), 'shuffle=True')])
+def test_tsai(kw, word):
+    dl = NumpyDataLoader(Coded(9), bs=4, num_workers=0, shuffle=kw.pop('shuffle', False))
+    for k, v in kw.items(): setattr(dl, k, v)
+    assert (word in why_not(dl)) if word else not why_not(dl)
 
 
 # -- other ways to start a worker
