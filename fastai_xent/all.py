@@ -22,7 +22,7 @@ from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats, softmax_jacobian, xent_grad, xent_stats
 from .recorder import XentRecorder
 from .records import XentRecords
-from .rows import NotRecordable
+from .batch import NotRecordable
 from .sampler import XentSampler
 from .store import XentRecord
 

@@ -24,7 +24,8 @@ from fastcore.basics import patch
 
 from .items import NoItemIdentity, RowTap, _FastaiTap, tap_rows
 from .linear import Features
-from .rows import NotRecordable, RowBuffer, read_batch
+from .batch import NotRecordable, read_batch
+from .rows import RowBuffer
 
 # %% ../nbs/05b_sampler.ipynb #489b75f1
 def n_skipped(
