@@ -30,10 +30,12 @@ from torch import nn
 
 import fastai_xent.bridges  # noqa: F401 methods of a record, as the next
 import fastai_xent.label_issues  # noqa: F401
+from .batch import Batch, MixTap, NotRecordable, put_back, read_batch
 from .head import HeadTap, find_head
 from .items import NoItemIdentity, class_names, fingerprint, items_frame, tap_rows
 from .numerics import XentStats
-from .rows import Batch, MixTap, NotRecordable, RowBuffer, expected_loss, put_back, read_batch, row_stats
+from .rowloss import row_stats
+from .rows import RowBuffer
 from .store import XentRecord
 
 # %% ../nbs/05_recorder.ipynb #c7cb7eae
@@ -80,7 +82,7 @@ class XentRecorder(Callback):
         head: nn.Module|str|None = None, # Record `grand`, the gradient's length in the last linear layer: 'auto' finds the layer, or name it; None: do not
         maps=(), # Items whose numbers are kept for each position, for masks and sequences
         keep_probs: bool|str|int = False, # Keep the probability of every class? True: up to 2 GB an epoch and split; a number: up to so many bytes; or 'any size'
-        check: bool = False, # Compare the rows with the loss in every batch? For tests: it waits for the device
+        check: bool = False, # Is it an error if the losses of the rows do not add up to the Learner's?
     ):
         if resume and overwrite: raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
         record = XentRecord.new(path, overwrite=True) if path is None else None
@@ -143,10 +145,10 @@ class XentRecorder(Callback):
         self._writes = []
         self._tell(f"XentRecorder has stopped recording this fit after an error of its own in {where}; the training goes on, and finished epochs are kept.\n{error}")
 
-    def _tell(self, message):
-        "Warn, once for each message."
-        if message not in self._told: warnings.warn(message, stacklevel=3)
-        self._told.add(message)
+    def _tell(self, message, once=None):
+        "Warn, once for each message, or for what it is about."
+        if (once or message) not in self._told: warnings.warn(message, stacklevel=3)
+        self._told.add(once or message)
 
     def _drop(self):
         "Give up the running pass."
@@ -268,8 +270,7 @@ def after_loss(self: XentRecorder):
     if self._now is None: return
     learn = self.learn
     try: self._take(read_batch(learn, self._now.mix), learn.iter, learn.train_iter if learn.training else -1)
-    except NotRecordable as e: return self._leave(e)
-    if self.check: self._compare(read_batch(learn, self._now.mix))
+    except NotRecordable as e: self._leave(e)
 
 @patch
 def _take(self: XentRecorder, batch: Batch, i, step):
@@ -282,13 +283,7 @@ def _take(self: XentRecorder, batch: Batch, i, step):
     elif self.maps: self._take_maps(batch, i)
     if self.keep_probs: self._take_probs(batch, i)
     now.rows.add(i, batch, step, None if now.head is None else dict(grand=now.head.factor(batch.pred)))
-
-@patch
-def _compare(self: XentRecorder, batch):
-    "The rows' losses must add up to the loss."
-    got, want = expected_loss(batch).item(), self.learn.loss.mean().item()
-    if not np.isclose(got, want, rtol=1e-3 if batch.pred.dtype in (torch.float16, torch.bfloat16) else 1e-4, atol=1e-6, equal_nan=True):
-        raise RuntimeError(f"the rows of batch {self.learn.iter} have the loss {got}, the Learner has {want}")
+    if now.rows.why_no_loss: self._tell(f"XentRecorder leaves `loss` and `grad_norm` empty: {now.rows.why_no_loss}", once='no loss')
 
 # %% ../nbs/05_recorder.ipynb #99b5f32d
 @patch
@@ -299,9 +294,11 @@ def _close(self: XentRecorder):
     self._drop()
     rows, now.rows = now.rows, None
     self._settle(room=rows.n)                             # before the rows are there twice
-    cols, at, sizes = rows.cols(), rows.at, rows.sizes
+    try: cols, balance, at, sizes = rows.cols(), rows.balance(), rows.at, rows.sizes
+    except NotRecordable as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now.split!r}: {e}")
     del rows                                              # a million rows are some 30 MB
     if not cols: return
+    self._compare(now.split, balance)
     try: cols['item'] = now.tap.rows(at, sizes)
     except NoItemIdentity as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now.split!r}: {e}")
     cols['padding'], now.tap = now.tap.padding, None      # its orders are no longer needed
@@ -312,6 +309,14 @@ def _close(self: XentRecorder):
     if self._stopped: return
     self._wrote = True
     self._write(self._fit, self._epoch, now.split, cols, now.maps, _by_row(now.probs, cols))
+
+@patch
+def _compare(self: XentRecorder, split, balance):
+    "Tell, once a split, if the losses of the rows do not add up to those that the Learner had; with `check` it is an error."
+    if not balance.differ.any(): return
+    message = f"in epoch {self._epoch} of {split!r} {balance}"
+    if self.check: raise RuntimeError(message)
+    self._tell(f"XentRecorder: {message}", once=(split, 'differs'))
 
 @patch
 def _finish_grand(self: XentRecorder, cols, split):
