@@ -28,7 +28,8 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastai_xent.linear import linear_xent
 from fastai_xent.losses import XentLoss, XentLossFlat
-from fastai_xent.rows import Batch, RowBuffer
+from fastai_xent.batch import Batch
+from fastai_xent.rows import RowBuffer
 
 GEN = torch.Generator().manual_seed(0)
 KEEPS = dict(MALLOC_TRIM_THRESHOLD_='4294967296', MALLOC_MMAP_THRESHOLD_='4294967296', MALLOC_TOP_PAD_='268435456')  # glibc's allocator keeps its memory

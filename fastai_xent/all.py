@@ -22,7 +22,7 @@ from .numerics import XentStats, softmax_jacobian, xent_grad, xent_stats
 from .record import XentRecord
 from .recorder import XentRecorder
 from .records import XentRecords
-from .rows import NotRecordable
+from .batch import NotRecordable
 from .sampler import XentSampler
 from .taps import NoItemIdentity
 from .writer import RecordReplaced, XentWriter

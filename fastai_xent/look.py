@@ -21,7 +21,7 @@ from torch import nn
 
 from .taps import NoItemIdentity
 from .passes import Pass
-from .rows import NotRecordable, read_batch
+from .batch import NotRecordable, read_batch
 
 # %% ../nbs/06b_look.ipynb #e337ae75
 @contextmanager

@@ -14,7 +14,9 @@ import torch
 from torch import nn
 
 from .items import items_frame
-from .rows import Batch, RowBuffer, xent_settings
+from .batch import Batch
+from .rowloss import xent_settings
+from .rows import RowBuffer
 
 # %% ../nbs/05fa_loop.ipynb #abb090c1
 def items_of(
@@ -60,7 +62,7 @@ class Pass:
         for what, o in (('pred', pred), ('targ', targ)):
             if not isinstance(o, torch.Tensor): raise TypeError(f"{what} is a {type(o).__name__}, expected a tensor")
         settings = xent_settings(self.loss_func)
-        axis = getattr(self.loss_func, 'axis', 1) if settings is None else settings['axis']
+        axis = getattr(self.loss_func, 'axis', 1) if settings is None else settings.axis
         if pred.ndim < 2 or not pred.is_floating_point() or not -pred.ndim <= axis < pred.ndim:
             raise ValueError(f"pred is {pred.dtype} of shape {list(pred.shape)}, "
                              f"expected class logits with the classes in axis {axis}")

@@ -15,7 +15,9 @@ from fastcore.basics import patch
 from .head import HeadTap
 from .taps import tap_rows
 from .numerics import XentStats
-from .rows import Batch, MixTap, RowBuffer, row_stats
+from .batch import Batch, MixTap
+from .rowloss import row_stats
+from .rows import RowBuffer
 
 # %% ../nbs/06_passes.ipynb #384571f3
 class Pass:
@@ -66,7 +68,7 @@ def columns(self: Pass) -> dict: # Column → array; empty if no batch came
     rows, self.rows = self.rows, None
     cols, at, sizes = rows.cols(), rows.at, rows.sizes
     if not cols: return {}
-    if hasattr(rows, 'balance'): self.balance = rows.balance()
+    self.balance = rows.balance()
     del rows                                              # a million rows are some 30 MB
     cols['item'] = self.tap.rows(at, sizes)
     cols['padding'], self.tap = self.tap.padding, None    # its orders are no longer needed

@@ -31,10 +31,10 @@ from .items import class_names
 from .look import LookFailed, in_order, look
 from .passes import KeptMaps, KeptProbs, Pass, most_bytes
 from .record import XentRecord
-from .rows import NotRecordable, expected_loss, put_back, read_batch
+from .batch import NotRecordable, put_back, read_batch
 from .same_items import OtherItems, SameItems
 from .taps import NoItemIdentity, tap_rows
-from .writer import XentWriter
+from .writer import RecordReplaced, XentWriter
 
 # %% ../nbs/06c_recorder.ipynb #c7cb7eae
 @dataclass
@@ -71,7 +71,7 @@ class XentRecorder(Callback):
         head: nn.Module|str|None = None, # Record `grand`, the gradient's length in this last layer; 'auto' finds it
         maps=(), # Items whose numbers are kept for each position, for masks and sequences
         keep_probs: bool|str|int = False, # Keep the probability of every class? True: up to 2 GB a pass; or bytes; or 'any size'
-        check: bool = False, # Compare the rows with the loss in every batch? For tests: it waits for the device
+        check: bool = False, # Is it an error of ours, if the losses of a pass's rows do not add up to the Learner's?
     ):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)
         self._resumed = bool(resume and self._writer.record.epochs)
@@ -137,7 +137,7 @@ def __call__(self: XentRecorder, event_name):
     try:
         if self.run and (event_name not in _IN_BATCH or self._hears_batch): getattr(self, f'_{event_name}')()
     except (NoItemIdentity, NotRecordable) as e: self._leave(life.split, e)
-    except OtherItems as e: self._refuse(e)
+    except (OtherItems, RecordReplaced) as e: self._refuse(e)
     except Exception: self._stop(f'`{event_name}`')
     if event_name == 'after_fit': self.run = True         # as fastai has it
     life.seconds += time.perf_counter() - start
@@ -316,21 +316,14 @@ def _after_loss(self: XentRecorder):
     if first: self._same.check_classes(batch.n_classes)
     now.take(batch, learn.iter, learn.train_iter if learn.training else -1)
     if first: self._tell_of_loss(now)
-    if self.check: self._compare(batch)
 
 @patch
 def _tell_of_loss(self: XentRecorder, now):
     "A loss that cannot be asked for its rows is told at the first batch."
-    why = getattr(now.rows, 'why_no_loss', '')
+    why = now.rows.why_no_loss
     if not why: return
     self._tell(f"has no loss and no gradient of single rows, and records the other columns: the loss is not asked, as {why}")
 
-@patch
-def _compare(self: XentRecorder, batch):
-    "The rows' losses must add up to the loss."
-    got, want = expected_loss(batch).item(), self.learn.loss.mean().item()
-    if not np.isclose(got, want, rtol=1e-3 if batch.pred.dtype in (torch.float16, torch.bfloat16) else 1e-4, atol=1e-6, equal_nan=True):
-        raise RuntimeError(f"the rows of batch {self.learn.iter} have the loss {got}, the Learner has {want}")
 
 # %% ../nbs/06c_recorder.ipynb #99b5f32d
 @patch
@@ -371,7 +364,8 @@ def _tell_of_grand(self: XentRecorder, split, cols):
 @patch
 def _keep_doubt(self: XentRecorder, now, epoch):
     "Where rows and Learner differ in the loss, the record says so."
-    if now.balance is None or not now.balance.differ.any(): return
+    if not now.balance.differ.any(): return
+    if self.check: raise RuntimeError(f"in epoch {epoch} of {now.split!r} {now.balance}")
     found = [self._life.fit, now.split, epoch, str(now.balance)]
     self._writer._save(ledger=[*self._same.meta.get('ledger', []), found])
     if (now.split, 'ledger') in self._told: return

@@ -23,8 +23,9 @@ from fastai.data.load import DataLoader
 from fastcore.basics import patch
 
 from .linear import Features
-from .rows import NotRecordable, RowBuffer, read_batch
 from .taps import NoItemIdentity, RowTap, _FastaiTap, tap_rows
+from .batch import NotRecordable, read_batch
+from .rows import RowBuffer
 
 # %% ../nbs/07a_sampler.ipynb #489b75f1
 def n_skipped(

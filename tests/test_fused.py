@@ -15,7 +15,8 @@ from fastai_xent import fused, losses
 from fastai_xent.fused import fused_pass, fused_stats
 from fastai_xent.losses import XentLoss
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
-from fastai_xent.rows import Batch, RowBuffer
+from fastai_xent.batch import Batch
+from fastai_xent.rows import RowBuffer
 
 ROOT = Path(__file__).parent.parent
 inf, nan = float('inf'), float('nan')

@@ -13,7 +13,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastai_xent import losses, rows as rows_module
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_stats
-from fastai_xent.rows import Batch, RowBuffer, read_batch
+from fastai_xent.batch import Batch, read_batch
+from fastai_xent.rows import RowBuffer
 
 LOSSES = {'ours': XentLoss(), 'stock': nn.CrossEntropyLoss()}
 
@@ -113,14 +114,11 @@ def test_no_batch_on_a_device_waits_for_it(monkeypatch, make, shape, dtype):
 
 class OnDevice(RowBuffer):
     "A buffer that takes a CPU for a device: rows wait there until the pass is over."
-    fetching = False
-    def _keep(self, part, at, n):
-        if self.fetching: super()._keep(part, at, n)
-        else: self.parts.append((part, at, n))
-    def _fetch(self):
-        self.fetching = True
-        super()._fetch()
-        self.fetching = False
+    def _take(self, b, extra, to):
+        part = {k: v.detach().clone() for k, v in extra.items()}
+        if rows_module._may_wait(b): self._wait(b, part)
+        else: part.update(rows_module._columns(b, self._stats(b), to.start))
+        self.parts.append((part, to))
 
 @pytest.mark.parametrize('waits', [False, True])
 def test_rows_that_stay_on_a_device_are_the_same(monkeypatch, waits):
@@ -130,7 +128,7 @@ def test_rows_that_stay_on_a_device_are_the_same(monkeypatch, waits):
         for i, (a, b) in enumerate(zip(z.split(7), y.split(7))): rows.add(i, Batch(a, b, nn.CrossEntropyLoss(), 1), i, extra=dict(grand=a[:, 0].bfloat16(), k=b) if i % 2 else None)
         return rows.cols()
     want = add_all(RowBuffer(60))
-    monkeypatch.setattr(rows_module, '_may_wait', lambda b, last: waits)
+    monkeypatch.setattr(rows_module, '_may_wait', lambda b: waits)
     got = add_all(OnDevice(20))
     assert list(got)[:8] == list(want)[:8] and got.keys() == want.keys()
     for k in want: assert_close(torch.tensor(got[k]), torch.tensor(want[k]), rtol=1e-5, atol=1e-6, equal_nan=True)
