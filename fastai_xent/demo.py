@@ -87,11 +87,11 @@ def found(learn: Learner) -> dict: # auroc, precision at k, k, and the recorder'
 def pictures(learn: Learner, path: Path) -> list: # Of the files
     "Losses, data map and the suspects, as PNG files."
     from fastai_xent import show, views  # only these need matplotlib
-    record = learn.xent_recorder.record
+    record, title = learn.xent_recorder.record, 'The 20 training digits to look at first'
     top = record.top(20)
     figs = {'losses': views.plot_losses(record),
             'data_map': views.plot_data_map(record, mark=top['item']),
-            'suspects': show.draw_items(record, top, learn.dls, title='The 20 training digits to look at first', cols=10, size=1.1)}
+            'suspects': show.draw_items(record, top, learn.dls, title=title, cols=10, size=1.1)}
     files = []
     for name, drawn in figs.items():
         files.append(path / f'{name}.png')
