@@ -8,7 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/show.html.md"""
 __all__ = ['Sample', 'read_item', 'read_items', 'with_probs', 'draw_sample', 'draw_items', 'items_table', 'show_items',
            'show_top', 'show_history']
 
-# %% ../nbs/08a_show.ipynb #c95f5ed9
+# %% ../nbs/08a_show.ipynb #dbf51f39
 import textwrap
 from contextlib import contextmanager
 from math import ceil, sqrt
@@ -19,7 +19,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastai.tabular.core import Tabular
-from fastai.torch_core import display_df, no_random, show_image
+from fastai.torch_core import display_df, no_random, show_image, to_device
+from fastcore.basics import getcallable
 from fasttransform import Pipeline
 from matplotlib.colors import ListedColormap
 from PIL import Image
@@ -28,7 +29,7 @@ from torch import Tensor
 from .items import item_names
 from .views import _ORANGE, _columns, _shades, item_history, plot_history
 
-# %% ../nbs/08a_show.ipynb #5beff5de
+# %% ../nbs/08a_show.ipynb #f46ec375
 class Sample(NamedTuple):
     "An item, ready to be shown."
     inputs: tuple # What the model gets, decoded as far as it can show itself
@@ -38,8 +39,9 @@ class Sample(NamedTuple):
 @contextmanager
 def _as_valid(dl):
     "Read items as those of valid are read."
-    pipes = [o.tfms for o in getattr(dl.dataset, 'tls', [dl.dataset]) if isinstance(getattr(o, 'tfms', None), Pipeline)]
-    pipes += [o for o in [getattr(dl, 'after_item', None)] if isinstance(o, Pipeline)]
+    found = [getattr(o, 'tfms', None) for o in getattr(dl.dataset, 'tls', [dl.dataset])]
+    found += [getattr(dl, o, None) for o in ('after_item', 'before_batch', 'after_batch')]
+    pipes = [o for o in found if isinstance(o, Pipeline)]
     old = [o.split_idx for o in pipes]
     for o in pipes: o.split_idx = 1
     try: yield
@@ -51,22 +53,37 @@ def read_item(
     i: int, # Index in its dataset
 ) -> Sample:
     "Item `i` without augmentation, and without a trace in the random states."
-    ds, after = dl.dataset, getattr(dl, 'after_item', None)
+    ds = dl.dataset
     if isinstance(ds, Tabular): return Sample((ds.new(ds.items.iloc[[i]]).decode().items[list(ds.x_names)].iloc[0],))
     with no_random(), _as_valid(dl):
-        got = raw = ds[i]
-        if isinstance(after, Pipeline): got = after(got)
-        if isinstance(after, Pipeline) and hasattr(ds, 'decode'): got = ds.decode(after.decode(got), full=False)
-    if not isinstance(raw, (tuple, list)): return Sample((got,))
-    n = getattr(ds, 'n_inp', max(1, len(raw) - 1))
+        raw = ds[i]
+        if not isinstance(raw, (tuple, list)): return Sample((_decoded(dl, raw),))
+        n = getattr(ds, 'n_inp', max(1, len(raw) - 1))
+        got = _decoded(dl, raw, batched=_mask(raw[n:]) is not None)
     return Sample(tuple(got[:n]), tuple(got[n:]), _class_of(raw[n:]))
+
+def _decoded(dl, item, batched=False):
+    "What a dataset gave, transformed by its loader, and decoded until it can show itself."
+    if not isinstance(getattr(dl, 'after_item', None), Pipeline): return item
+    item = dl.after_item(item)
+    if not batched: return getcallable(dl.dataset, 'decode')(dl.after_item.decode(item), full=False)
+    b = dl.do_batch([item])
+    b = dl.after_batch(b if dl.device is None else to_device(b, dl.device))
+    return dl.decode_batch(b, max_n=1, full=False)[0]
+
+def _array(x) -> np.ndarray: return np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
+
+def _mask(targets):
+    "The class of each position of a picture, if these targets are that."
+    y = targets[0] if len(targets) == 1 else None
+    return y if isinstance(y, Image.Image) or len(getattr(y, 'shape', ())) == 2 else None
 
 def _class_of(targets) -> int|None:
     "The one class that these targets name."
-    y = np.asarray(targets[0]) if len(targets) == 1 else np.empty(0)
+    y = _array(targets[0]) if len(targets) == 1 else np.empty(0)
     return int(y.reshape(())) if y.size == 1 and y.dtype.kind in 'iu' else None
 
-# %% ../nbs/08a_show.ipynb #12ebc195
+# %% ../nbs/08a_show.ipynb #daf05472
 def read_items(
     record, # An `XentRecord`
     items: pd.DataFrame, # Columns item, and perhaps name and targ
@@ -76,44 +93,50 @@ def read_items(
 ) -> list: # A `Sample` an item
     "The items of a table, read one by one, after a look at whether they are those of the record."
     _columns(items, 'item')
-    if dls is None: return [_from_name(f'item {i}' if pd.isna(o) else o) for i, o in zip(items['item'], items.get('name', [None] * len(items)))]
+    if dls is None: return [_from_name(f'item {i}' if pd.isna(o) else o) for i, o in _pairs(items, 'name')]
     dl = _loader(dls, split)
     _check_names(record, items, dl.dataset, split, key_fn)
     samples = [read_item(dl, int(i)) for i in items['item']]
     if 'name' not in items or items['name'].isna().any(): _check_labels(record, items, samples)
     return samples
 
+def _pairs(items, column): return zip(items['item'], items.get(column, [None] * len(items)))
+
 def _loader(dls, split):
-    "The loader of a split, on its own process."
+    "The loader of a split; of a distributed one, that of this process."
     at = dict(train=0, train_eval=0, valid=1)
     if split not in at: raise KeyError(f"split {split!r} has no loader, expected one of {', '.join(at)}")
     dl = dls[at[split]]
     return dl.dl if 'dl' in vars(dl) else dl
 
 def _check_names(record, items, ds, split, key_fn):
-    n, called = len(record.items(split)), item_names(ds, key_fn)
-    if len(ds) != n: raise ValueError(f"{split!r} has {n:,} items in the record and {len(ds):,} in these DataLoaders; give those of the run")
-    if called is None or 'name' not in items: return
-    for i, name in zip(items['item'], items['name']):
+    n = len(record.items(split))
+    if len(ds) != n:
+        raise ValueError(f"{split!r} has {n:,} items in the record and {len(ds):,} in these DataLoaders; "
+                         "give those of the run")
+    called = item_names(ds, key_fn)
+    for i, name in _pairs(items, 'name') if called is not None else ():
         if pd.isna(name) or str(name) == str(called[i]): continue
-        raise ValueError(f"item {i} of {split!r} is {str(name)!r} in the record and {str(called[i])!r} in these DataLoaders; "
-                         "give those of the run, and the `key_fn` of the recorder if it had one")
+        raise ValueError(f"item {i} of {split!r} is {str(name)!r} in the record and {str(called[i])!r} in these "
+                         "DataLoaders; give those of the run, and the `key_fn` of the recorder if it had one")
 
 def _check_labels(record, items, samples):
-    for i, targ, s in zip(items['item'], items.get('targ', [None] * len(items)), samples):
+    for (i, targ), s in zip(_pairs(items, 'targ'), samples):
         now = record.class_name(s.label)
-        if targ is None or now is None or pd.isna(targ) or str(now) == str(targ): continue
-        raise ValueError(f"item {i} has the label {str(targ)!r} in the record and {str(now)!r} in these DataLoaders; give those of the run")
+        if now is None or pd.isna(targ) or str(now) == str(targ): continue
+        raise ValueError(f"item {i} has the label {str(targ)!r} in the record and {str(now)!r} in these DataLoaders; "
+                         "give those of the run")
 
-# %% ../nbs/08a_show.ipynb #34399aab
+# %% ../nbs/08a_show.ipynb #de06309e
 def _from_name(name) -> Sample:
     "What a name shows: the picture that it leads to, or itself."
     path = Path(str(name))
-    if path.suffix.lower() not in Image.registered_extensions() or not path.is_file(): return Sample((str(name),))
+    may_be = path.suffix.lower() in Image.registered_extensions() and path.is_file()
+    if not may_be: return Sample((str(name),))
     try: return Sample((Image.open(path).convert('RGB'),))
     except OSError as e: return Sample((f"{name}\n({e})",))
 
-# %% ../nbs/08a_show.ipynb #180158c0
+# %% ../nbs/08a_show.ipynb #e19bc2dc
 def with_probs(
     record, # An `XentRecord`
     items: pd.DataFrame, # Columns item, targ, likely, as from `record.top()`
@@ -133,41 +156,56 @@ def _last_probs(record, item, targ, likely, split) -> tuple:
     last = h.iloc[-1]
     return last['p_targ'], last['p_targ' if likely == targ else 'p_rival']
 
-# %% ../nbs/08a_show.ipynb #40711b84
-def _named(name, p) -> str: return f"{'' if name is None or pd.isna(name) else name}{'' if pd.isna(p) else f' ({p:.0%})'}".strip()
+# %% ../nbs/08a_show.ipynb #83cfdf63
+def _named(name, p) -> str: return str(name) if pd.isna(p) else f"{name} ({p:.0%})"
 
 def _wrap(text, width) -> str: return '\n'.join(textwrap.wrap(text, width, max_lines=3, placeholder='…'))
+
+def _differs(row) -> bool: return bool(pd.notna(row.targ) and pd.notna(row.likely) and row.targ != row.likely)
 
 def _caption(
     row, # Of `with_probs`
     width: int, # Letters a line
 ) -> str:
     "Label, likely class and score of an item."
-    targ = _named(row.targ if not pd.isna(row.targ) else 'labels' * pd.notna(row.p_targ), row.p_targ)
-    differs = pd.notna(row.likely) and row.targ != row.likely
-    parts = [targ, f"→ {_named(row.likely, row.p_likely)}"] if differs else [targ]
+    parts = [_named('labels' if pd.isna(row.targ) else row.targ, row.p_targ)]
+    if _differs(row): parts.append(f"→ {_named(row.likely, row.p_likely)}")
     lines = [' '.join(parts)] if len(' '.join(parts)) <= width else [_wrap(o, width) for o in parts]
     if 'p_wrong' in row._fields: lines.append(f"wrong: {row.p_wrong:.0%}")
     elif 'score' in row._fields: lines.append(f"{row.score:.3g}")
     return '\n'.join(o for o in lines if o)
 
-# %% ../nbs/08a_show.ipynb #3a91f743
+# %% ../nbs/08a_show.ipynb #433a6e28
 def _as_picture(x) -> np.ndarray:
     "Channels last; colours beyond the range that can be shown are brought into it."
-    x = np.asarray(x.detach().cpu() if isinstance(x, Tensor) else x)
+    x = _array(x)
     if x.ndim == 3 and x.shape[0] in (1, 3, 4) and x.shape[-1] not in (1, 3, 4): x = np.moveaxis(x, 0, -1)
-    if x.ndim == 3 and x.shape[-1] > 1 and x.dtype.kind == 'f' and (x.min() < 0 or x.max() > 1): x = (x - x.min()) / max(np.ptp(x), 1e-9)
-    return x
+    colours = x.ndim == 3 and x.shape[-1] > 1 and x.dtype.kind == 'f'
+    return (x - x.min()) / max(np.ptp(x), 1e-9) if colours and (x.min() < 0 or x.max() > 1) else x
+
+def _is_picture(shape) -> bool:
+    if len(shape) == 2: return 8 * shape[0] > shape[1]
+    return len(shape) == 3 and bool({shape[0], shape[-1]} & {1, 3, 4})
+
+def _tall(x) -> float:
+    "Height by width of a picture, within reason; of anything else 1."
+    if isinstance(x, Image.Image): x = np.asarray(x)
+    if not _is_picture(getattr(x, 'shape', ())): return 1.
+    h, w = _as_picture(x).shape[:2]
+    return min(max(h / w, .4), 2.)
 
 def _draw_part(x, ax, **kw):
     "Draw one part of an item."
-    if isinstance(x, Image.Image) and not hasattr(x, '_show_args'): return show_image(x, ctx=ax)     # PIL's own `show` starts a program
+    plain = isinstance(x, Image.Image) and not hasattr(x, '_show_args')       # PIL's own `show` starts a program
+    if plain: return show_image(x, ctx=ax)
     if hasattr(x, 'show'): return x.show(ctx=ax)
-    shape = tuple(getattr(x, 'shape', ()))
-    if len(shape) == 1 or (len(shape) == 2 and 8 * shape[0] <= shape[1]): return ax.plot(_as_picture(x).T, lw=1)
-    if len(shape) == 2 or (len(shape) == 3 and {shape[0], shape[-1]} & {1, 3, 4}): return show_image(_as_picture(x), ctx=ax, **{'cmap': 'gray', **kw})
+    if isinstance(x, pd.Series): x = x.to_string()
+    shape = getattr(x, 'shape', ())
+    if _is_picture(shape): return show_image(_as_picture(x), ctx=ax, **{'cmap': 'gray', **kw})
+    if len(shape) in (1, 2): return ax.plot(_as_picture(x).T, lw=1)
     ax.axis('off')
-    ax.text(.5, .5, textwrap.fill(str(x)[:200], 22), ha='center', va='center', fontsize=8, transform=ax.transAxes, parse_math=False)
+    text = '\n'.join(textwrap.fill(o, 24) for o in str(x)[:200].splitlines())
+    ax.text(.5, .5, text, ha='center', va='center', fontsize=8, transform=ax.transAxes, parse_math=False)
 
 def draw_sample(
     sample: Sample,
@@ -176,10 +214,10 @@ def draw_sample(
     "Draw an item, with its mask if it has one."
     for x in sample.inputs: _draw_part(x, ax)
     for y in sample.targets:
-        if getattr(y, 'ndim', 0) >= 2: _draw_part(y, ax, alpha=.5, cmap='tab20', interpolation='nearest')
+        if len(getattr(y, 'shape', ())) >= 2: _draw_part(y, ax, alpha=.5, cmap='tab20', interpolation='nearest')
     return ax
 
-# %% ../nbs/08a_show.ipynb #46ab278c
+# %% ../nbs/08a_show.ipynb #e27fb615
 class _Panel(NamedTuple):
     draw: object # Called with an axis
     caption: str
@@ -187,7 +225,7 @@ class _Panel(NamedTuple):
 
 def _map_of(record, item, sample, split) -> dict|None:
     "The kept map of an item with a mask; one that was seen without augmentation if there is one."
-    if not any(getattr(y, 'ndim', 0) == 2 for y in sample.targets): return None
+    if _mask(sample.targets) is None: return None
     for s in ('train_eval', 'train') if split == 'train' else (split,):
         try: return record.map(int(item), split=s)
         except KeyError: continue
@@ -195,27 +233,26 @@ def _map_of(record, item, sample, split) -> dict|None:
 
 def _fits(m, mask) -> bool:
     "Is this map one of this mask, position by position?"
-    known, mask = ~np.isnan(m['margin']) & (m['margin'] != 0), np.asarray(mask)
+    known, mask = ~np.isnan(m['margin']) & (m['margin'] != 0), _array(mask)
     return mask.shape == m['pred'].shape and bool(((m['pred'] == mask) == (m['margin'] > 0))[known].all())
 
 def _draw_map(ax, sample, m, fits):
     doubt = 1 - np.nan_to_num(m['p_targ'], nan=1.)
     if not fits: return show_image(doubt, ctx=ax, cmap=_shades(), vmin=0, vmax=1)
     for x in sample.inputs: _draw_part(x, ax)
-    ax.imshow(np.ones_like(doubt), cmap=ListedColormap([_ORANGE]), alpha=doubt, interpolation='nearest')
+    ax.imshow(np.ones_like(doubt), cmap=ListedColormap([_ORANGE]), alpha=.8 * doubt, interpolation='nearest')
 
 def _map_panel(sample, m) -> _Panel:
     "Where an item goes wrong."
     if m is None: return _Panel(lambda ax: ax.axis('off'), 'no map was kept')
-    mask = next(y for y in sample.targets if getattr(y, 'ndim', 0) == 2)
-    known, fits = ~np.isnan(m['margin']), _fits(m, mask)
+    known, fits = ~np.isnan(m['margin']), _fits(m, _mask(sample.targets))
     said = f"wrong at {(m['margin'][known] < 0).sum():,} of {known.sum():,} positions"
     return _Panel(lambda ax: _draw_map(ax, sample, m, fits), said if fits else f"{said}\n(as augmented)")
 
-# %% ../nbs/08a_show.ipynb #8e113d4d
+# %% ../nbs/08a_show.ipynb #b2676110
 def draw_items(
     record, # An `XentRecord`
-    items: pd.DataFrame, # Columns item, targ, likely and perhaps name, score or p_wrong, as from `record.top()` and `record.label_issues()`
+    items: pd.DataFrame, # Columns item, targ, likely, as of `record.top()` or `record.label_issues()`
     dls=None, # The DataLoaders of the run; None: pictures that the names lead to
     split: str = 'train',
     title: str|None = None,
@@ -224,33 +261,43 @@ def draw_items(
     key_fn=None, # The recorder's `key_fn`, if it had one
 ) -> plt.Figure:
     "A grid of items that can be drawn, each with its label, the likely class, and its score."
-    return _grid(record, with_probs(record, items, split), read_items(record, items, dls, split, key_fn), split, title, cols, size)
+    samples, items = read_items(record, items, dls, split, key_fn), with_probs(record, items, split)
+    return _grid(record, items, samples, split, title, cols, size)
 
 def _grid(record, items, samples, split, title, cols, size) -> plt.Figure:
-    maps = [_map_of(record, i, s, split) for i, s in zip(items['item'], samples)]
-    each = 1 + any(m is not None for m in maps)
-    panels = [o for row, s, m in zip(items.itertuples(), samples, maps) for o in (_item_panel(row, s, int(15 * size)), _map_panel(s, m))[:each]]
-    cols = each * (cols or ceil(len(samples) / max(1, int(sqrt(len(samples))))) or 1)
+    panels, each = _panels(record, items, samples, split, int(15 * size))
+    n = len(samples)
+    cols = each * (cols or ceil(n / max(1, int(sqrt(n)))) or 1)
     n_rows = max(1, ceil(len(panels) / cols))
     lines = max((o.caption.count('\n') + 1 for o in panels), default=1)
-    fig, axs = plt.subplots(n_rows, cols, figsize=(cols * size, n_rows * (size + .16 * lines) + .3), layout='constrained', squeeze=False)
+    height = size * np.median([_tall(s.inputs[0]) for s in samples] or [1.]) + .16 * lines
+    figsize = cols * size, n_rows * height + .3
+    fig, axs = plt.subplots(n_rows, cols, figsize=figsize, layout='constrained', squeeze=False)
     for ax in axs.flat[len(panels):]: ax.axis('off')
     for ax, o in zip(axs.flat, panels): _draw_panel(ax, o)
-    fig.suptitle(title or f"{split}: {len(samples):,} item{'s' * (len(samples) != 1)}", fontsize=10, x=.01, ha='left', parse_math=False)
+    fig.suptitle(title or f"{split}: {n:,} item{'s' * (n != 1)}", fontsize=10, x=.01, ha='left', parse_math=False)
     return fig
+
+def _panels(record, items, samples, split, width) -> tuple: # Panels, and how many an item has
+    "Each item, and beside it where it goes wrong, if that was kept of any."
+    maps = [_map_of(record, i, s, split) for i, s in zip(items['item'], samples)]
+    each = 1 + any(m is not None for m in maps)
+    found = [(_item_panel(row, s, width), _map_panel(s, m)) for row, s, m in zip(items.itertuples(), samples, maps)]
+    return [o for pair in found for o in pair[:each]], each
 
 def _draw_panel(ax, panel):
     panel.draw(ax)
     ax.tick_params(labelsize=6)
-    ax.set_title(panel.caption, fontsize=8, color=_ORANGE if panel.differs else plt.rcParams['text.color'], parse_math=False)
+    color = _ORANGE if panel.differs else plt.rcParams['text.color']
+    ax.set_title(panel.caption, fontsize=8, color=color, parse_math=False)
 
 def _item_panel(row, sample, width) -> _Panel:
-    return _Panel(lambda ax: draw_sample(sample, ax), _caption(row, width), pd.notna(row.likely) and row.targ != row.likely)
+    return _Panel(lambda ax: draw_sample(sample, ax), _caption(row, width), _differs(row))
 
-# %% ../nbs/08a_show.ipynb #748b6b51
+# %% ../nbs/08a_show.ipynb #27e9e75d
 def items_table(
     record, # An `XentRecord`
-    items: pd.DataFrame, # Columns item, targ, likely and perhaps name, score or p_wrong
+    items: pd.DataFrame, # Columns item, targ, likely and perhaps name, score, p_wrong
     dls=None, # The DataLoaders of the run; None: the names alone
     split: str = 'train',
     words: int = 150, # So many words of a text are shown
@@ -261,9 +308,11 @@ def items_table(
 
 def _table(items, samples, words=150) -> pd.DataFrame:
     shown = pd.DataFrame([_cells(s.inputs[0], words) for s in samples], index=items.index)
-    if 'name' in items and 'text' in shown and (shown['text'] == items['name'].map(str)).all(): shown = shown.drop(columns='text')
     told = items.drop(columns=[o for o in ('name', 'source') if o in items and items[o].isna().all()])
-    return pd.concat([told[['item']], shown.drop(columns=[o for o in shown if o in told]), told.drop(columns='item')], axis=1)
+    twice = {'text'} <= {*shown} and 'name' in told and (shown['text'] == told['name'].map(str)).all()
+    if twice: shown = shown.drop(columns='text')
+    shown = shown.rename(columns=lambda o: f'{o}_' if o in told else o)   # called like a column of ours
+    return pd.concat([told[['item']], shown, told.drop(columns='item')], axis=1)
 
 def _cells(x, words) -> dict:
     return dict(x) if isinstance(x, pd.Series) else dict(text=' '.join(str(x).split(' ')[:words]))
@@ -272,7 +321,7 @@ def _is_table(samples) -> bool: return all(isinstance(s.inputs[0], (str, pd.Seri
 
 def show_items(
     record, # An `XentRecord`
-    items: pd.DataFrame, # Columns item, targ, likely and perhaps name, score or p_wrong, as from `record.top()` and `record.label_issues()`
+    items: pd.DataFrame, # Columns item, targ, likely, as of `record.top()` or `record.label_issues()`
     dls=None, # The DataLoaders of the run; None: what the names alone give
     split: str = 'train',
     title: str|None = None,
@@ -298,9 +347,10 @@ def show_top(
     "Show the items that a person should look at first."
     top = record.top(k, split=split) if by is None else record.top(k, by, split)
     name = '' if by is None else f" by {by if isinstance(by, str) else type(by).__name__}"
-    show_items(record, top, dls, split, f"{split}: the first {len(top):,} of {len(record.items(split)):,} items{name}", cols, size, key_fn)
+    title = f"{split}: the first {len(top):,} of {len(record.items(split)):,} items{name}"
+    show_items(record, top, dls, split, title, cols, size, key_fn)
 
-# %% ../nbs/08a_show.ipynb #d4769725
+# %% ../nbs/08a_show.ipynb #48a1342d
 def show_history(
     record, # An `XentRecord`
     item: int, # Index in the split's dataset
@@ -312,5 +362,5 @@ def show_history(
     row = record.items(split).iloc[[item]].assign(targ=item_history(record, item, split)['targ'].iloc[-1])
     sample = read_items(record, row, dls, split, key_fn)[0]
     fig, axs = plt.subplots(1, 2, figsize=(7.2, 2.8), layout='constrained', width_ratios=[1, 2])
-    draw_sample(sample._replace(inputs=tuple(o.to_string() if isinstance(o, pd.Series) else o for o in sample.inputs)), axs[0])
+    draw_sample(sample, axs[0])
     plot_history(record, item, split, ax=axs[1])

@@ -26,12 +26,14 @@ from .dynamics import Rows, get_score, row_weight
 from .issues import gap_confidence
 from .records import XentRecords
 
-# %% ../nbs/08_views.ipynb #08028790
+# %% ../nbs/08_views.ipynb #9f44e6af
 _BLUE, _ORANGE, _GREEN, _GREY = '#0072B2', '#D55E00', '#009E73', '#888888' # after Okabe and Ito
 _AGREES = LinearSegmentedColormap.from_list('agrees', [_ORANGE, '#A0A0A0', _BLUE])
 _DOTS = 5_000
 
-def _axis(ax, width=6., height=3.6): return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
+def _axis(ax, width=6., height=3.6):
+    "The axis to draw on."
+    return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
 
 def _shades() -> LinearSegmentedColormap:
     "Blue, from few to many: near the background, near the text."
@@ -67,14 +69,17 @@ def _circles(ax, x, y): ax.scatter(x, y, s=40, facecolors='none', edgecolors=_OR
 # %% ../nbs/08_views.ipynb #a595bfeb
 def loss_bands(
     record, # An `XentRecord`
-) -> pd.DataFrame: # Columns split, epoch, items, low, median, high (10th, 50th, 90th percentile), mean
+) -> pd.DataFrame: # Columns split, epoch, rows, mean, low, median, high (10th, 50th, 90th percentile)
     "How the losses of the examples are spread in each epoch. Rows that only fill up a batch are left out."
     bands = record.sql("""
-        select split, epoch, count(distinct item) as items, quantile_cont(loss, .1) as low, quantile_cont(loss, .5) as median,
-               quantile_cont(loss, .9) as high, avg(loss) as mean
-        from record where loss is not null and not isnan(loss) and occurrence >= 0 group by all order by all""")
-    if len(bands): return bands
-    raise ValueError("this record has no losses: nothing was recorded yet, or the loss could not be asked for the value of a row")
+        select split, epoch, count(*) as rows, quantile_cont(loss, [.1, .5, .9]) as q, avg(loss) as mean
+        from record where loss is not null and not isnan(loss) and occurrence >= 0
+        group by all order by split, epoch""")
+    if not len(bands):
+        raise ValueError("this record has no losses: nothing was recorded yet, or the loss could not be asked "
+                         "for the value of a row")
+    low, median, high = np.stack(bands.pop('q')).T
+    return bands.assign(low=low, median=median, high=high)
 
 # %% ../nbs/08_views.ipynb #7af44f5a
 def plot_losses(
@@ -89,8 +94,10 @@ def plot_losses(
         handles += ax.plot(b['epoch'], b['median'], '.-', color=color, label=split)
         ax.plot(b['epoch'], b['mean'], 'x', ms=5, color=color)
         end = b.iloc[-1]
-        told.append(f"{split}: half of {end['items']:,} items end below {end['median']:.2g}, one in ten above {end['high']:.2g}")
-    handles += [Patch(color=_GREY, alpha=.4, lw=0, label='10–90 %'), Line2D([], [], color=_GREY, marker='.', label='median'),
+        told.append(f"{split}: half of {end['rows']:,} rows end below {end['median']:.2g}, "
+                    f"one in ten above {end['high']:.2g}")
+    handles += [Patch(color=_GREY, alpha=.4, lw=0, label='10–90 %'),
+                Line2D([], [], color=_GREY, marker='.', label='median'),
                 Line2D([], [], color=_GREY, marker='x', ls='', label='mean')]
     ax.set(xlabel='epoch', ylabel='loss of an example (nats)', ylim=(0, None))
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -104,12 +111,13 @@ _STEADY = 12**-.5
 def data_map(
     record, # An `XentRecord`
     split: str = 'train',
-) -> pd.DataFrame: # Index item; columns confidence, variability, correctness, from 0 to 1, and corner: 'easy', 'hard' or 'ambiguous'
+) -> pd.DataFrame: # Index item; confidence, variability, correctness, from 0 to 1; corner: 'easy', 'hard', 'ambiguous'
     "Where each example that was seen stands on the data map (Swayamdipta et al. 2020)."
     m = pd.DataFrame({o: record.score(o, split) for o in ('confidence', 'variability', 'correctness')})
     m = m.dropna(subset='confidence').rename_axis('item')
     if not len(m): raise ValueError(f"no item of {split!r} has a probability of its label in this record")
-    return m.assign(corner=np.where(m['variability'] > _STEADY, 'ambiguous', np.where(m['confidence'] >= .5, 'easy', 'hard')))
+    sure = np.where(m['confidence'] >= .5, 'easy', 'hard')
+    return m.assign(corner=np.where(m['variability'] > _STEADY, 'ambiguous', sure))
 
 # %% ../nbs/08_views.ipynb #e79b4d23
 def plot_data_map(
@@ -118,7 +126,7 @@ def plot_data_map(
     mark=None, # Items to circle
     ax: Axes|None = None,
 ) -> Axes:
-    "Confidence against variability, with the corners named; coloured by correctness, or of many items how many are where."
+    "Confidence against variability, coloured by correctness; of many items, how many are where. The corners are named."
     ax, m = _axis(ax, 5.6, 4.2), data_map(record, split)
     dots = _dots(ax, m['variability'], m['confidence'], c=m['correctness'], cmap=_AGREES, vmin=0, vmax=1)
     many = len(m) > _DOTS
@@ -130,8 +138,11 @@ def plot_data_map(
         ax.text(.57, .86, f'circled: {len(at):,}', color=_ORANGE, ha='right', fontsize=9)
     ax.set(xlabel='variability of the label\'s probability', ylabel='confidence (mean probability of the label)',
            xlim=(-.012, .58), ylim=(-.025, 1.025))
-    _title(ax, f"{split}, {len(m):,} items: " + ', '.join(f"{(m['corner'] == o).mean():.0%} {o}" for o in ('easy', 'ambiguous', 'hard')))
+    shares = ', '.join(f"{(m['corner'] == o).mean():.0%} {o}" for o in ('easy', 'ambiguous', 'hard'))
+    _title(ax, f"{split}, {len(m):,} items: {shares}")
     return ax
+
+_NAMED = ('easy', .57, .97, 'right', 0), ('hard', .57, .03, 'right', 0), ('ambiguous', .535, .5, 'center', 90)
 
 def _corners(ax, corner):
     "The edge of what is possible, the borders between the corners, and their names."
@@ -139,26 +150,27 @@ def _corners(ax, corner):
     ax.plot(.5 * np.cos(t), .5 + .5 * np.sin(t), color=_GREY, lw=.8)
     ax.plot([_STEADY] * 2, .5 + np.array([-1, 1]) * (.25 - _STEADY**2)**.5, ':', color=_GREY, lw=.8)
     ax.plot([0, _STEADY], [.5, .5], ':', color=_GREY, lw=.8)
-    for name, x, y, how in (('easy', .57, .97, 'right'), ('hard', .57, .03, 'right'), ('ambiguous', .535, .5, 'center')):
-        ax.text(x, y, f"{name}: {(corner == name).sum():,}", ha=how, va='center', fontsize=9, rotation=90 * (how == 'center'))
+    for name, x, y, ha, turn in _NAMED:
+        ax.text(x, y, f"{name}: {(corner == name).sum():,}", ha=ha, va='center', fontsize=9, rotation=turn)
 
-# %% ../nbs/08_views.ipynb #a11bd91f
+# %% ../nbs/08_views.ipynb #a30b7548
 def item_history(
     record, # An `XentRecord`
     item: int, # Index in the split's dataset
     split: str = 'train',
 ) -> pd.DataFrame: # Columns epoch, p_targ, p_rival (nan for masks and sequences), targ, pred (names of classes)
-    "The label against its strongest rival, a row for each time that the item was seen. Rows that are mostly another item are left out."
+    "The label against its strongest rival, each time the item was seen. Rows that are mostly another's are left out."
     d = record.item(item, split)
     own = lambda o, empty: d[o].to_numpy(dtype=float) if o in d else np.full(len(d), empty)
     d = d[row_weight(own('lam', np.nan), own('occurrence', 0.)) >= .5]
-    if not d['p_targ'].notna().any(): raise ValueError(f"item {item} of {split!r} was never seen with a label of its own in this record")
-    p = d['p_targ'].to_numpy(dtype=float)
-    rival = np.full(len(d), np.nan) if 'n_pos' in d else p + gap_confidence(d['margin'].to_numpy(dtype=float), p)[0]
+    if not d['p_targ'].notna().any():
+        raise ValueError(f"item {item} of {split!r} was never seen with a label of its own in this record")
+    p, margin = (d[o].to_numpy(dtype=float) for o in ('p_targ', 'margin'))
+    rival = np.full(len(d), np.nan) if 'n_pos' in d else p + gap_confidence(margin, p)[0]
     names = {o: pd.array([record.class_name(c) for c in d[o]], dtype=object) for o in ('targ', 'pred')}
     return pd.DataFrame(dict(epoch=d['epoch'].to_numpy(), p_targ=p, p_rival=rival, **names))
 
-# %% ../nbs/08_views.ipynb #a68cfc08
+# %% ../nbs/08_views.ipynb #bb018f91
 def plot_history(
     record, # An `XentRecord`
     item: int, # Index in the split's dataset
@@ -168,7 +180,8 @@ def plot_history(
     "The probability of an item's label and of the strongest other class, epoch by epoch."
     ax, h = _axis(ax, 5, 3), item_history(record, item, split)
     handles = ax.plot(h['epoch'], h['p_targ'], 'o-', ms=4, color=_BLUE, label="its label")
-    if h['p_rival'].notna().any(): handles += ax.plot(h['epoch'], h['p_rival'], 's--', ms=4, color=_ORANGE, label='strongest other class')
+    if h['p_rival'].notna().any():
+        handles += ax.plot(h['epoch'], h['p_rival'], 's--', ms=4, color=_ORANGE, label='strongest other class')
     _name_changes(ax, h)
     ax.set(xlabel='epoch', ylabel='probability', ylim=(-.03, 1.3), yticks=np.linspace(0, 1, 6))
     ax.xaxis.get_major_locator().set_params(integer=True)
@@ -183,35 +196,37 @@ def _name_changes(ax, h):
         if c is None or (k and pred[k - 1] == c): continue
         right = c == h['targ'][k]
         y = max(h['p_targ'][k], np.nan_to_num(h['p_rival'][k]))
-        ax.annotate(_short(c, 12), (h['epoch'][k], y), (1, 5), textcoords='offset points', rotation=25, rotation_mode='anchor', fontsize=8,
-                    color=_BLUE if right else _ORANGE, parse_math=False)
+        ax.annotate(_short(c, 12), (h['epoch'][k], y), (1, 5), textcoords='offset points', rotation=25,
+                    rotation_mode='anchor', fontsize=8, color=_BLUE if right else _ORANGE, parse_math=False)
 
 def _told_history(h, item, split) -> str:
     "What the rows say, in a line."
     head, n = f"{split} item {item}", len(h)
-    if h['pred'].isna().all(): return f"{head}: its labels have the mean probability {h['p_targ'].iloc[-1]:.2f} in the end"
+    if h['pred'].isna().all():
+        return f"{head}: its labels have the mean probability {h['p_targ'].iloc[-1]:.2f} in the end"
     counts = h['pred'].map(str).value_counts()
     targ, pred = _short(h['targ'].iloc[-1]), _short(counts.index[0])
     return f"{head}, labelled {targ}: predicted {pred} in {counts.iloc[0]} of {n} rows"
 
-# %% ../nbs/08_views.ipynb #dae6479c
+# %% ../nbs/08_views.ipynb #22a74fcb
 def score_bins(
     record, # An `XentRecord`
     by='margin_loss', # A name in `SCORES`, or a `Reducer`
     k: int = 20, # How many items come before the cut
     split: str = 'train',
     bins: int = 60,
-) -> pd.DataFrame: # Columns low, high (of the score), items, first (those before the cut); `attrs` has items, infinite, cut
+) -> pd.DataFrame: # Columns low, high (of the score), items, first (before the cut); attrs items, infinite, cut
     "How many items have a score in each interval, and how many of these are among the first `k`."
     score, top = record.score(by, split), record.top(k, by, split)
     finite, edges = np.isfinite(score), np.histogram_bin_edges(score[np.isfinite(score)], bins)
     first = np.isin(np.arange(len(score)), top['item'])
     count = lambda which: np.histogram(score[which & finite], edges)[0]
     res = pd.DataFrame(dict(low=edges[:-1], high=edges[1:], items=count(True), first=count(first)))
-    res.attrs = dict(items=int((~np.isnan(score)).sum()), infinite=int(np.isinf(score).sum()), cut=float(top['score'].iloc[-1]) if len(top) else np.nan)
+    res.attrs = dict(items=int((~np.isnan(score)).sum()), infinite=int(np.isinf(score).sum()),
+                     cut=float(top['score'].iloc[-1]) if len(top) else np.nan)
     return res
 
-# %% ../nbs/08_views.ipynb #fa5c2316
+# %% ../nbs/08_views.ipynb #28139fe2
 def plot_score(
     record, # An `XentRecord`
     by='margin_loss', # A name in `SCORES`, or a `Reducer`
@@ -230,11 +245,12 @@ def plot_score(
     _legend(ax, [Patch(color=_BLUE, label='items'), Patch(color=_ORANGE, label=f'the first {first:,}')])
     side = 'more' if get_score(by).largest_first else 'less'
     told = [f"{split}: {first:,} of {n:,} items have a {name} of {cut:.3g} or {side}"] if np.isfinite(cut) else []
-    if b.attrs['infinite']: told.append(f"{b.attrs['infinite']:,} of {n:,} items of {split} have an infinite {name}, and are not drawn")
+    inf = b.attrs['infinite']
+    if inf: told.append(f"{inf:,} of {n:,} items of {split} have an infinite {name}, and are not drawn")
     _title(ax, '\n'.join(told), legend=1)
     return ax
 
-# %% ../nbs/08_views.ipynb #4cc5c248
+# %% ../nbs/08_views.ipynb #7aa432e8
 def class_pairs(
     suspects: pd.DataFrame, # Columns targ, likely; of a frame with `is_issue`, its issues count
 ) -> pd.DataFrame: # Columns targ, likely, items; the most frequent first
@@ -248,9 +264,10 @@ def class_pairs(
 def _columns(df: pd.DataFrame, *names):
     "Refuse a table without the columns that are needed."
     missing = [o for o in names if o not in df]
-    if missing: raise KeyError(f"the table has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, df.columns))}")
+    if not missing: return
+    raise KeyError(f"the table has no column {', '.join(map(repr, missing))}; it has {', '.join(map(str, df.columns))}")
 
-# %% ../nbs/08_views.ipynb #a63e1bee
+# %% ../nbs/08_views.ipynb #4ee78cb0
 def plot_class_pairs(
     record, # An `XentRecord`
     suspects: pd.DataFrame|None = None, # As from `record.label_issues()` or `record.top()`; None: the issues
@@ -284,19 +301,21 @@ def _count_table(ax, counts, names):
     ax.set_xticks(range(len(names)), names, rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
     ax.set_yticks(range(len(names)), names, parse_math=False)
 
-# %% ../nbs/08_views.ipynb #8c27da85
+# %% ../nbs/08_views.ipynb #b13dbc35
 def class_issues(
     issues: pd.DataFrame, # All items, as from `record.label_issues()`
 ) -> pd.DataFrame: # Columns targ, items, issues, share; the largest share first
     "How many labels of each class are issues."
     _columns(issues, 'targ', 'is_issue')
     d = issues[issues['targ'].notna()]
-    if len(d) and d['is_issue'].all(): raise ValueError("the table holds issues alone, expected all items, to know what share of a class they are; leave `only_issues` out")
+    if len(d) and d['is_issue'].all():
+        raise ValueError("the table holds issues alone, expected all items, to know what share of a class they are; "
+                         "leave `only_issues` out")
     g = d.groupby('targ', sort=False)['is_issue']
     res = pd.DataFrame(dict(items=g.size(), issues=g.sum().astype(int), share=g.mean().astype(float))).reset_index()
     return res.sort_values(['share', 'issues'], ascending=False, kind='stable', ignore_index=True)
 
-# %% ../nbs/08_views.ipynb #0862ddea
+# %% ../nbs/08_views.ipynb #c44909dd
 def plot_class_issues(
     record, # An `XentRecord`
     issues: pd.DataFrame|None = None, # All items, as from `record.label_issues()`; None: these
@@ -308,15 +327,18 @@ def plot_class_issues(
     d = c[:most]
     ax = _axis(ax, 5, 1.2 + .22 * len(d))
     ax.barh(range(len(d)), 100 * d['share'], color=_ORANGE)
-    for k, row in enumerate(d.itertuples()): ax.annotate(f"{row.issues:,} of {row.items:,}", (100 * row.share, k), (3, 0), textcoords='offset points', va='center', fontsize=8)
+    for k, row in enumerate(d.itertuples()):
+        ax.annotate(f"{row.issues:,} of {row.items:,}", (100 * row.share, k), (3, 0), textcoords='offset points',
+                    va='center', fontsize=8)
     ax.set_yticks(range(len(d)), [_short(o) for o in d['targ']], parse_math=False)
     ax.set(xlabel='issues, % of the labels of the class', xlim=(0, max(100 * d['share'].max() * 1.25, 1)))
     ax.invert_yaxis()
     rest = f"\nthe {len(d)} of {len(c):,} classes with the largest share" if len(c) > len(d) else ''
-    _title(ax, f"{c['issues'].sum():,} of {c['items'].sum():,} labels are issues, most of {_short(c['targ'][0])} ({c['share'][0]:.0%}){rest}")
+    _title(ax, f"{c['issues'].sum():,} of {c['items'].sum():,} labels are issues, "
+               f"most of {_short(c['targ'][0])} ({c['share'][0]:.0%}){rest}")
     return ax
 
-# %% ../nbs/08_views.ipynb #5bab7f20
+# %% ../nbs/08_views.ipynb #b23eba98
 def plot_two_scores(
     record, # An `XentRecord`
     x: str = 'el2n', # Names in `SCORES`
@@ -343,7 +365,7 @@ def _against(ax, s, mark=None) -> tuple: # axis, number of items drawn
     ax.set_ylabel(s.columns[1], parse_math=False)
     return ax, len(d)
 
-# %% ../nbs/08_views.ipynb #723e396f
+# %% ../nbs/08_views.ipynb #ef57f4c5
 def plot_two_runs(
     record, # An `XentRecord`
     other, # An `XentRecord` of the same items
@@ -354,7 +376,8 @@ def plot_two_runs(
 ) -> Axes:
     "The score of each item in two runs."
     runs = XentRecords([record, other])
-    s, k = runs.scores(by, split), min(k, int(runs.scores(by, split).notna().sum().min()))
+    s = runs.scores(by, split)
+    k = min(k, int(s.notna().sum().min()))
     ax, n = _against(_axis(ax, 5, 4), s)
     both = round(k * runs.overlap(k, by, split).iloc[0, 1])
     name = by if isinstance(by, str) else type(by).__name__
@@ -362,18 +385,19 @@ def plot_two_runs(
     _title(ax, f"{split}, {n:,} items: {_agreement(s)},\n{both} of the first {k} are the same")
     return ax
 
-# %% ../nbs/08_views.ipynb #edcdba06
+# %% ../nbs/08_views.ipynb #a3ba6cd3
 def training_time(
     record, # An `XentRecord`
     split: str = 'train',
-) -> pd.DataFrame: # Columns item, learned, wavering, wrong (numbers of rows); the item with the most rows to learn first
+) -> pd.DataFrame: # Columns item, learned, wavering, wrong (numbers of rows); the most to learn first
     "How many rows each item took while it was wrong, right but not for good, and right for good."
     rows, wrong, last = (record.score(o, split) for o in (Rows(), 'wrong_events', 'iteration_learned'))
     t = pd.DataFrame(dict(item=np.arange(len(rows)), learned=rows - last, wavering=last - wrong, wrong=wrong)).dropna()
-    if not len(t): raise ValueError(f"no item of {split!r} has a predicted class in this record; masks and sequences have one a position")
+    if not len(t):
+        raise ValueError(f"no item of {split!r} has a predicted class in this record; masks have one a position")
     return t.astype(int).sort_values(['learned', 'wrong'], ascending=[True, False], kind='stable', ignore_index=True)
 
-# %% ../nbs/08_views.ipynb #1fca2ddd
+# %% ../nbs/08_views.ipynb #4b1d876d
 def plot_training_time(
     record, # An `XentRecord`
     split: str = 'train',
@@ -381,18 +405,23 @@ def plot_training_time(
 ) -> Axes:
     "The rows that each item took, by what it had still to learn; the area is the training time."
     ax, t = _axis(ax), training_time(record, split)
-    kinds = dict(wrong=(_ORANGE, 'predicted wrong'), wavering=(_GREY, 'right, to be forgotten'), learned=(_BLUE, 'right for good'))
+    kinds = dict(wrong=(_ORANGE, 'predicted wrong'), wavering=(_GREY, 'right, to be forgotten'),
+                 learned=(_BLUE, 'right for good'))
     part = np.arange(len(t)) * min(len(t), 300) // len(t)
     d = t[list(kinds)].groupby(part).mean()
     edges = 100 * np.r_[0, np.cumsum(np.bincount(part))] / len(t)
-    ax.stackplot(edges, *(np.r_[d[o], d[o].iloc[-1]] for o in kinds), colors=[c for c, _ in kinds.values()], step='post', lw=0)
-    ax.set(xlabel='items, % (those with the most to learn first)', ylabel='rows an item', xlim=(0, 100), ylim=(0, None))
+    heights = [np.r_[d[o], d[o].iloc[-1]] for o in kinds]
+    ax.stackplot(edges, *heights, colors=[c for c, _ in kinds.values()], step='post', lw=0)
+    ax.set(xlabel='items, % (those with the most to learn first)', ylabel='rows an item', xlim=(0, 100))
     _legend(ax, [Patch(color=c, label=name) for c, name in kinds.values()])
-    rows = t[list(kinds)].sum()
-    never = (t['learned'] == 0).sum()
-    _title(ax, f"{split}: {rows['learned'] / rows.sum():.0%} of {rows.sum():,} rows went to items that were learned for good,\n"
-               f"{rows['wrong'] / rows.sum():.0%} to wrong predictions; {never:,} of {len(t):,} items were wrong to the end", legend=1)
+    _title(ax, f"{split}: {_told_time(t)}", legend=1)
     return ax
+
+def _told_time(t) -> str:
+    rows = t[['learned', 'wavering', 'wrong']].sum()
+    learned, wrong, never = rows['learned'] / rows.sum(), rows['wrong'] / rows.sum(), (t['learned'] == 0).sum()
+    return (f"{learned:.0%} of {rows.sum():,} rows went to items that were learned for good,\n"
+            f"{wrong:.0%} to wrong predictions; {never:,} of {len(t):,} items were wrong to the end")
 
 # %% ../nbs/08_views.ipynb #fc27e5e9
 def save_picture(

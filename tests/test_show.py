@@ -8,11 +8,11 @@ import pandas as pd
 import pytest
 import torch
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
-from fastai.data.transforms import Categorize, ToTensor
+from fastai.data.transforms import Categorize, IntToFloatTensor, ToTensor
 from fastai.learner import Learner
 from fastai.tabular.core import Categorify, FillMissing, Normalize
 from fastai.tabular.data import TabularDataLoaders
-from fastai.vision.augment import FlipItem, Resize
+from fastai.vision.augment import FlipItem, Resize, aug_transforms
 from fastai.vision.core import PILImage, PILMask
 from fasttransform import Transform
 from PIL import Image
@@ -46,6 +46,8 @@ def loaders(x, y=None):
     dl = lambda: TfmdDL(Pairs(x, y), bs=4, num_workers=0)
     return DataLoaders(dl(), dl())
 
+def plain_loaders(x): return DataLoaders(*(torch.utils.data.DataLoader(Pairs(x, [0] * len(x)), batch_size=2) for _ in range(2)))
+
 def record(n=6, **kw): return record_of([dict(p_targ=np.linspace(.1, .9, n))], n=n, **kw)
 
 def drawn(fig): return [ax.images[0].get_array() for ax in fig.axes if ax.images]
@@ -57,7 +59,7 @@ def drawn(fig): return [ax.images[0].get_array() for ax in fig.axes if ax.images
 def test_the_items_that_top_names_are_drawn_and_no_others_read(loader):
     x = torch.as_tensor(images())
     dls = loaders(x)
-    if loader == 'torch': dls = DataLoaders(*(torch.utils.data.DataLoader(Pairs(x, [0] * 6), batch_size=2) for _ in range(2)))
+    if loader == 'torch': dls = plain_loaders(x)
     r = record()
     fig = draw_items(r, r.top(3), dls)
     assert dls[0].dataset.read == r.top(3)['item'].tolist() == [0, 1, 2] and not dls[1].dataset.read
@@ -120,7 +122,8 @@ def test_items_are_read_without_augmentation(folder):
     dls = datasets(folder)
     r = recorded(dls).record
     top = r.top(6)
-    for got, i in zip(drawn(draw_items(r, top, dls)), top['item']): np.testing.assert_array_equal(got, np.asarray(Image.open(folder[i])))
+    for got, i in zip(drawn(draw_items(r, top, dls)), top['item']):
+        np.testing.assert_array_equal(got, np.asarray(Image.open(folder[i])))
     assert dls.train.dataset.split_idx == 0 and dls.train.after_item.split_idx == 0
     turned = dls.train.after_item(dls.train.dataset[0])[0].permute(1, 2, 0).numpy()
     np.testing.assert_array_equal(turned, np.asarray(Image.open(folder[0]))[::-1, ::-1])
@@ -181,9 +184,13 @@ def test_plain_pictures_open_no_viewer(monkeypatch):
     monkeypatch.setattr(Image.Image, 'show', lambda *_, **__: pytest.fail('a viewer was opened'))
     ims = [Image.fromarray((o * 255).astype(np.uint8).transpose(1, 2, 0)) for o in images()]
     r = record()
-    for got, want in zip(drawn(draw_items(r, r.top(2), DataLoaders(*[torch.utils.data.DataLoader(Pairs(ims, [0] * 6))] * 2))), ims): np.testing.assert_array_equal(got, np.asarray(want))
+    for got, want in zip(drawn(draw_items(r, r.top(2), plain_loaders(ims))), ims):
+        np.testing.assert_array_equal(got, np.asarray(want))
 
-@pytest.mark.parametrize('shape, drawn_as', [((8, 8), (8, 8)), ((1, 8, 8), (8, 8)), ((8, 8, 1), (8, 8)), ((3, 8, 8), (8, 8, 3)), ((8, 8, 3), (8, 8, 3)), ((4, 8, 8), (8, 8, 4))])
+GREY, COLOUR = (8, 8), (8, 8, 3)
+
+@pytest.mark.parametrize('shape, drawn_as', [(GREY, GREY), ((1, 8, 8), GREY), ((8, 8, 1), GREY),
+                                             ((3, 8, 8), COLOUR), (COLOUR, COLOUR), ((4, 8, 8), (8, 8, 4))])
 @pytest.mark.parametrize('kind', [torch.as_tensor, np.asarray], ids=['tensor', 'array'])
 def test_what_has_the_shape_of_a_picture_is_one(shape, drawn_as, kind):
     x = np.random.default_rng(0).normal(0, 2, (6, *shape)).astype(np.float32)
@@ -222,12 +229,14 @@ def test_items_that_are_no_pair():
 @pytest.fixture(scope='module')
 def people():
     rng = np.random.default_rng(0)
-    df = pd.DataFrame(dict(age=rng.integers(20, 80, 40).astype(float), town=rng.choice(['Ulm', '<b>Rom'], 40), tall=rng.choice(['yes', 'no'], 40)), index=range(100, 140))
+    df = pd.DataFrame(dict(age=rng.integers(20, 80, 40).astype(float), town=rng.choice(['Ulm', '<b>Rom'], 40),
+                           tall=rng.choice(['yes', 'no'], 40)), index=range(100, 140))
     df.loc[[103, 110], 'age'] = np.nan
     return df
 
-def tables(df): return TabularDataLoaders.from_df(df, y_names='tall', cat_names=['town'], cont_names=['age'], procs=[Categorify, FillMissing, Normalize],
-                                                  valid_idx=list(range(0, 40, 4)), bs=10)
+def tables(df):
+    return TabularDataLoaders.from_df(df, y_names='tall', cat_names=['town'], cont_names=['age'], bs=10,
+                                      procs=[Categorify, FillMissing, Normalize], valid_idx=list(range(0, 40, 4)))
 
 class Table(nn.Module):
     def __init__(self):
@@ -248,6 +257,18 @@ def test_rows_of_tables_in_their_own_units(people, split):
         if own['age'] == own['age']: assert row.age == pytest.approx(own['age'])
     assert list(t)[0] == 'item' and 'tall' not in t and list(t)[-2:] == ['p_targ', 'p_likely']
 
+def test_a_column_of_the_data_may_be_called_like_ours(people):
+    df = people.assign(score=people['age'].fillna(50.)).drop(columns='age')
+    dls = TabularDataLoaders.from_df(df, y_names='tall', cat_names=['town'], cont_names=['score'], bs=10,
+                                     procs=[Categorify, Normalize], valid_idx=list(range(0, 40, 4)))
+    r = fit_recorded(dls, Two()).record
+    for row in items_table(r, r.top(5), dls).itertuples(): assert row.score_ == pytest.approx(df.loc[int(row.name), 'score'])
+
+class Two(Table):
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Linear(2, 2)
+
 def test_a_table_is_shown_as_one_with_its_text_escaped(people, monkeypatch):
     shown = []
     monkeypatch.setattr('IPython.display.display', lambda o: shown.append(o.data))
@@ -259,12 +280,12 @@ def test_a_table_is_shown_as_one_with_its_text_escaped(people, monkeypatch):
 
 # -- masks
 
-def masks(folder, after_item, net=None, **kw):
+def masks(folder, after_item, batch_tfms=(), **kw):
     "Pictures whose mask is where they are bright."
     def mask(f): return PILMask.create((np.asarray(Image.open(f))[..., 0] > 128).astype(np.uint8))
     dss = Datasets(folder * 2, [[PILImage.create], [mask]], splits=[list(range(6)), list(range(6, 12))])
-    dls = dss.dataloaders(bs=3, num_workers=0, after_item=[*after_item, ToTensor()], device='cpu')
-    return dls, fit_recorded(dls, FloatFirst(net or nn.Conv2d(3, 2, 3, padding=1)), axis=1, **kw).record
+    dls = dss.dataloaders(bs=3, num_workers=0, after_item=[*after_item, ToTensor()], after_batch=list(batch_tfms), device='cpu')
+    return dls, fit_recorded(dls, FloatFirst(nn.Conv2d(3, 2, 3, padding=1)), axis=1, **kw).record
 
 def test_a_mask_lies_over_its_picture_and_the_map_over_another(folder):
     dls, r = masks(folder, [], maps=range(6))
@@ -278,7 +299,7 @@ def test_a_mask_lies_over_its_picture_and_the_map_over_another(folder):
         under, over = fig.axes[2 * k + 1].images
         np.testing.assert_array_equal(under.get_array(), picture)
         m = r.map(int(i))
-        np.testing.assert_allclose(over.get_alpha(), 1 - m['p_targ'], rtol=1e-6)
+        np.testing.assert_allclose(over.get_alpha(), .8 * (1 - m['p_targ']), atol=1e-6)
         assert fig.axes[2 * k + 1].get_title() == f"wrong at {(m['margin'] < 0).sum()} of 64 positions"
 
 def test_a_map_of_a_turned_item_stands_alone(folder):
@@ -290,6 +311,12 @@ def test_a_map_of_a_turned_item_stands_alone(folder):
 def test_a_map_of_a_cropped_item_stands_alone(folder):
     dls, r = masks(folder, [Resize(6)], maps=range(6))
     for ax in draw_items(r, r.top(3, split='valid'), dls, 'valid').axes[1::2]: assert len(ax.images) == 2
+
+def test_a_map_of_what_a_batch_was_resized_to(folder):
+    "Sizes and crops that a batch transform makes are made for the picture, too."
+    dls, r = masks(folder, [], maps=range(6), batch_tfms=[IntToFloatTensor, *aug_transforms(size=6)])
+    for ax in draw_items(r, r.top(3, split='valid'), dls, 'valid').axes[1::2]:
+        assert len(ax.images) == 2 and ax.images[0].get_array().shape == (6, 6, 3)
 
 def test_an_eval_pass_has_the_better_map(folder):
     dls, r = masks(folder, [FlipItem(p=1.)], maps=range(6), eval_every=1)
@@ -342,14 +369,18 @@ def test_probabilities_of_a_frame_whose_likely_class_was_never_predicted():
     r = record_of([dict(p_targ=[.9, .8])])
     got = with_probs(r, r.top(2).assign(likely='dog'))
     assert got[['p_targ', 'p_likely']].isna().all(axis=None)
-    assert [ax.get_title() for ax in draw_items(r, r.top(2).assign(likely='dog'), loaders(torch.as_tensor(images(2)))).axes][0].startswith('cat → dog\n')
+    fig = draw_items(r, r.top(2).assign(likely='dog'), loaders(torch.as_tensor(images(2))))
+    assert fig.axes[0].get_title().startswith('cat → dog\n')
 
 def test_a_frame_of_issues_shows_how_probably_each_is_wrong():
     r = record()
     frame = r.top(2).assign(p_wrong=[.97, .5], is_issue=True)
     assert draw_items(r, frame, loaders(torch.as_tensor(images()))).axes[0].get_title().endswith('wrong: 97%')
 
-@pytest.mark.parametrize('name', ['a class of which the name is rather long, as those of ImageNet are ' * 3, 'x' * 200, '$\\frac', 'Größe 猫', ''], ids=['words', 'letters', 'mathematics', 'unicode', 'empty'])
+NAMES = dict(words='a class of which the name is rather long, as those of ImageNet are ' * 3, letters='x' * 200,
+             mathematics='$\\frac', unicode='Größe', empty='')
+
+@pytest.mark.parametrize('name', NAMES.values(), ids=NAMES)
 def test_captions_stay_above_their_own_picture(name):
     r = record(vocab=(name, name + '2'))
     fig = draw_items(r, r.top(6), loaders(torch.as_tensor(images())), cols=3)
@@ -387,7 +418,7 @@ def test_show_history_sets_a_picture_beside_it():
 def test_show_history_of_a_row_of_a_table(people):
     dls = tables(people)
     r = fit_recorded(dls, Table()).record
-    show_history(r, int(r.top(1)['item'].iloc[0]), dls)    # fastai draws the rows of a table with replacement: some are never seen
+    show_history(r, int(r.top(1)['item'].iloc[0]), dls)   # fastai draws rows with replacement: some are never seen
     assert 'town' in plt.gcf().axes[0].texts[0].get_text()
 
 def test_no_model_runs(folder):

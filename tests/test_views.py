@@ -25,8 +25,9 @@ def record_of(epochs, n=2, path=None, split='train', vocab=('cat', 'dog')) -> Xe
 
 MIXED = [dict(p_targ=[.2, .3], lam=[np.nan, .9], partner=[1, 0]), dict(p_targ=[.8, .7], lam=[.5, .5], partner=[1, 0])]
 PADDED = [dict(p_targ=[.2, .8, .9], item=[0, 1, 0], padding=np.array([False, False, True])), dict(p_targ=[.6, .4])]
+KINDS = dict(mixed=(MIXED, [.4, (.9 * .3 + .5 * .7) / 1.4]), padded=(PADDED, [.4, .6]))
 
-@pytest.mark.parametrize('epochs, want', [(MIXED, [.4, (.9 * .3 + .5 * .7) / 1.4]), (PADDED, [.4, .6])], ids=['mixed', 'padded'])
+@pytest.mark.parametrize('epochs, want', KINDS.values(), ids=KINDS)
 def test_the_data_map_weighs_rows_as_the_scores_do(epochs, want):
     record = record_of(epochs)
     m = views.data_map(record)
@@ -55,9 +56,12 @@ def seen(epochs=3, n=12, seed=0, vocab=('cat', 'dog'), **kw):
 
 def numbers(ax) -> str: return ax.get_title('left')
 
-PLOTS = dict(losses=views.plot_losses, data_map=views.plot_data_map, history=lambda r, **kw: views.plot_history(r, 0, **kw), score=views.plot_score,
-             class_pairs=lambda r, **kw: views.plot_class_pairs(r, r.top(3), **kw), class_issues=lambda r, **kw: views.plot_class_issues(r, flagged(r), **kw),
-             two_scores=views.plot_two_scores, two_runs=lambda r, **kw: views.plot_two_runs(r, seen(seed=1, vocab=r.meta['vocab']), **kw), training_time=views.plot_training_time)
+PLOTS = dict(losses=views.plot_losses, data_map=views.plot_data_map, score=views.plot_score,
+             history=lambda r, **kw: views.plot_history(r, 0, **kw),
+             class_pairs=lambda r, **kw: views.plot_class_pairs(r, r.top(3), **kw),
+             class_issues=lambda r, **kw: views.plot_class_issues(r, flagged(r), **kw),
+             two_scores=views.plot_two_scores, training_time=views.plot_training_time,
+             two_runs=lambda r, **kw: views.plot_two_runs(r, seen(seed=1, vocab=r.meta['vocab']), **kw))
 
 def flagged(record):
     "A frame like that of `label_issues`, without what it warns of."
@@ -126,7 +130,7 @@ def test_losses_leave_out_padding_and_rows_without_a_loss():
     b = views.loss_bands(record)
     np.testing.assert_allclose(b['mean'], [(np.log(2) + np.log(4)) / 2, 2.], rtol=1e-6)
     np.testing.assert_allclose(b.loc[1, ['low', 'median', 'high']].astype(float), np.quantile([1, 3], [.1, .5, .9]), rtol=1e-6)
-    assert b['items'].tolist() == [2, 2]
+    assert b['rows'].tolist() == [2, 2]
 
 def test_losses_of_one_epoch_can_be_seen():
     ax = views.plot_losses(record_of([dict(p_targ=[.5, .25])]))
@@ -216,7 +220,8 @@ def test_two_runs_one_of_which_has_not_seen_all():
 
 def test_training_time_by_hand():
     "Wrong, right and forgotten, wrong again, then right for good; a row that is mostly another item is nobody's time."
-    record = record_of([dict(p_targ=[.1, .9]), dict(p_targ=[.9, .9]), dict(p_targ=[.2, .9]), dict(p_targ=[.7, .1], lam=[np.nan, .1], partner=[1, 0]), dict(p_targ=[.8, .9])])
+    mixed = dict(p_targ=[.7, .1], lam=[np.nan, .1], partner=[1, 0])
+    record = record_of([*(dict(p_targ=o) for o in ([.1, .9], [.9, .9], [.2, .9])), mixed, dict(p_targ=[.8, .9])])
     t = views.training_time(record).set_index('item')
     assert t.loc[0].tolist() == [2, 1, 2] and t.loc[1].tolist() == [4, 0, 0]
     assert t.columns.tolist() == ['learned', 'wavering', 'wrong']
