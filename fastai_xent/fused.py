@@ -22,17 +22,18 @@ from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .numerics import XentStats, _check_targ, _check_weight, _class_axis, _plain, _raise_bad_targ, xent_stats
+from .numerics import (XentStats, _check_targ, _check_weight, _class_axis, _is_wrapped, _plain,
+                                  _plain_targ, _raise_bad_targ, _wide, xent_stats)
 
 # %% ../nbs/00b_fused.ipynb #f0bd6d9e
 _LN2 = math.log(2)
 
-_NEAR = Chebyshev.interpolate(np.exp, 6, domain=[-_LN2 / 2, _LN2 / 2])           # as good as the series to one more power
+_NEAR = Chebyshev.interpolate(np.exp, 6, domain=[-_LN2 / 2, _LN2 / 2])   # as good as the series to one more power
 _C32 = tuple(map(np.float32, _NEAR.convert(kind=Polynomial).coef))
 _C64 = tuple(1 / math.factorial(k) for k in range(14))
 _ZERO32, _LOW32, _PER32, _BIG32 = map(np.float32, (0, -88, 1 / _LN2, 1.5 * 2**23))
 _ZERO64, _LOW64, _PER64, _BIG64 = map(np.float64, (0, -709.4, 1 / _LN2, 1.5 * 2**52))
-_HI32, _LO32 = np.float32(.693359375), np.float32(_LN2 - .693359375)             # ln 2 in two parts: n times the first is exact
+_HI32, _LO32 = np.float32(.693359375), np.float32(_LN2 - .693359375)     # ln 2 in two parts: n times the first is exact
 _HI64, _LO64 = np.float64(int(_LN2 * 2**32) / 2**32), np.float64(1.9082149292705877e-10)
 
 def _exp32(x):
@@ -125,13 +126,14 @@ def _sums(z, m, e):
 
 # %% ../nbs/00b_fused.ipynb #1d72c097
 _TINY, _HUGE = 2.**-1022, 2.**1000
+_ZY, _M, _S, _Q, _X, _W, _PART, _LNS, _D, _T, _LOG1P, _HIT, _MISS = range(13)    # lines of the scratch
 
 def _facts(f, r, out, at, h):
-    """From the first seven lines of the scratch `f` (z_y, m, S, Q, X, weight, share) of `r` rows to six lines of `out`, from `at` on.
+    """From the first lines of the scratch `f` of `r` rows, up to the weight and the share, to `out`, from `at` on.
 
     The factors of the gradient, for the rest and for the label, go to `h`."""
-    zy, m, S, Q, X, w, share = f[0], f[1], f[2], f[3], f[4], f[5], f[6]
-    lnS, d, t, lg, hit, miss = f[7], f[8], f[9], f[10], f[11], f[12]
+    zy, m, S, Q, X, w, share = f[_ZY], f[_M], f[_S], f[_Q], f[_X], f[_W], f[_PART]
+    lnS, d, t, lg, hit, miss = f[_LNS], f[_D], f[_T], f[_LOG1P], f[_HIT], f[_MISS]
     for i in range(r):
         lnS[i] = _log(S[i])
         S[i] = S[i] if S[i] > _TINY else _TINY
@@ -143,15 +145,19 @@ def _facts(f, r, out, at, h):
         small, large = t[i] / (1 + t[i]), 1 / (1 + t[i])
         hit[i] = small if d[i] < 0 else large
         miss[i] = large if d[i] < 0 else small
-    loss, norm, el2n, p, margin, H = out[0][at:at + r], out[1][at:at + r], out[2][at:at + r], out[3][at:at + r], out[4][at:at + r], out[5][at:at + r]
+    to = at + r
+    loss, norm, el2n = out[0][at:to], out[1][at:to], out[2][at:to]
+    p, margin, H = out[3][at:to], out[4][at:to], out[5][at:to]
     rest, label = h[0], h[1]
     for i in range(r): loss[i] = w[i] * ((-d[i] if d[i] < 0 else 0.) + lg[i])
     for i in range(r): Q[i] = miss[i] * math.sqrt(1 + Q[i] / S[i] / S[i])
-    for i in range(r): norm[i] = w[i] * Q[i]
+    for i in range(r): norm[i] = abs(w[i]) * Q[i]
     for i in range(r): el2n[i] = Q[i]
     for i in range(r): p[i] = hit[i]
     for i in range(r): margin[i] = zy[i] - m[i]
-    for i in range(r): H[i] = lg[i] + min(abs(d[i]), _HUGE) * t[i] / (1 + t[i]) + miss[i] * (lnS[i] - X[i] / S[i])   # ∞ · 0 is 0 here
+    for i in range(r):
+        far = min(abs(d[i]), _HUGE)                   # ∞ · 0 is 0 here
+        H[i] = lg[i] + far * t[i] / (1 + t[i]) + miss[i] * (lnS[i] - X[i] / S[i])
     for i in range(r): label[i] = -w[i] * share[i] * miss[i]
     for i in range(r): rest[i] = w[i] * share[i] * miss[i] / S[i]
 
@@ -177,8 +183,8 @@ def _first_nan(z):
 
 def _nothing(f, q):
     "A row that does not count"
-    f[0][q] = f[1][q] = f[4][q] = f[5][q] = f[6][q] = 0
-    f[2][q] = f[3][q] = 1
+    f[_ZY][q] = f[_M][q] = f[_X][q] = f[_W][q] = f[_PART][q] = 0
+    f[_S][q] = f[_Q][q] = 1
 
 def _scale(e, factor):
     for j in range(len(e)): e[j] *= factor
@@ -192,8 +198,11 @@ def _forget(klass, out, at):
         if klass[i - at] < 0:
             for line in range(6): out[line][i] = np.nan
 
+# %% ../nbs/00b_fused.ipynb #9d4978a1
 def _rows_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, last):
-    "Blocks `first` to `last` of the rows `z`, n × c: their facts to `out` and `klass`, their gradient to `g`, unless that is empty."
+    """Blocks `first` to `last` of the rows `z`, n × c.
+
+    Their facts go to `out` and `klass`, their gradient to `g`, unless that is empty."""
     n, c = z.shape
     R = _block(c)
     f, h, scratch = np.zeros((13, R)), np.empty((2, R), z.dtype), np.empty(c, z.dtype)
@@ -206,20 +215,21 @@ def _rows_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, las
                 klass[start + q] = -1
                 continue
             m = max(_top(zi[:k]), _top(zi[k + 1:]))
-            f[0][q], f[1][q] = zi[k], m
-            f[5][q], f[6][q] = weight[k] if len(weight) else 1., share[start + q if len(share) > 1 else 0]
+            f[_ZY][q], f[_M][q] = zi[k], m
+            f[_W][q] = weight[k] if len(weight) else 1.
+            f[_PART][q] = share[start + q if len(share) > 1 else 0]
             m0 = _finite(m)
             S, Q, X = 0., 0., 0.
             for a in range(0, c, 2048):
                 s, s2, x = _sums(zi[a:a + 2048], m0, e[a:a + 2048])
                 S, Q, X = S + s, Q + s2, X + x
             ek, xk = _exp(zi[k] - m0)
-            f[2][q], f[3][q], f[4][q] = S - e[k], Q - e[k] * e[k], X - xk
+            f[_S][q], f[_Q][q], f[_X][q] = S - e[k], Q - e[k] * e[k], X - xk
             klass[start + q] = k if zi[k] > m else _first(zi, max(m, zi[k]))
             if S != S or zi[k] != zi[k]:
                 j = _first_nan(zi)
                 if j >= 0: klass[start + q] = j
-                if max(_first_nan(zi[:k]), _first_nan(zi[k + 1:])) >= 0: f[1][q] = np.nan
+                if max(_first_nan(zi[:k]), _first_nan(zi[k + 1:])) >= 0: f[_M][q] = np.nan
         _facts(f, r, out, start, h)
         for q in range(r):
             i = start + q
@@ -275,65 +285,64 @@ def _add(x, X):
 def _plane_grad(e, y, k, ours, own, g):
     for p in range(len(e)): g[p] = own[p] if y[p] == k else e[p] * ours[p]
 
+# %% ../nbs/00b_fused.ipynb #43f5c4d0
 def _planes_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, last):
     "As `_rows_kernel`, for blocks of positions of `z`, n × c × d."
     n, c, d = z.shape
     R = _block_of_plane(c)
     per, f, h = (d + R - 1) // R, np.zeros((13, R)), np.empty((2, R), z.dtype)
-    v, e, y, top = np.empty((6, R), z.dtype), np.empty((c, R), z.dtype), np.empty(R, np.int32), np.empty(R, np.int32)
+    v, e = np.empty((6, R), z.dtype), np.empty((c, R), z.dtype)
+    y, top = np.empty(R, np.int32), np.empty(R, np.int32)
     for block in range(first, min(last, n * per)):
         o, at = block // per, block % per * R
         r, base = min(R, d - at), o * d + at
         zy, m, S, Q, X, x = v[0][:r], v[1][:r], v[2][:r], v[3][:r], v[4][:r], v[5][:r]
         yr, tr = y[:r], top[:r]
-        _labels(targ[base:base + r], ignore_index, yr, f[5][:r])
+        _labels(targ[base:base + r], ignore_index, yr, f[_W][:r])
         _fill(m, -np.inf)
         _fill(tr, 0)
         for line in range(2, 5): _fill(v[line][:r], 0)
         for p in range(r):
             k = max(yr[p], 0)
             zy[p] = z[o, k, at + p]
-            if len(weight): f[5][p] *= weight[k]
-            f[6][p] = share[base + p if len(share) > 1 else 0]
+            if len(weight): f[_W][p] *= weight[k]
+            f[_PART][p] = share[base + p if len(share) > 1 else 0]
         for k in range(c): _raise_top(z[o, k][at:at + r], yr, np.int32(k), m, tr)
-        _copy(m, f[1][:r])
+        _copy(m, f[_M][:r])
         for p in range(r): m[p] = _finite(m[p])
         for k in range(c):
             ek = e[k][:r]
             _exp_plane(z[o, k][at:at + r], yr, np.int32(k), m, ek, x)
             _add_squares(ek, S, Q)
             _add(x, X)
-        _copy(zy, f[0][:r])
-        _copy(S, f[2][:r])
-        _copy(Q, f[3][:r])
-        _copy(X, f[4][:r])
-        _winners(yr, zy, f[1][:r], tr, klass[base:base + r])
+        _copy(zy, f[_ZY][:r])
+        _copy(S, f[_S][:r])
+        _copy(Q, f[_Q][:r])
+        _copy(X, f[_X][:r])
+        _winners(yr, zy, f[_M][:r], tr, klass[base:base + r])
         for p in range(r):
             if yr[p] >= 0 and (S[p] != S[p] or zy[p] != zy[p]):
                 for j in range(c - 1, -1, -1):
                     if z[o, j, at + p] != z[o, j, at + p]:
                         klass[base + p] = j
-                        if j != yr[p]: f[1][p] = np.nan
+                        if j != yr[p]: f[_M][p] = np.nan
         _facts(f, r, out, base, h)
         if len(g):
             for k in range(c): _plane_grad(e[k][:r], yr, np.int32(k), h[0][:r], h[1][:r], g[o, k][at:at + r])
         _forget(klass[base:base + r], out, base)
 
-# %% ../nbs/00b_fused.ipynb #876a7d58
-_STRICT = dict(error_model='numpy', fastmath={'contract'})                       # a product and a sum may be rounded once
-_LOOSE = dict(error_model='numpy', fastmath={'contract', 'reassoc', 'nsz'})      # sums may be taken in any order
-_PARTS = [_exp32, _exp64, _artanh2, _log, _log1p, _top32, _top64, _copy,
-          _facts, _block, _first, _first_nan, _nothing, _scale, _fill, _forget, _block_of_plane, _labels, _winners, _raise_top, _exp_plane, _add_squares, _add, _plane_grad]
-
+# %% ../nbs/00b_fused.ipynb #7065c615
 def _count(targ, weight, c, ignore_index):
-    "The weight of all rows that count; −1 if a target is no class"
-    total = 0.
+    "What a mean is divided by: the weight of the rows that count, 1 if none does. And is every target a class?"
+    total, some = 0., False
     for i in range(len(targ)):
         k = targ[i]
         if k != ignore_index:
-            if k < 0 or k >= c: return -1.
-            total += weight[k] if len(weight) else 1.
-    return total
+            if k < 0 or k >= c: return 0., False
+            w = weight[k] if len(weight) else 1.
+            total += w
+            some |= w != 0
+    return total if some else 1., True
 
 def _total(losses, klass):
     "The sum of the losses that count, in their order, so that it does not depend on the number of threads"
@@ -343,15 +352,22 @@ def _total(losses, klass):
     return total
 
 def _whole_kernel(z, targ, weight, ignore_index, mean, g, out, ints, loss):
-    "All of a small batch of rows in one call: its mean or sum goes to `loss`. The weight of the rows that count, or −1."
-    total = _count(targ, weight, z.shape[1], ignore_index)
-    if total < 0: return total
+    "All of a small batch of rows: its mean or sum goes to `loss`. What a mean is divided by; nan for a bad target."
+    divisor, good = _count(targ, weight, z.shape[1], ignore_index)
+    if not good: return np.nan
     share = np.ones(1)
-    if mean and total > 0: share[0] = 1 / total
+    if mean: share[0] = 1 / divisor
     _rows_kernel(z, targ, weight, share, ignore_index, g, out, ints[0], 0, len(z))
     loss[()] = _total(out[0], ints[0]) * share[0]
     _copy(targ, ints[1])
-    return total
+    return divisor
+
+# %% ../nbs/00b_fused.ipynb #876a7d58
+_STRICT = dict(error_model='numpy', fastmath={'contract'})                    # a product and a sum may be rounded once
+_LOOSE = dict(error_model='numpy', fastmath={'contract', 'reassoc', 'nsz'})   # sums may be taken in any order
+_PARTS = [_exp32, _exp64, _artanh2, _log, _log1p, _top32, _top64, _copy, _facts, _block, _first, _first_nan, _nothing,
+          _scale, _fill, _forget, _block_of_plane, _labels, _winners, _raise_top, _exp_plane, _add_squares, _add,
+          _plane_grad]
 
 @cache
 def _teach() -> None:
@@ -364,12 +380,13 @@ def _teach() -> None:
         @overload(f, jit_options=_STRICT)
         def choose(x): return narrow if getattr(x, 'dtype', x) == types.float32 else wide
     for f in (*_PARTS, _rows_kernel, _count, _total): register_jitable(**_STRICT)(f)
-    register_jitable(**_LOOSE)(_sums)
+    register_jitable(**_LOOSE, forceinline=True)(_sums)   # else whoever compiles adds up in another order than whoever loads
     by_type(_exp, lambda x: _exp32(x), lambda x: _exp64(x))
     by_type(_top, lambda x: _top32(x), lambda x: _top64(x))
     by_type(_finite, lambda x: _LOWEST32 if x < _LOWEST32 else x, lambda x: _LOWEST64 if x < _LOWEST64 else x)
 
 class _Kernels(NamedTuple):
+    "The compiled kernels."
     rows: object
     planes: object
     count: object
@@ -380,21 +397,24 @@ def _compile(keep: bool) -> _Kernels:
     "The kernels; each is compiled for a dtype when it meets that first."
     import numba
     _teach()
-    return _Kernels(*(numba.njit(nogil=True, cache=keep, **_STRICT)(f) for f in (_rows_kernel, _planes_kernel, _count, _total, _whole_kernel)))
+    fs = _rows_kernel, _planes_kernel, _count, _total, _whole_kernel
+    return _Kernels(*(numba.njit(nogil=True, cache=keep, **_STRICT)(f) for f in fs))
 
+# %% ../nbs/00b_fused.ipynb #38b7965a
 def _try(kernels: _Kernels, dtype, planes: bool) -> None:
     "Two equal logits have the loss ln 2 and the gradient (−½, ½)."
-    z = np.zeros((1, 2, 1) if planes else (1, 2), dtype)
-    g, out, klass, y, none = np.empty_like(z), np.empty((6, 1), dtype), np.empty(1, np.int64), np.zeros(1, np.int64), np.empty(0)
+    z, y, none = np.zeros((1, 2, 1) if planes else (1, 2), dtype), np.zeros(1, np.int64), np.empty(0)
+    g, out, klass = np.empty_like(z), np.empty((6, 1), dtype), np.empty(1, np.int64)
     kernels[planes](z, y, none, np.ones(1), -100, g, out, klass, 0, 1)
-    got = [*g.ravel(), *out[:, 0], klass[0], kernels.count(y, none, 2, -100), kernels.total(out[0], klass)]
-    want = [-.5, .5, _LN2, math.sqrt(.5), math.sqrt(.5), .5, 0, _LN2, 0, 1, _LN2]
+    got = [*g.ravel(), *out[:, 0], klass[0], *kernels.count(y, none, 2, -100), kernels.total(out[0], klass)]
+    want = [-.5, .5, _LN2, math.sqrt(.5), math.sqrt(.5), .5, 0, _LN2, 0, 1, True, _LN2]
     if not planes:
         g[:], out[:], ints, loss = 7, 7, np.full((2, 1), 7), np.empty((), dtype)
-        total = kernels.whole(z, y, none, -100, True, g, out, ints, loss)
-        got += [*g.ravel(), *out[:, 0], ints[0, 0], total, loss, ints[1, 0]]
+        divisor = kernels.whole(z, y, none, -100, True, g, out, ints, loss)
+        got += [*g.ravel(), *out[:, 0], ints[0, 0], divisor, True, loss, ints[1, 0]]
         want += [*want, 0]
-    if not np.allclose(got, want, rtol=1e-6, atol=1e-6): raise ArithmeticError(f"two equal logits give {[float(o) for o in got]}, expected {want}")
+    if np.allclose(got, want, rtol=1e-6, atol=1e-6): return
+    raise ArithmeticError(f"two equal logits give {[float(o) for o in got]}, expected {want}")
 
 @cache
 def _kernels(dtype, planes: bool) -> _Kernels|None:
@@ -405,7 +425,8 @@ def _kernels(dtype, planes: bool) -> _Kernels|None:
             _try(kernels, dtype, planes)
             return kernels
         except Exception as e: why = e                # whatever an import or a compiler may raise
-    warnings.warn(f"numba does not compile the loss of fastai_xent, so losses on the CPU are slower: {type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
+    warnings.warn("numba does not compile the loss of fastai_xent, so losses on the CPU are slower: "
+                  f"{type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
 
 # %% ../nbs/00b_fused.ipynb #aa37f21c
 @dataclass(slots=True)
@@ -415,11 +436,12 @@ class FusedPass:
     grad: Tensor|None   # The gradient of that scalar in the logits (for 'none': of the rows' sum), shape of the logits
     facts: np.ndarray   # loss, grad_norm, el2n, p_targ, margin, entropy, `6 n`; nan where ignored
     ints: np.ndarray    # Predicted class, −1 where ignored, and the target as it was given, `2 n`
-    total: float        # The weight of the rows that count
+    divisor: float      # What a mean is divided by: the weight of the rows that count, 1 if none does
 
     def stats(self, shape) -> XentStats:
         "The facts in the shape of the targets, in memory of their own."
-        return XentStats(*(o.view(shape) for o in (*torch.from_numpy(self.facts.copy()), torch.from_numpy(self.ints[0].copy()))))
+        facts, klass = torch.from_numpy(self.facts.copy()), torch.from_numpy(self.ints[0].copy())
+        return XentStats(*(o.view(shape) for o in (*facts, klass)))
 
 _SHARE = 2**16 # logits that are worth a thread of their own
 _FEW = 32      # positions that are worth to be handled at once
@@ -442,30 +464,39 @@ def _in_threads(kernel, args: tuple, blocks: int, threads: int) -> None:
     kernel(*args, *at[:2])
     for o in others: o.result()
 
-def _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, ints, loss) -> float: # The weight of the rows that count, or −1
-    "All of a batch of any size, in one thread or in many."
+def _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, ints, loss) -> float:
+    "All of a batch of any size, in one thread or in many. What a mean is divided by; nan for a bad target."
     planes, c = flat.ndim == 3, flat.shape[1]
-    total = kernels.count(targ, w, c, ignore_index)
-    if total < 0: return total
+    divisor, good = kernels.count(targ, w, c, ignore_index)
+    if not good: return math.nan
+    share = _ONE
     if scale is not None: share = scale.detach().double().numpy().reshape(-1)
-    else: share = np.array([1 / total]) if reduction == 'mean' and total else _ONE
+    elif reduction == 'mean': share = np.array([1 / divisor if divisor else math.inf])
     blocks = len(flat) * -(-flat.shape[2] // _block_of_plane(c)) if planes else -(-len(flat) // _block(c))
     threads = 1 if flat.size < 2 * _SHARE else min(torch.get_num_threads(), blocks, flat.size // _SHARE)
     _in_threads(kernels[planes], (flat, targ, w, share, ignore_index, g, facts, ints[0]), blocks, threads)
     if reduction != 'none': loss[()] = kernels.total(facts[0], ints[0]) * share[0]
     ints[1] = targ
-    return total
+    return divisor
 
+# %% ../nbs/00b_fused.ipynb #2b2cfdd2
 def _layout(z: np.ndarray, axis: int) -> tuple:
     "`z` as rows, `n c`, or planes, `n c d`; and whether its classes were moved to the end for that"
     shape = z.shape
-    if axis == len(shape) - 1 and z.flags.c_contiguous: return z if axis == 1 else z.reshape(math.prod(shape[:-1]), shape[-1]), False
+    if axis == len(shape) - 1 and z.flags.c_contiguous:
+        return z if axis == 1 else z.reshape(math.prod(shape[:-1]), shape[-1]), False
     n, c, d = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1:])
     if z.flags.c_contiguous and (d == 1 or d >= _FEW): return z.reshape((n, c) if d == 1 else (n, c, d)), False
     last = np.moveaxis(z, axis, -1)
     if last.flags.c_contiguous or d < _FEW: return last.reshape(n * d, c), True
     return _layout(np.ascontiguousarray(z), axis)
 
+def _as(g: Tensor, shape, moved: int|None) -> Tensor:
+    "The buffer `g` in the shape of the logits."
+    if moved is None: return g.view(shape)
+    return g.view([*shape[:moved], *shape[moved + 1:], shape[moved]]).movedim(-1, moved)
+
+# %% ../nbs/00b_fused.ipynb #795b3cfc
 def fused_pass(
     z: Tensor, # Logits, `n c d…`, float32 or float64, on a CPU
     y: Tensor, # Classes, `n d…`, int64
@@ -483,22 +514,20 @@ def fused_pass(
     if kernels is None: return None
     targ, w = y.numpy(), _NONE if weight is None else weight.detach().double().numpy()
     if targ.ndim != 1: targ = targ.reshape(-1)
-    g = np.empty(flat.shape if want_grad else (0,) * planes + (0, c), dtype)      # numpy asks the system for large pages, torch does not
+    none = (0,) * planes + (0, c)
+    g = np.empty(flat.shape if want_grad else none, dtype)     # numpy asks the system for large pages, torch does not
     facts, ints, loss = np.empty((6, len(targ)), dtype), np.empty((2, len(targ)), np.int64), np.empty((), dtype)
-    if not planes and scale is None and flat.size < 2 * _SHARE: total = kernels.whole(flat, targ, w, ignore_index, reduction == 'mean', g, facts, ints, loss)
-    else: total = _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, ints, loss)
-    if total < 0: _raise_bad_targ(y, c, ignore_index)
+    room = g, facts, ints, loss
+    if planes or scale is not None or flat.size >= 2 * _SHARE:
+        divisor = _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, *room)
+    else: divisor = kernels.whole(flat, targ, w, ignore_index, reduction == 'mean', *room)
+    if math.isnan(divisor): _raise_bad_targ(y, c, ignore_index)
     grad = torch.from_numpy(g) if want_grad else None
     if want_grad and (moved or g.ndim != z.ndim): grad = _as(grad, z.shape, axis if moved else None)
-    return FusedPass(None if reduction == 'none' else torch.from_numpy(loss), grad, facts, ints, total)
-
-def _as(g: Tensor, shape, moved: int|None) -> Tensor:
-    "The buffer `g` in the shape of the logits."
-    if moved is None: return g.view(shape)
-    return g.view([*shape[:moved], *shape[moved + 1:], shape[moved]]).movedim(-1, moved)
+    return FusedPass(None if reduction == 'none' else torch.from_numpy(loss), grad, facts, ints, divisor)
 
 # %% ../nbs/00b_fused.ipynb #0b106c81
-_is_wrapped, _dispatchers, _is_compiling = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._len_torch_dispatch_stack, torch.compiler.is_compiling
+_dispatchers, _is_compiling = torch._C._len_torch_dispatch_stack, torch.compiler.is_compiling
 
 def traced(x: Tensor) -> bool:
     "Is somebody tracing or transforming what happens to `x`?"
@@ -522,11 +551,11 @@ def fused_stats(
     mix: tuple|None = None,
 ) -> XentStats:
     "`xent_stats`, by a kernel where there is one."
+    pred, targ = _plain(pred), _plain_targ(targ)
     if mix is None and not label_smoothing and not targ.is_floating_point() and usable(pred):
-        pred, targ = _plain(pred), _plain(targ)
         axis = _class_axis(pred, axis)
         _check_targ(pred, targ, axis)
         if weight is not None: _check_weight(weight, pred.shape[axis])
-        done = fused_pass(pred if pred.dtype == torch.float64 else pred.float(), targ.long(), weight, ignore_index, axis, want_grad=False)
+        done = fused_pass(_wide(pred), targ.long(), weight, ignore_index, axis, want_grad=False)
         if done is not None: return done.stats(targ.shape)
     return xent_stats(pred, targ, weight, ignore_index, label_smoothing, axis, mix)

@@ -20,10 +20,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .numerics import (XentStats, _bad_targ, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain, _rows,
-                                  _soft_targ, xent_grad, xent_stats)
+from .numerics import (XentStats, _bad_targ, _check_smoothing, _check_targ, _check_weight, _class_axis,
+                                  _derivable_grad, _keeps_graph, _plain, _plain_targ, _rows, xent_grad, xent_stats)
 
-if find_spec('triton') is None: tl = SimpleNamespace(constexpr=None)  # no Triton for this system: the kernels can be read, not run
+if find_spec('triton') is None:
+    tl = SimpleNamespace(constexpr=None)     # no Triton for this system: the kernels can be read, not run
 else:
     import triton
     import triton.language as tl
@@ -34,7 +35,7 @@ def _xent_kernel(
     pred, targ, weight, partial, used,      # read
     rows, stats, klass, grad, found,        # written
     n, inner, ignore_index, eps,            # rows in all, rows in the inner loop
-    step_o, step, grad_o, grad_step,        # steps from one outer row to the next, and from one row (or class) to the next
+    step_o, step, grad_o, grad_step,        # steps from an outer row, and from a row (or class), to the next
     c: tl.constexpr, parts: tl.constexpr,
     P: tl.constexpr, C: tl.constexpr, V: tl.constexpr, # tile, and what divides the steps
     WHOLE: tl.constexpr, ROWS: tl.constexpr, MEAN: tl.constexpr, USED: tl.constexpr,
@@ -82,13 +83,14 @@ def _xent_kernel(
     # the label against the rest
     if WHOLE:
         have = j < c
-        z = tl.load(at[:, None] + (j * ahead)[None, :], mask=wanted[:, None] & have[None, :], other=-inf).to(tl.float32)
+        here = wanted[:, None] & have[None, :]
+        z = tl.load(at[:, None] + (j * ahead)[None, :], mask=here, other=-inf).to(tl.float32)
         mine = j[None, :] == y[:, None]
         rest = tl.where(mine, -inf, z)
         m = tl.reduce(rest, 1, _MAX)
         if STATS:
-            first = tl.where(rest != rest, j[None, :], tl.where(rest >= tl.maximum(m, zy)[:, None], j[None, :] + far, 2 * far - 1))
-            first = tl.reduce(first, 1, _MIN)
+            first = tl.where(rest >= tl.maximum(m, zy)[:, None], j[None, :] + far, 2 * far - 1)
+            first = tl.reduce(tl.where(rest != rest, j[None, :], first), 1, _MIN)
         fall = rest - tl.maximum(m, lowest)[:, None]
         fall = tl.where(fall < -1000., -1000., fall)           # e is 0 there, and so is e ln e
         e = tl.exp2(fall * log2e)
@@ -107,7 +109,8 @@ def _xent_kernel(
         for start in tl.range(0, c, C, num_stages=3):
             k = start + j
             have = k < c
-            z = tl.load(at[:, None] + (k * ahead)[None, :], mask=wanted[:, None] & have[None, :], other=-inf).to(tl.float32)
+            here = wanted[:, None] & have[None, :]
+            z = tl.load(at[:, None] + (k * ahead)[None, :], mask=here, other=-inf).to(tl.float32)
             rest = tl.where(k[None, :] == y[:, None], -inf, z)
             up = rest > ms
             t = tl.exp2(-tl.where(up, rest - ms, ms - rest) * log2e)
@@ -128,7 +131,8 @@ def _xent_kernel(
     t = tl.exp2(-tl.abs(d) * log2e)
     x = t / (2. + t)
     q = x * x
-    log1p = 2. * x * (1. + q * (1/3 + q * (1/5 + q * (1/7 + q * (1/9 + q * (1/11 + q * (1/13 + q * (1/15 + q * (1/17)))))))))
+    log1p = 1/9 + q * (1/11 + q * (1/13 + q * (1/15 + q * (1/17))))
+    log1p = 2. * x * (1. + q * (1/3 + q * (1/5 + q * (1/7 + q * log1p))))
     loss = tl.where(d < 0., -d, 0.) + log1p
     hit, miss = tl.where(d < 0., t, 1.) / (1. + t), tl.where(d < 0., 1., t) / (1. + t)
     over_S = 1. / tl.maximum(S, tiny)
@@ -145,7 +149,11 @@ def _xent_kernel(
     share = 1.
     if MEAN:
         count = tl.reduce(tl.load(partial + tl.arange(0, parts)), 0, _SUM)
-        share = tl.where(count > 0., 1. / count, 0.)
+        share = tl.where(count == 0., 0., 1. / count)
+        if WEIGHT:
+            if count == 0.:                  # no row counts, or the weights cancel
+                some = tl.reduce(tl.load(partial + parts + tl.arange(0, parts)), 0, _SUM)
+                share = tl.where(some > 0., inf, 0.)
     scale = share * tl.load(used) if USED else share
     tl.store(rows + row, tl.where(ok, loss * share, tl.where(wrong, nan, 0.)), mask=inside)
 
@@ -158,8 +166,8 @@ def _xent_kernel(
             if SMOOTH: g = g - s * wk
             g = tl.where(mine, gy[:, None], g)
         if GRAD:
-            tl.store(to[:, None] + (j * ahead_to)[None, :], tl.where(ok[:, None], g * scale, 0.).to(grad.dtype.element_ty),
-                     mask=inside[:, None] & have[None, :])
+            g_out = tl.where(ok[:, None], g * scale, 0.).to(grad.dtype.element_ty)
+            tl.store(to[:, None] + (j * ahead_to)[None, :], g_out, mask=inside[:, None] & have[None, :])
         if STATS and SMOOTH: G = tl.reduce(g * g, 1, _SUM)
     elif GRAD or STATS:
         top = tl.maximum(m, zy)
@@ -169,7 +177,8 @@ def _xent_kernel(
         for back in tl.range(0, chunks, num_stages=3):
             k = (chunks - 1 - back) * C + j
             have = k < c
-            z = tl.load(at[:, None] + (k * ahead)[None, :], mask=wanted[:, None] & have[None, :], other=-inf).to(tl.float32)
+            here = wanted[:, None] & have[None, :]
+            z = tl.load(at[:, None] + (k * ahead)[None, :], mask=here, other=-inf).to(tl.float32)
             mine = k[None, :] == y[:, None]
             fall = z - tl.maximum(m, lowest)[:, None]
             fall = tl.where(mine | (fall < -1000.), -1000., fall)
@@ -180,20 +189,20 @@ def _xent_kernel(
                 g = g - s * wk[None, :]
             g = tl.where(mine, gy[:, None], g)
             if GRAD:
-                tl.store(to[:, None] + (k * ahead_to)[None, :], tl.where(ok[:, None], g * scale, 0.).to(grad.dtype.element_ty),
-                         mask=inside[:, None] & have[None, :])
+                g_out = tl.where(ok[:, None], g * scale, 0.).to(grad.dtype.element_ty)
+                tl.store(to[:, None] + (k * ahead_to)[None, :], g_out, mask=inside[:, None] & have[None, :])
             if STATS:
                 Qs += e * e
                 X += tl.reduce(e * fall, 1, _SUM)
                 if SMOOTH: Gs += g * g
-                here = tl.where(z != z, k[None, :], tl.where(z >= top[:, None], k[None, :] + far, 2 * far - 1))
-                firsts = tl.minimum(firsts, here)
+                found_at = tl.where(z >= top[:, None], k[None, :] + far, 2 * far - 1)
+                firsts = tl.minimum(firsts, tl.where(z != z, k[None, :], found_at))
         if STATS: Q, G, first = tl.reduce(Qs, 1, _SUM), tl.reduce(Gs, 1, _SUM), tl.reduce(firsts, 1, _MIN)
 
     if STATS:
         first = tl.minimum(first, tl.where(zy != zy, y, tl.where(zy >= m, y + far, 2 * far - 1)))
         el2n = miss * tl.sqrt(1. + Q * over_S * over_S)
-        norm = tl.sqrt(G) if SMOOTH else w * el2n
+        norm = tl.sqrt(G) if SMOOTH else tl.abs(w) * el2n
         far_d = tl.minimum(tl.abs(d), -lowest) + 0. * S    # ∞ · 0 is 0 here, and nan stays
         entropy = log1p + far_d * t / (1. + t) + miss * (tl.log(tl.maximum(S, tiny)) - X * over_S)
         lost = first < far                   # the row has a nan
@@ -228,13 +237,13 @@ def _beside(x: Tensor):
         with np.errstate(all='ignore'): yield
 
 def _launch(fn, programs: int, x: Tensor, *args, num_warps: int = 4, **kw) -> None:
-    "Run `programs` programs of `fn` beside `x`. Without fused multiply-add a variant of a kernel gives the bits of another."
+    "Run `programs` programs of `fn` beside `x`; without fused multiply-add, so that all variants give the same bits."
     if not programs: return
     with _beside(x): _runner(fn, not x.is_cuda)[(programs,)](*args, num_warps=num_warps, enable_fp_fusion=False, **kw)
 
 # %% ../nbs/00a_kernels.ipynb #4e065564
 def _fold(pred: Tensor, grad: Tensor, axis: int) -> list|None:
-    "The rows as an outer and an inner loop, each `(length, step in pred, step in grad)`; None if two loops are not enough."
+    "The rows as an outer and an inner loop, each `(length, step in pred, step in grad)`; None if two are not enough."
     loops = []
     for i, (n, *step) in enumerate(zip(pred.shape, pred.stride(), grad.stride())):
         if i == axis or n == 1: continue
@@ -277,21 +286,26 @@ LIMIT = 2**14 # logits that one program keeps in registers; wider rows are read 
 # %% ../nbs/00a_kernels.ipynb #64aee129
 def _prepare_kernel(targ, weight, guess, partial, used, found, n, ignore_index, c: tl.constexpr, B: tl.constexpr,
                     MEAN: tl.constexpr, WEIGHT: tl.constexpr):
-    "Count the rows, or add up their weights, into one number a program; take the guess and clear the record of bad targets."
+    """Count the rows, or add up their weights, into one number a program; with weights, count those that are not 0.
+
+    Take the guess, and clear the record of bad targets."""
     pid = tl.program_id(0)
     if pid == 0:
         tl.store(used, tl.load(guess))
         tl.store(found + tl.arange(0, 2), tl.full([2], 0, tl.int64))
     if MEAN:
-        acc = tl.full([B], 0., tl.float32)
+        acc, some = tl.full([B], 0., tl.float32), tl.full([B], 0., tl.float32)
         start = pid * B
         while start < n:
             i = start + tl.arange(0, B)
             y = tl.load(targ + i, mask=i < n, other=0).to(tl.int64)
             ok = (i < n) & (y >= 0) & (y < c) & (y != ignore_index)
-            acc += tl.load(weight + y, mask=ok, other=0.) if WEIGHT else ok.to(tl.float32)
+            w = tl.load(weight + y, mask=ok, other=0.) if WEIGHT else ok.to(tl.float32)
+            acc += w
+            if WEIGHT: some += (w != 0.).to(tl.float32)
             start += tl.num_programs(0) * B
         tl.store(partial + pid, tl.reduce(acc, 0, _SUM))
+        if WEIGHT: tl.store(partial + tl.num_programs(0) + pid, tl.reduce(some, 0, _SUM))
 
 def _rescale_kernel(grad, up, used, found, guess, n, B: tl.constexpr):
     "Multiply `grad` by `up / used`, in place and only if that is not 1; by 0 if a target was bad. Remember `up`."
@@ -326,7 +340,7 @@ class _Pass(NamedTuple):
     stats: XentStats|None
     found: Tensor        # The first bad target and how many there are: see `bad_target`
     used: Tensor|None    # The factor in `grad`, unless the reduction is 'none'
-    partial: Tensor|None # Summands of the divisor of a mean
+    partial: Tensor|None # Summands of the divisor of a mean; with weights, then how many are not 0; `1 or 2, parts`
 
 def _tiles(pred: Tensor, want_grad: bool, axis: int, smooth: bool, limit: int):
     "Logits that the kernel can walk through, room for their gradient, the loops and the plan."
@@ -339,33 +353,40 @@ def _tiles(pred: Tensor, want_grad: bool, axis: int, smooth: bool, limit: int):
         if c == 1 or steps == (1, 1): rows, step = True, inner[1:]
         elif inner[1:] == (1, 1): rows, step = False, steps
         else: continue
-        return z, grad, loops, step, _plan(c, rows, outer[0], inner[0], [*outer[1:], *step], pred.element_size(), smooth, limit)
+        plan = _plan(c, rows, outer[0], inner[0], [*outer[1:], *step], pred.element_size(), smooth, limit)
+        return z, grad, loops, step, plan
     raise AssertionError(f"no way through contiguous logits of shape {list(pred.shape)}")
 
-def _pass(pred, targ, weight, ignore_index, label_smoothing, axis, reduction, want_grad, want_stats, limit=None) -> _Pass:
+def _pass(pred, targ, weight, ignore_index, label_smoothing, axis, reduction, want_grad, want_stats, limit=None):
     "One pass over checked arguments."
     shape, c, new = _rows(pred, axis), pred.shape[axis], pred.new_empty
-    n, mean, scaled = math.prod(shape), reduction == 'mean', reduction != 'none'
-    pred, grad, ((outer, *far), (inner, *_)), step, plan = _tiles(pred, want_grad, axis, label_smoothing > 0, limit or LIMIT)
+    n, mean, scaled, weighted = math.prod(shape), reduction == 'mean', reduction != 'none', weight is not None
+    smooth = label_smoothing > 0
+    pred, grad, loops, step, plan = _tiles(pred, want_grad, axis, smooth, limit or LIMIT)
+    (outer, *far), (inner, *_) = loops
     targ = targ.contiguous()
-    if weight is not None: weight = weight.to(pred.device, torch.float32).contiguous()
+    if weighted: weight = weight.to(pred.device, torch.float32).contiguous()
     rows = new(shape, dtype=torch.float32)
     stats = new([6, *shape], dtype=torch.float32) if want_stats else None
     klass = new(shape, dtype=torch.int64) if want_stats else None
-    found, used, partial = new(2, dtype=torch.int64), None, None
+    found, used, partial, parts = new(2, dtype=torch.int64), None, None, 1
     if scaled and n:
-        used, parts = new(1, dtype=torch.float32), min(_power(-(-n // 1024)), _PARTS) if mean else 1
-        partial = new(parts, dtype=torch.float32)
+        parts = min(_power(-(-n // 1024)), _PARTS) if mean else 1
+        used, partial = new(1, dtype=torch.float32), new(1 + weighted, parts, dtype=torch.float32)
         _launch(_prepare_kernel, parts, pred, targ, weight, _guess(pred.device), partial, used, found, n, ignore_index,
-                c=c, B=1024, MEAN=mean, WEIGHT=weight is not None)
+                c=c, B=1024, MEAN=mean, WEIGHT=weighted)
     else: found.zero_()
     programs = outer * -(-inner // plan.P) if n else 0
-    _launch(_xent_kernel, programs, pred, pred, targ, weight, partial, used, rows, stats, klass, pred if grad is None else grad, found,
+    _launch(_xent_kernel, programs, pred, pred, targ, weight, partial, used,
+            rows, stats, klass, pred if grad is None else grad, found,
             n, inner, ignore_index, float(label_smoothing), far[0], step[0], far[1], step[1],
-            c=c, parts=1 if partial is None else len(partial), P=plan.P, C=plan.C, V=plan.V, WHOLE=plan.WHOLE, ROWS=plan.ROWS,
-            MEAN=mean, USED=scaled, WEIGHT=weight is not None, SMOOTH=label_smoothing > 0, GRAD=want_grad, STATS=want_stats,
+            c=c, parts=parts, P=plan.P, C=plan.C, V=plan.V, WHOLE=plan.WHOLE, ROWS=plan.ROWS,
+            MEAN=mean, USED=scaled, WEIGHT=weighted, SMOOTH=smooth, GRAD=want_grad, STATS=want_stats,
             num_warps=plan.warps)
     return _Pass(rows, grad, XentStats(*stats, klass) if want_stats else None, found, used, partial)
+
+# %% ../nbs/00a_kernels.ipynb #a95123e4
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 class KernelOut(NamedTuple):
     "What `xent_forward` gives."
@@ -377,7 +398,7 @@ class KernelOut(NamedTuple):
 def xent_forward(
     pred: Tensor, # Logits, `n c d…`, in float32, bfloat16 or float16
     targ: Tensor, # Classes, `n d…`
-    weight: Tensor|None = None, # A weight for each class, `c`
+    weight: Tensor|None = None, # A weight for each class, `c`; it may be negative
     ignore_index: int = -100, # Rows with this target have no loss
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     axis: int = 1, # The class axis
@@ -386,15 +407,15 @@ def xent_forward(
     limit: int|None = None, # Logits that a program may keep; None: `LIMIT`
 ) -> KernelOut:
     "Loss, gradient and statistics of every row in one pass, by Triton: compiled on a GPU, interpreted elsewhere."
-    pred, targ = _plain(pred).detach(), _plain(targ)
+    pred, targ, instead = _plain(pred).detach(), _plain_targ(targ), "use `xent_stats` and `xent_grad`"
     axis = _class_axis(pred, axis)
-    if pred.dtype not in _DTYPES: raise TypeError(f"pred has dtype {pred.dtype}, expected float32, bfloat16 or float16; use `xent_stats` and `xent_grad`")
-    if _check_targ(pred, targ, axis): raise TypeError("targ holds probabilities, expected classes; use `xent_stats` and `xent_grad`")
+    if pred.dtype not in _DTYPES:
+        raise TypeError(f"pred has dtype {pred.dtype}, expected float32, bfloat16 or float16; {instead}")
+    if _check_targ(pred, targ, axis): raise TypeError(f"targ holds probabilities, expected classes; {instead}")
     if weight is not None: _check_weight(weight, pred.shape[axis])
     _check_smoothing(label_smoothing)
-    return KernelOut(*_pass(pred, targ, weight, ignore_index, label_smoothing, axis, 'none', want_grad, want_stats, limit)[:4])
-
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+    out = _pass(pred, targ, weight, ignore_index, label_smoothing, axis, 'none', want_grad, want_stats, limit)
+    return KernelOut(*out[:4])
 
 # %% ../nbs/00a_kernels.ipynb #85ea3e23
 def bad_target(
@@ -407,11 +428,6 @@ def bad_target(
     return 0x7FFFFFFF - (key >> 32), value - (value >> 31 << 32), count
 
 # %% ../nbs/00a_kernels.ipynb #623831b6
-def _keeps_graph() -> bool:
-    "Will the running backward pass be followed by another one through the same graph? Yes, unless autograd says no."
-    ask = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', None)
-    return ask is None or ask()
-
 class KernelLoss(torch.autograd.Function):
     "Cross-entropy of float32, bfloat16 or float16 logits and classes, by Triton."
     @staticmethod
@@ -445,17 +461,18 @@ class KernelLoss(torch.autograd.Function):
 
 def _rescale(grad: Tensor, up: Tensor, used: Tensor|None, found: Tensor) -> None:
     "Multiply `grad`, written for the factor `used`, so that its factor is `up`."
-    n = grad.numel()
-    if n: _launch(_rescale_kernel, min(-(-n // 8192), 1024), grad, grad, up, used, found, _guess(grad.device), n, B=8192, num_warps=8)
+    n, guess = grad.numel(), _guess(grad.device)
+    if n: _launch(_rescale_kernel, min(-(-n // 8192), 1024), grad, grad, up, used, found, guess, n, B=8192, num_warps=8)
 
 def _derivable(pred, targ, weight, found, partial, up, ignore_index, label_smoothing, axis, reduction) -> Tensor:
     "The gradient of the logits, by operations that have a derivative."
-    z, out = pred.float(), _bad_targ(targ, pred.shape[axis], ignore_index) | (targ == ignore_index)
-    t = _soft_targ(z, targ.long().masked_fill(out, 0), False, weight, label_smoothing, axis)
-    g = (z.softmax(axis) * t.sum(axis, keepdim=True) - t).masked_fill(out.unsqueeze(axis), 0.)
-    if reduction == 'none': return (g * up.unsqueeze(axis)).to(pred.dtype)
-    if reduction == 'mean' and partial is not None: up = up / partial.sum().clamp_min(torch.finfo(z.dtype).tiny)
-    return (g * up.masked_fill(found[1] > 0, 0.)).to(pred.dtype)
+    out, divisor = _bad_targ(targ, pred.shape[axis], ignore_index) | (targ == ignore_index), None
+    if reduction == 'mean' and partial is not None:
+        sums = partial.sum(1)
+        divisor = sums[0].masked_fill(sums[-1] == 0, math.inf)       # no row counts
+    up = up.unsqueeze(axis) if reduction == 'none' else up.masked_fill(found[1] > 0, 0.)
+    y = targ.long().masked_fill(out, 0)
+    return _derivable_grad(pred, y, out, up, weight, label_smoothing, axis, divisor).to(pred.dtype)
 
 # %% ../nbs/00a_kernels.ipynb #498e1a2f
 _broken = set() # devices on which a kernel failed
@@ -471,8 +488,8 @@ def usable(
 def _give_up(device: torch.device, why: Exception) -> None:
     "Say once that the kernel does not run on `device`, and use it no more."
     _broken.add(device)
-    warnings.warn(f"the Triton kernel of fastai_xent does not run on {device}, so that losses there are slower: {type(why).__name__}: {why}\n"
-                  "Set `XENT_WAY=torch` to do without it.", RuntimeWarning, stacklevel=3)
+    warnings.warn(f"the Triton kernel of fastai_xent does not run on {device}, so that losses there are slower: "
+                  f"{type(why).__name__}: {why}\nSet `XENT_WAY=torch` to do without it.", RuntimeWarning, stacklevel=3)
 
 def _close(got: Tensor, want: Tensor, dtype) -> bool:
     "The same within a few digits of `dtype`, nan for nan?"
@@ -484,7 +501,8 @@ def _try(device: torch.device, dtype: torch.dtype) -> None:
     "Solve a small problem, both passes; raise if the answer is not that of double precision."
     with torch.inference_mode(False), torch.enable_grad():
         z = torch.linspace(-9, 9, 65).sin().mul(5).view(5, 13).to(device, dtype).requires_grad_()
-        y, w, facts = torch.tensor([0, 3, 1, 12, 5], device=device), torch.linspace(.5, 2, 13, device=device), {'stats': None}
+        y, facts = torch.tensor([0, 3, 1, 12, 5], device=device), {'stats': None}
+        w = torch.linspace(.5, 2, 13, device=device)
         loss = KernelLoss.apply(z, y, w, 1, .1, 1, 'sum', facts)
         grad, = torch.autograd.grad(loss, z)
     stats = xent_stats(z.double(), y, w, 1, .1)
@@ -492,10 +510,11 @@ def _try(device: torch.device, dtype: torch.dtype) -> None:
     answers += [(a, b, torch.float32) for a, b in zip(facts['stats'], stats)]
     if not all(_close(*o) for o in answers): raise ArithmeticError("its answers to a small problem are wrong")
 
+# %% ../nbs/00a_kernels.ipynb #8228d4d1
 def kernel_loss(
     pred: Tensor, # Logits, `n c d…`
     targ: Tensor, # Classes, `n d…`
-    weight: Tensor|None = None, # A weight for each class, `c`
+    weight: Tensor|None = None, # A weight for each class, `c`; it may be negative
     ignore_index: int = -100, # Rows with this target have no loss
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     axis: int = 1, # The class axis, from 0

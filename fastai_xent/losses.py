@@ -1,4 +1,4 @@
-"""Cross-entropy for fastai whose forward pass already holds the gradient and the statistics of every row
+"""Cross-entropy for fastai that also knows the statistics of every row
 
 Docs: https://fastai-xent.github.io/fastai_xent/losses.html.md"""
 
@@ -10,108 +10,28 @@ __all__ = ['WAY', 'XentLoss', 'XentLossFlat']
 # %% ../nbs/01_losses.ipynb #f69bf5ab
 import math
 import os
+import reprlib
+import warnings
 from collections import deque
+from functools import partial
 
 import numpy as np
+import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.losses import BaseLoss
+from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .fused import FusedPass, fused_pass, in_memory, traced
-from .numerics import (XentStats, _bad_targ, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
-                                  _raise_bad_targ, _rows, xent_stats)
+from .backward import FusedLoss, _rows_loss, _version
+from .fused import fused_pass, in_memory, traced
+from .numerics import (_SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
+                                  _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _wide,
+                                  _wide_dtype, xent_stats)
+from .weights import _some, in_order, named_weights
 
-# %% ../nbs/01_losses.ipynb #bcd649b5
-_is_wrapped, _is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
-_keeps_graph = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)
-
-def _may_reuse(grad: Tensor) -> bool:
-    "May the backward pass write its result into what the forward pass saved? Not if it is read again, as far as autograd knows, nor for many gradients at once (vmap)."
-    return not (_is_wrapped(grad) or _is_batched(grad) or _keeps_graph())
-
-def _version(x: Tensor|None) -> int|None:
-    "Counts the edits of `x`; None where torch does not count."
-    return None if x is None or x.is_inference() else x._version
-
-def _rows_loss(done: FusedPass, y: Tensor) -> Tensor:
-    "The loss of each row, 0 where ignored."
-    return torch.from_numpy(np.where(done.ints[0] < 0, 0, done.facts[0]).reshape(y.shape))
-
-def _ignored(done: FusedPass, y: Tensor) -> Tensor:
-    "Which rows are ignored?"
-    return torch.from_numpy(done.ints[0] < 0).view(y.shape)
-
-class _FusedLoss(torch.autograd.Function):
-    "The loss that `fused_pass` has computed for `pred`: its gradient is there already."
-    @staticmethod
-    def forward(ctx, pred, call):
-        y, done = call[0], call[-1]
-        loss, grad = done.loss, done.grad
-        done.loss = done.grad = None                  # from here on they belong to autograd
-        ctx.save_for_backward(pred, grad)             # each saved tensor and each argument takes a while, so the others are watched instead
-        ctx.call, ctx.versions = call, (_version(y), _version(call[1]))
-        return _rows_loss(done, y) if loss is None else loss
-
-    @staticmethod
-    def backward(ctx, up):
-        pred, grad = ctx.saved_tensors
-        y, weight, axis, ignore_index, reduction, done = ctx.call
-        if torch.is_grad_enabled():                   # create_graph
-            if ctx.versions != (_version(y), _version(weight)): raise RuntimeError("the targets or weights were changed in place after the loss was called: the gradient has no derivative any more")
-            if reduction == 'none': up = up.unsqueeze(axis)
-            res = _derivable(pred, y, weight, up, axis, ignore_index, reduction, done.total)
-        elif reduction == 'none':
-            up = up.masked_fill(_ignored(done, y), 0.).unsqueeze(axis)
-            res = grad.mul_(up) if _may_reuse(up) else grad * up
-        elif not _may_reuse(up): res = (grad * up).masked_fill(_ignored(done, y).unsqueeze(axis), 0.)
-        else:
-            factor = up.item()
-            res = grad if factor == 1 else grad.mul_(factor)
-            if not math.isfinite(factor): res.masked_fill_(_ignored(done, y).unsqueeze(axis), 0.)
-        return res if res.dtype is pred.dtype else res.to(pred.dtype), None
-def _derivable(pred, y, weight, up, axis, ignore_index, reduction, total) -> Tensor:
-    "(p − y) · up, by operations that have a derivative."
-    z, ignored = pred if pred.dtype == torch.float64 else pred.float(), y == ignore_index
-    label, ones = y.masked_fill(ignored, 0), torch.ones_like(y, dtype=z.dtype)
-    w = (ones if weight is None else weight.to(z.dtype)[label]).masked_fill(ignored, 0.).unsqueeze(axis)
-    if reduction == 'mean': w = w / (total or 1.)
-    g = z.softmax(axis) - torch.zeros_like(z).scatter_(axis, label.unsqueeze(axis), 1.)
-    return g.masked_fill(ignored.unsqueeze(axis), 0.) * w * up
-
-# %% ../nbs/01_losses.ipynb #7f828120
-class _LateCheck:
-    "Target errors found on a CUDA device, on their way to the host."
-    def __init__(self): self.queue = deque(maxlen=64)
-
-    def put(self, found: Tensor, read, shape, c: int, ignore_index: int) -> None:
-        "Send `found`, of which `read` tells the first bad row, its value and how many there are, to the host, behind the work already queued."
-        host = torch.empty_like(found, device='cpu', pin_memory=True).copy_(found, non_blocking=True)
-        done = torch.cuda.Event()
-        done.record()
-        self.queue.append((done, host, read, list(shape), c, ignore_index))
-
-    def look(self) -> None:
-        "Raise if an arrived message tells of a bad target; never wait for one."
-        while self.queue and self.queue[0][0].query():
-            _, host, read, shape, c, ignore_index = self.queue.popleft()
-            first = read(host.tolist())
-            if first is None: continue
-            row, value, n = first
-            raise IndexError(
-                f"in an earlier batch with targets of shape {shape}, the one at flat position {row} was {value}, expected a class from 0 to {c - 1} "
-                f"or ignore_index={ignore_index}; {n} row{'s were' if n > 1 else ' was'} out of range, and that batch's loss was nan")
-
-def _first_bad(targ: Tensor, bad: Tensor) -> Tensor:
-    "The first bad row, its value and how many there are, on the device."
-    row = bad.flatten().to(torch.uint8).argmax()
-    return torch.stack([row, targ.take(row).long(), bad.sum()])       # `targ[row]` would wait for `row`
-
-def _read_first(found: list) -> tuple|None: return found if found[2] else None
-
-# %% ../nbs/01_losses.ipynb #89ebc440
-WAY = os.environ.get('XENT_WAY') # None: the fastest; 'torch': torch's own kernels; 'triton': that kernel, whatever the device
-_REDUCTIONS = ('mean', 'sum', 'none')
+# %% ../nbs/01_losses.ipynb #9f527e19
+WAY = os.environ.get('XENT_WAY') # None: the fastest; 'torch': torch's own kernels; 'triton': that kernel, on any device
 
 def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
     "Who computes this batch?"
@@ -121,150 +41,223 @@ def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
         return 'triton' if kernels.usable(pred, WAY == 'triton') else 'torch'
     return 'fused' if not label_smoothing and in_memory(pred) else 'torch'
 
+# %% ../nbs/01_losses.ipynb #89ebc440
 class _Call:
     "What a loss remembers of its last call."
-    __slots__ = ('pred', 'targ', 'weight', 'settings', 'stats', 'done', 'versions')
-    def __init__(self, pred, targ, weight, settings, stats=None): # the last: `ignore_index, label_smoothing, axis`
-        self.pred, self.targ, self.weight, self.settings, self.stats, self.done, self.versions = pred, targ, weight, settings, stats, None, None
+    __slots__ = 'pred', 'targ', 'weight', 'settings', 'stats', 'done', 'versions'
+    def __init__(self, pred, targ, weight, settings, stats=None): # settings: `ignore_index, label_smoothing, axis`
+        self.pred, self.targ, self.weight, self.settings = pred, targ, weight, settings
+        self.stats, self.done, self.versions = stats, None, None
+
+    def _given(self): return self.pred, self.targ, self.weight
+
     def watch(self):
         "Note how often the arguments were edited until now."
-        self.versions = [_version(o) for o in (self.pred, self.targ, self.weight)]
-        return self
+        self.versions = [_version(o) for o in self._given()]
+
     def check(self):
         "Refuse to speak of arguments that were edited since."
-        for name, x, then in zip(('logits', 'targets', 'weights'), (self.pred, self.targ, self.weight), self.versions):
-            if _version(x) != then: raise RuntimeError(f"the {name} were changed in place after the loss was called; ask for `stats` before, or set `keep_stats=True`")
+        for name, x, then in zip(('logits', 'targets', 'weights'), self._given(), self.versions):
+            if _version(x) == then: continue
+            raise RuntimeError(f"the {name} were changed in place after the loss was called; "
+                               "ask for `stats` before, or set `keep_stats=True`")
 
+# %% ../nbs/01_losses.ipynb #7f828120
+class _LateCheck:
+    "What was found on a CUDA device, on its way to the host."
+    def __init__(self): self.queue = deque(maxlen=64)
+
+    def put(self, found: Tensor, tell) -> None:
+        "Send `found` to the host, behind the work already queued, for `tell`."
+        host = torch.empty_like(found, device='cpu', pin_memory=True).copy_(found, non_blocking=True)
+        done = torch.cuda.Event()
+        done.record()
+        self.queue.append((done, host, tell))
+
+    def look(self) -> None:
+        "Tell what has arrived; never wait for it."
+        while self.queue and self.queue[0][0].query():
+            _, host, tell = self.queue.popleft()
+            tell(host.tolist())
+
+def _first_bad(targ: Tensor, bad: Tensor) -> Tensor:
+    "The first bad row, its value and how many there are, on the device."
+    row = bad.flatten().to(torch.uint8).argmax()
+    return torch.stack([row, targ.take(row).long(), bad.sum()])       # `targ[row]` would wait for `row`
+
+def _read_first(found: list) -> tuple|None: return found if found[2] else None
+
+def _tell_bad_targ(shape, c: int, ignore_index: int, read, found: list) -> None:
+    "Raise if `found` tells of bad targets; `read` gives the first one's row, its value, and how many there are."
+    first = read(found)
+    if first is None: return
+    row, value, n = first
+    raise IndexError(
+        f"in an earlier batch with targets of shape {list(shape)}, the one at flat position {row} was {value}, "
+        f"expected a class from 0 to {c - 1} or ignore_index={ignore_index}; "
+        f"{n} row{'s were' if n > 1 else ' was'} out of range, and that batch's loss was nan")
+
+# %% ../nbs/01_losses.ipynb #7922d73f
+_REDUCTIONS = ('mean', 'sum', 'none')
+
+def _counts(y: Tensor, weight: Tensor|None, ignore_index: int) -> Tensor:
+    "How much each row counts, in the shape of `y`."
+    ok = y != ignore_index
+    return ok if weight is None else weight[y.masked_fill(~ok, 0)] * ok
+
+def _divisor(counts: Tensor, dtype: torch.dtype) -> Tensor:
+    "What a sum is divided by to be a mean: the total of `counts`; ∞ if no row counts."
+    return counts.sum().to(dtype).masked_fill(~counts.any(), math.inf)
+
+def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
+    "Sum `rows`, or average them; nothing that counts gives 0."
+    if reduction == 'none': return rows
+    return rows.sum() if reduction == 'sum' else rows.sum() / _divisor(counts, rows.dtype)
+
+# %% ../nbs/01_losses.ipynb #02ff020c
+def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
+    "Loss and statistics by `fused_pass`; None if there is no compiler."
+    ignore_index, _, axis = call.settings
+    needs_grad = pred.requires_grad and torch.is_grad_enabled()
+    z = call.pred if pred.dtype is torch.float32 or pred.dtype is torch.float64 else call.pred.float()
+    done = call.done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
+    if done is None: return None
+    if needs_grad: return FusedLoss.apply(pred, (y, call.weight, axis, ignore_index, reduction, done))
+    return _rows_loss(done, y) if done.loss is None else done.loss
+
+def _by_triton(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor|None:
+    "Loss and statistics by the Triton kernel; None if it does not run."
+    from fastai_xent.kernels import bad_target, kernel_loss
+    (ignore_index, _, axis), c, facts = call.settings, pred.shape[call.settings[2]], {'stats': None}
+    late.look()
+    if not y.is_cuda: _raise_bad_targ(y, c, ignore_index)
+    loss = kernel_loss(pred, y, call.weight, *call.settings, reduction, facts, always=WAY == 'triton')
+    if loss is None: return None
+    if y.is_cuda: late.put(facts['found'], partial(_tell_bad_targ, y.shape, c, ignore_index, bad_target))
+    call.stats = facts['stats']
+    return loss
+
+# %% ../nbs/01_losses.ipynb #2aabc418
+def _by_torch(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor:
+    "Loss by `F.cross_entropy`, with a zero where it divides zero by zero."
+    ignore_index, eps, axis = call.settings
+    call.watch()
+    z, c = _wide(pred), pred.shape[axis]
+    if z.ndim > 1: z = z.movedim(axis, 1)
+    kw = dict(weight=call.weight, ignore_index=ignore_index, label_smoothing=eps)
+    if y.is_floating_point(): return _of_probs(z, y, axis, reduction, kw)
+    bad = None
+    if y.is_cuda:
+        late.look()
+        bad = _bad_targ(y, c, ignore_index)
+        late.put(_first_bad(y, bad), partial(_tell_bad_targ, y.shape, c, ignore_index, _read_first))
+        y = y.masked_fill(bad, ignore_index)
+    try: loss = _mean_by_torch(z, y, kw) if reduction == 'mean' else F.cross_entropy(z, y, reduction=reduction, **kw)
+    except (IndexError, RuntimeError):
+        if not traced(z): _raise_bad_targ(y, c, ignore_index)
+        raise
+    return loss if bad is None else loss.masked_fill(bad if reduction == 'none' else bad.any(), math.nan)
+
+def _mean_by_torch(z, y, kw: dict) -> Tensor:
+    "The mean of `F.cross_entropy`, but 0 if no row counts."
+    counts = lambda: _counts(y, kw['weight'], kw['ignore_index'])
+    mean = lambda: _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts(), 'mean')
+    if y.device.type != 'cpu' or traced(z): return mean()       # to look at the loss would be to wait for it
+    loss = F.cross_entropy(z, y, **kw)
+    return loss if math.isfinite(loss.item()) or counts().any() else mean()
+
+def _of_probs(z, targ, axis: int, reduction: str, kw: dict) -> Tensor:
+    "Loss of probabilities as targets; 0 if there are none."
+    targ = targ.to(z.dtype)
+    if targ.ndim > 1: targ = targ.movedim(axis, 1)
+    if reduction == 'mean' and not z.numel(): reduction = 'sum'
+    return F.cross_entropy(z, targ, reduction=reduction, **kw)
+
+# %% ../nbs/01_losses.ipynb #87cedfd3
 class XentLoss(nn.CrossEntropyLoss):
-    "`nn.CrossEntropyLoss` that also knows each row's loss, gradient norm, EL2N, label probability, margin, entropy and predicted class."
+    "`nn.CrossEntropyLoss` that also knows each row's loss, gradient norm, EL2N, label probability, margin and more."
+    _by_name, _vocab, _told = None, None, False
     def __init__(self,
-        weight: Tensor|None = None, # A weight for each class, `c`, none negative
+        weight: Tensor|dict|pd.Series|None = None, # A weight for each class, `c`, in the order of the vocab or by name
         size_average=None, # Deprecated by torch: see `reduction`
         ignore_index: int = -100, # Rows with this target add nothing to loss or gradient
         reduce=None, # Deprecated by torch: see `reduction`
-        reduction: str = 'mean', # 'mean' (weighted, over the rows that count), 'sum', or 'none': one loss a row, in the shape of `targ`
+        reduction: str = 'mean', # 'mean' (weighted, over the rows that count), 'sum', or 'none': one loss a row
         label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
         *,
         axis: int = 1, # The class axis
         keep_stats: bool = False, # Compute the statistics with each loss, also where they do not come with it?
     ):
-        weight = None if weight is None else torch.as_tensor(weight)
-        if weight is not None:
-            _check_weight(weight)
-            weight = weight if weight.is_floating_point() else weight.float()
-        super().__init__(weight, size_average, ignore_index, reduce, reduction, label_smoothing)
+        super().__init__(None, size_average, ignore_index, reduce, reduction, label_smoothing)
         _check_smoothing(label_smoothing)
-        self.axis, self.keep_stats = axis, keep_stats
-        self._last, self._checked, self._fits, self._late = None, self.weight, None, _LateCheck()
+        self.axis, self.keep_stats, self.weight = axis, keep_stats, weight
+        self._last, self._checked, self._fits, self._late = None, None, None, _LateCheck()
 
     def __getstate__(self): return {**self.__dict__, '_last': None, '_checked': None, '_late': _LateCheck()}
 
-    def forward(self,
-        pred: Tensor, # Logits, `n c d…`
-        targ: Tensor, # Classes, `n d…`, or probabilities in the shape of `pred`
-    ) -> Tensor: # A scalar, or `n d…` if reduction is 'none'; float32, or float64 for float64 logits
-        "The cross-entropy of `pred` and `targ`. The rows' statistics are in `stats` until the next call."
-        own = vars(self)                              # a module's own way to set an attribute takes longer than the loss of a small batch
-        own['_last'] = None                           # until the arguments are known to be good
-        if type(pred) is not Tensor or type(targ) is not Tensor: pred, targ = _plain(pred), _plain(targ)
-        weight = own['_buffers']['weight'] if 'weight' in own['_buffers'] else self.weight
-        like = pred.shape, pred.dtype, targ.shape, targ.dtype, self.axis, self.reduction
-        if own['_fits'] is None or own['_fits'][0] != like: own['_fits'] = like, *self._check(pred, targ)
-        _, axis, probs = own['_fits']
-        if weight is not None: weight = self._check_weight(weight, pred, axis)
-        way, y = _way(pred, probs, self.label_smoothing), targ if probs or targ.dtype is torch.int64 else targ.long()
-        last = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, (self.ignore_index, self.label_smoothing, axis))
-        loss = self._fused_loss(pred, y, weight, axis, last) if way == 'fused' else self._triton_loss(pred, y, weight, axis, last) if way == 'triton' else None
-        if loss is None:
-            last.watch()
-            loss = self._torch_loss(pred, y, weight, axis, probs)
-        if self.keep_stats: self.stats
-        return loss
+    def __setattr__(self, name, value): super().__setattr__(name, self._taken(value) if name == 'weight' else value)
 
-    def _check(self, pred, targ):
-        "The class axis, and whether targets are probabilities; or an error."
-        if self.reduction not in _REDUCTIONS: raise ValueError(f"reduction is {self.reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
-        axis = _class_axis(pred, self.axis)
-        return axis, _check_targ(pred, targ, axis)
+    def _taken(self, weight) -> Tensor|None:
+        "Class weights as a tensor; it is empty as long as they are known by name alone."
+        vars(self).update(_by_name=named_weights(weight), _vocab=None)
+        if weight is None: return None
+        if self._by_name is not None: return torch.empty(0)
+        weight = torch.as_tensor(weight)
+        _check_weight(weight)
+        return weight if weight.is_floating_point() else weight.float()
 
-    def _check_weight(self, weight, pred, axis):
-        "The class weights, as they are computed with."
-        if weight is not self._checked or len(weight) != pred.shape[axis]: _check_weight(weight, pred.shape[axis])
-        vars(self)['_checked'] = weight
-        return weight.to(pred.device, pred.dtype if pred.dtype == torch.float64 else torch.float32)
+    def extra_repr(self):
+        res = [f'{o}={getattr(self, o)!r}' for o in ('reduction', 'ignore_index', 'label_smoothing', 'axis')]
+        if self._by_name is not None: res.append(f"weight={reprlib.repr(self._by_name)}")
+        if self._by_name is not None and self._vocab is None: res.append("no vocab yet")
+        return ', '.join(res)
 
-    def extra_repr(self): return ', '.join(f'{o}={getattr(self, o)!r}' for o in ('reduction', 'ignore_index', 'label_smoothing', 'axis'))
-
-# %% ../nbs/01_losses.ipynb #7922d73f
-from fastcore.basics import patch
-
-def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
-    "Sum `rows` or divide by the total of `counts`; nothing that counts gives 0."
-    if reduction == 'none': return rows
-    total = rows.sum()
-    if reduction == 'sum': return total
-    n = counts.sum()
-    return total / n.masked_fill(n == 0, 1).to(total.dtype)
-
+# %% ../nbs/01_losses.ipynb #29bdaa50
 @patch
-def _fused_loss(self: XentLoss, pred, y, weight, axis, last):
-    "Loss and statistics by `fused_pass`; None if there is no compiler."
-    needs_grad = pred.requires_grad and torch.is_grad_enabled()
-    z = last.pred if pred.dtype is torch.float32 or pred.dtype is torch.float64 else last.pred.float()
-    done = last.done = fused_pass(z, y, weight, self.ignore_index, axis, self.reduction, needs_grad)
-    if done is None: return None
-    if needs_grad: return _FusedLoss.apply(pred, (y, weight, axis, self.ignore_index, self.reduction, done))
-    return _rows_loss(done, y) if done.loss is None else done.loss
-
-@patch
-def _triton_loss(self: XentLoss, pred, y, weight, axis, last):
-    "Loss and statistics by the Triton kernel; None if it does not run."
-    from fastai_xent.kernels import bad_target, kernel_loss
-    self._late.look()
-    facts = {'stats': None}
-    if not y.is_cuda: _raise_bad_targ(y, pred.shape[axis], self.ignore_index)
-    loss = kernel_loss(pred, y, weight, self.ignore_index, self.label_smoothing, axis, self.reduction, facts, always=WAY == 'triton')
-    if loss is None: return None
-    if y.is_cuda: self._late.put(facts['found'], bad_target, y.shape, pred.shape[axis], self.ignore_index)
-    last.stats = facts['stats']
+def forward(self: XentLoss,
+    pred: Tensor, # Logits, `n c d…`
+    targ: Tensor, # Classes, `n d…`, or probabilities in the shape of `pred`
+) -> Tensor: # A scalar, or `n d…` if reduction is 'none'; float32, or float64 for float64 logits
+    "The cross-entropy of `pred` and `targ`. The rows' statistics are in `stats` until the next call."
+    own = vars(self)              # a module's own way to set an attribute takes longer than the loss of a small batch
+    own['_last'] = None           # until the arguments are known to be good
+    if type(pred) is not Tensor or type(targ) is not Tensor: pred, targ = _plain(pred), _plain_targ(targ)
+    reduction, eps = self.reduction, self.label_smoothing
+    like = pred.shape, pred.dtype, targ.shape, targ.dtype, self.axis, reduction
+    if own['_fits'] is None or own['_fits'][0] != like: own['_fits'] = like, *self._check(pred, targ)
+    _, axis, probs = own['_fits']
+    weight = own['_buffers']['weight'] if 'weight' in own['_buffers'] else self.weight
+    if weight is not None:
+        weight = self._check_weight(weight, pred.shape[axis]).to(pred.device, _wide_dtype(pred.dtype))
+    y = targ if probs or targ.dtype is torch.int64 else targ.long()
+    if probs and not self._told: self._check_probs(targ.detach(), axis)
+    call = _Call(pred.detach(), targ.detach() if probs else targ, weight, (self.ignore_index, eps, axis))
+    own['_last'], way, loss = call, _way(pred, probs, eps), None
+    if way == 'fused': loss = _by_fused(pred, y, call, reduction)
+    elif way == 'triton': loss = _by_triton(pred, y, call, reduction, self._late)
+    if loss is None: loss = _by_torch(pred, y, call, reduction, self._late)
+    if self.keep_stats: self.stats
     return loss
 
-# %% ../nbs/01_losses.ipynb #2aabc418
 @patch
-def _torch_loss(self: XentLoss, pred, y, weight, axis, probs):
-    "Loss by `F.cross_entropy`, with a zero where it divides zero by zero."
-    kw = dict(weight=weight, ignore_index=self.ignore_index, label_smoothing=self.label_smoothing)
-    z = pred if pred.dtype == torch.float64 else pred.float()
-    z = z.movedim(axis, 1) if z.ndim > 1 else z
-    if probs:
-        y = y.to(z.dtype)
-        return F.cross_entropy(z, y.movedim(axis, 1) if y.ndim > 1 else y, reduction=self.reduction if z.numel() else 'sum' if self.reduction == 'mean' else self.reduction, **kw)
-    bad = None
-    if y.is_cuda:
-        self._late.look()
-        bad = _bad_targ(y, pred.shape[axis], self.ignore_index)
-        self._late.put(_first_bad(y, bad), _read_first, y.shape, pred.shape[axis], self.ignore_index)
-        y = y.masked_fill(bad, self.ignore_index)
-    try:
-        if self.reduction != 'mean': loss = F.cross_entropy(z, y, reduction=self.reduction, **kw)
-        elif y.device.type != 'cpu' or traced(z):     # to look at the loss would be to wait for it
-            ok = y != self.ignore_index
-            counts = ok if weight is None else weight[y.masked_fill(~ok, 0)] * ok
-            loss = _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts, 'mean')
-        else:
-            loss = F.cross_entropy(z, y, **kw)
-            if math.isnan(loss.item()): loss = self._mean_or_nothing(z, y, weight, kw)
-    except (IndexError, RuntimeError):
-        if not traced(z): _raise_bad_targ(y, pred.shape[axis], self.ignore_index)
-        raise
-    return loss if bad is None else loss.masked_fill(bad if self.reduction == 'none' else bad.any(), math.nan)
+def _check(self: XentLoss, pred, targ):
+    "The class axis, and whether targets are probabilities; or an error."
+    if self.reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction is {self.reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
+    axis = _class_axis(pred, self.axis)
+    return axis, _check_targ(pred, targ, axis)
 
 @patch
-def _mean_or_nothing(self: XentLoss, z, y, weight, kw):
-    "The mean that came out nan: 0 if no row counts."
-    ok = y != self.ignore_index
-    counts = ok if weight is None else weight[y.masked_fill(~ok, 0)] * ok
-    return _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts, 'mean')
+def _check_weight(self: XentLoss, weight, c):
+    "The class weights, looked at once."
+    if weight is self._checked and len(weight) == c: return weight
+    if self._by_name is not None and self._vocab is None:
+        raise RuntimeError(
+            f"weight is given by class name ({_some(self._by_name)}), and this loss does not know the vocab; call "
+            "`loss.set_vocab(dls.vocab)`, as a recorder does, or give a tensor in the order of `dls.vocab`")
+    _check_weight(weight, c)
+    vars(self)['_checked'] = weight
+    return weight
 
 # %% ../nbs/01_losses.ipynb #710c810b
 @patch(as_prop=True)
@@ -272,15 +265,60 @@ def stats(self: XentLoss) -> XentStats:
     "The statistics of the last call's rows, in the shape of its targets, without a graph."
     last = self._last
     if last is not None and last.stats is None and last.done is not None: last.stats = last.done.stats(last.targ.shape)
-    if last is None or (last.stats is None and last.versions is None): raise RuntimeError("no statistics yet: call the loss first")
+    if last is None or (last.stats is None and last.versions is None):
+        raise RuntimeError("no statistics yet: call the loss first")
     if last.stats is None:
         last.check()
         last.stats = xent_stats(last.pred, last.targ, last.weight, *last.settings)
     return last.stats
 
+# %% ../nbs/01_losses.ipynb #be664538
+@patch
+def set_vocab(self: XentLoss,
+    vocab, # Class names in the order of the model's outputs, such as `dls.vocab`
+) -> None:
+    "Put class weights that were given by name into the order of `vocab`; others stay as they are."
+    if self._by_name is None: return
+    if vocab is None: raise TypeError("vocab is None, expected the class names in the order of the model's outputs")
+    vocab = list(vocab)
+    if vocab == self._vocab: return
+    self._buffers['weight'] = torch.tensor(in_order(self._by_name, vocab)).to(self.weight)
+    vars(self).update(_vocab=vocab)
+
+# %% ../nbs/01_losses.ipynb #d18c9520
+def _first_off(targ: Tensor, axis: int) -> Tensor:
+    "The first row that holds no probabilities, its sum, its least number, and how many such rows there are."
+    off, sums, least = (o.flatten() for o in _no_probs(targ, axis))
+    row = off.to(torch.uint8).argmax()
+    return torch.stack([row.double(), sums.take(row).double(), least.take(row).double(), off.sum().double()])
+
+@patch
+def _check_probs(self: XentLoss, targ, axis) -> None:
+    "Warn, once, if the rows of `targ` hold no probabilities."
+    if traced(targ) or not targ.numel(): return
+    tell = partial(self._tell_off, targ.shape, axis)
+    if targ.is_cuda:
+        self._late.look()
+        self._late.put(_first_off(targ, axis), tell)
+    elif in_memory(targ) and not _all_probs(targ, axis): tell(_first_off(targ, axis).tolist())
+
+@patch
+def _tell_off(self: XentLoss, shape, axis, found: list) -> None:
+    "Warn of the first row that holds no probabilities."
+    row, total, least, n = found
+    if self._told or not n: return
+    vars(self)['_told'] = True
+    rows = [s for i, s in enumerate(shape) if i != axis]
+    at = [int(o) for o in np.unravel_index(int(row), rows)]
+    came = f"holds {least:.4g}" if abs(total - 1) <= _SLACK else f"sums to {total:.4g}"
+    warnings.warn(
+        f"{n:.0f} of {math.prod(rows)} rows of the targets hold no probabilities: row {at[0] if len(at) == 1 else at} {came}, "
+        f"expected a sum of 1 over axis {axis}. The loss is torch's all the same. Has an item several labels? Use "
+        f"`BCEWithLogitsLossFlat`. Else normalise: `targ / targ.sum({axis}, keepdim=True)`. This is said once.", stacklevel=6)
+
 # %% ../nbs/01_losses.ipynb #ff184f32
 class XentLossFlat(BaseLoss):
-    "`CrossEntropyLossFlat` that also knows each row's loss, gradient norm, EL2N, label probability, margin, entropy and predicted class."
+    "`CrossEntropyLossFlat` that also knows each row's loss, gradient norm, EL2N, label probability, margin and more."
     y_int = True # MixUp may mix losses instead of targets
     def __init__(self,
         *args, # As for `nn.CrossEntropyLoss`; the first is `weight`
@@ -288,16 +326,18 @@ class XentLossFlat(BaseLoss):
         flatten: bool = True, # Kept for compatibility: shapes are matched without flattening
         floatify: bool = False, # Convert `targ` to float: then it must hold probabilities
         is_2d: bool = True, # Kept for compatibility
-        compat: bool = False, # Accept targets of another shape but the right count, and return flat losses for 'none', as fastai does?
+        compat: bool = False, # Take targets of any shape with the right count, and return flat losses, as fastai does?
         **kwargs # `weight, ignore_index, reduction, label_smoothing, keep_stats`, as for `XentLoss`
     ):
         self.func = XentLoss(*args, axis=axis, **kwargs)
         self.flatten, self.floatify, self.is_2d, self.compat = flatten, floatify, is_2d, compat
 
     def __repr__(self): return f"XentLossFlat({self.func.extra_repr()})"
+
     def decodes(self, x: Tensor) -> Tensor:
         "The class with the largest activation"
         return x.argmax(dim=self.axis)
+
     def activation(self, x: Tensor) -> Tensor:
         "Softmax over the classes"
         return F.softmax(x, dim=self.axis)
@@ -308,7 +348,7 @@ class XentLossFlat(BaseLoss):
         reduction: str|None = None, # In place of the loss's own, for this call
     ) -> Tensor: # A float32 scalar, as fastai's metrics expect; or one loss a row in the shape of the targets
         "The cross-entropy of `inp` and `targ`. The rows' statistics are in `stats` until the next call."
-        inp, targ = _plain(inp), _plain(targ)
+        inp, targ = _plain(inp), _plain_targ(targ)
         if self.floatify: targ = targ.float()
         if (self.compat or targ.ndim == inp.ndim) and not targ.is_floating_point(): targ = self._fit(inp, targ)
         if reduction is None: res = self.func(inp, targ)
@@ -325,11 +365,11 @@ class XentLossFlat(BaseLoss):
 
     def _fit(self, inp, targ):
         "`targ` without an axis of length one, if that is all that keeps it from fitting `inp`."
-        rows = _rows(inp, _class_axis(inp, self.axis))
-        if list(targ.shape) == rows: return targ
-        if [s for s in targ.shape if s != 1] == [s for s in rows if s != 1] and targ.ndim == len(rows) + 1: return targ.view(rows)
-        if self.compat and targ.numel() == math.prod(rows): return targ.reshape(rows)
-        return targ
+        rows, came = _rows(inp, _class_axis(inp, self.axis)), list(targ.shape)
+        longer = lambda shape: [s for s in shape if s != 1]
+        if came == rows: return targ
+        if longer(came) == longer(rows) and len(came) == len(rows) + 1: return targ.view(rows)
+        return targ.reshape(rows) if self.compat and targ.numel() == math.prod(rows) else targ
 
 # %% ../nbs/01_losses.ipynb #c5e7c7f6
 def _of_func(name: str, doc: str) -> property:
@@ -342,4 +382,11 @@ XentLossFlat.ignore_index = _of_func('ignore_index', "Rows with this target add 
 XentLossFlat.label_smoothing = _of_func('label_smoothing', "Share of the target that is spread evenly over the classes")
 XentLossFlat.weight = _of_func('weight', "A weight for each class, or None")
 XentLossFlat.keep_stats = _of_func('keep_stats', "Compute the statistics with each loss?")
-XentLossFlat.stats = property(lambda self: self.func.stats, doc="The statistics of the last call's rows, in the shape of its targets")
+XentLossFlat.stats = property(lambda self: self.func.stats, doc="The statistics of the last call's rows")
+
+@patch
+def set_vocab(self: XentLossFlat,
+    vocab, # Class names in the order of the model's outputs, such as `dls.vocab`
+) -> None:
+    "Put class weights that were given by name into the order of `vocab`; others stay as they are."
+    self.func.set_vocab(vocab)

@@ -9,6 +9,7 @@ __all__ = ['softmax_jacobian', 'xent_grad', 'XentStats', 'xent_stats']
 
 # %% ../nbs/00_numerics.ipynb #b5d01850
 import math
+from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
@@ -33,14 +34,19 @@ class _Rest(NamedTuple):
     d: Tensor      # log-odds of the label, margin − ln S; n 1 d…
 
 def _versus_rest(z: Tensor, y: Tensor, axis: int) -> _Rest:
-    "Compare the label's logit with all others; `z` is float32 or float64 and stays as it is, `y` holds valid classes."
+    "Compare the label's logit with all others; `z` is float32 or float64, `y` holds valid classes."
     y = y.unsqueeze(axis)
     e = z.scatter(axis, y, -math.inf)
     m = e.amax(axis, keepdim=True)
     margin = z.gather(axis, y) - m
-    e.sub_(m.clamp_min(torch.finfo(z.dtype).min)).mul_(_LOG2E).exp2_()  # the clamp: −inf − −inf would be nan
+    least = torch.finfo(z.dtype).min              # −inf − −inf would be nan
+    e.sub_(m.clamp_min(least)).mul_(_LOG2E).exp2_()
     S = e.sum(axis, keepdim=True)
     return _Rest(e, S, margin, margin - S.log())
+
+def _positive(S: Tensor) -> Tensor:
+    "`S`, but not 0, to divide by."
+    return S.clamp_min(torch.finfo(S.dtype).tiny)
 
 def _rest_loss(d: Tensor) -> Tensor:
     "−ln p_y from the label's log-odds; linear from 40 on, where even float64 no longer sees the difference."
@@ -48,62 +54,95 @@ def _rest_loss(d: Tensor) -> Tensor:
 
 def _rest_norm(r: _Rest, axis: int) -> Tensor:
     "‖p − y‖₂, n d…"
-    S = r.S.clamp_min(torch.finfo(r.S.dtype).tiny)
-    norm = torch.linalg.vector_norm(r.e, dim=axis, keepdim=True) / S
+    norm = torch.linalg.vector_norm(r.e, dim=axis, keepdim=True) / _positive(r.S)
     return (torch.sigmoid(-r.d) * norm.square().add_(1).sqrt_()).squeeze(axis)
 
+def _rest_grad(r: _Rest, y: Tensor, axis: int) -> tuple:
+    "p − y as a direction, n c d…, written over `r.e`, and the length to multiply it by, n 1 d…"
+    S = _positive(r.S)
+    return r.e.scatter_(axis, y.unsqueeze(axis), -S), torch.sigmoid(-r.d) / S
+
 def _rest_entropy(r: _Rest, axis: int, room: Tensor|None = None) -> Tensor:
-    "−Σ p ln p, n d…; with a = |d| the part of label or rest is softplus(−a) + a σ(−a). `room` may be written over."
-    a, S = r.d.abs().clamp_max(torch.finfo(r.d.dtype).max), r.S.clamp_min(torch.finfo(r.S.dtype).tiny)
+    "−Σ p ln p, n d…; the part of label or rest is softplus(−a) + a σ(−a), a = |d|. `room` may be written over."
+    a, S = r.d.abs().clamp_max(torch.finfo(r.d.dtype).max), _positive(r.S)
     rest = S.log() + torch.special.entr(r.e, out=room).sum(axis, keepdim=True) / S
     return (_rest_loss(a) + a * torch.sigmoid(-a) + torch.sigmoid(-r.d) * rest).squeeze(axis)
 
-# %% ../nbs/00_numerics.ipynb #6995678d
-_INT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+# %% ../nbs/00_numerics.ipynb #d30ff44c
+def _instead(x, name: str) -> str:
+    "The part or the conversion of `x` that may be meant."
+    if hasattr(x, 'logits'): return f"{name}.logits"
+    if isinstance(x, Mapping) and x: return f"{name}[{'logits' if 'logits' in x else next(iter(x))!r}]"
+    if isinstance(x, (tuple, list)) and x and isinstance(x[0], Tensor): return f"{name}[0]"
+    if type(x).__name__ == 'ndarray': return f"torch.from_numpy({name})"
+    if hasattr(x, 'to_numpy'): return f"torch.as_tensor({name}.to_numpy())"
+    return f"torch.as_tensor({name})" if isinstance(x, (tuple, list, int, float)) and x != () else ""
 
-def _plain(x: Tensor) -> Tensor:
+def _no_tensor(x, name: str, holds: str) -> TypeError:
+    "An error that says what `x` is instead of a tensor, and what to do."
+    kind, use = type(x).__name__, _instead(x, name)
+    if x is None: came = 'None'
+    elif kind == 'ndarray': came = f"a numpy array of shape {list(x.shape)}"
+    else: came = f"a{'n' * (kind[0] in 'AEIOaeio')} {kind}"
+    if isinstance(x, (Mapping, tuple, list)): came += f" of {len(x)}"
+    return TypeError(f"{name} is {came}, expected a tensor of {holds}" + (f"; use `{use}`" if use else ""))
+
+def _plain(x: Tensor, name: str = 'pred', holds: str = 'logits') -> Tensor:
     "`x` without its subclass: fastai's TensorImage and TensorMask refuse to meet in one torch function."
-    return x if type(x) is Tensor else x.as_subclass(Tensor)
+    if type(x) is Tensor: return x
+    if not isinstance(x, Tensor): raise _no_tensor(x, name, holds)
+    return x.as_subclass(Tensor)
 
+def _plain_targ(targ: Tensor) -> Tensor:
+    "`targ` without its subclass."
+    return _plain(targ, 'targ', 'classes or probabilities')
+
+def _wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    "The precision that logits of `dtype` are computed with: float64 for these, else float32."
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+def _wide(pred: Tensor) -> Tensor:
+    "`pred` in the precision that is computed with."
+    return pred.to(_wide_dtype(pred.dtype))
+
+# %% ../nbs/00_numerics.ipynb #f9925e98
 def _class_axis(pred: Tensor, axis: int) -> int:
     "`axis` of `pred` as a number from 0; a single row has its classes in axis 0."
-    if not pred.is_floating_point(): raise TypeError(f"pred has dtype {pred.dtype}, expected floating-point logits; use `pred.float()`")
+    shape = list(pred.shape)
+    if not pred.is_floating_point():
+        raise TypeError(f"pred has dtype {pred.dtype}, expected floating-point logits; use `pred.float()`")
     if pred.ndim == 0: raise ValueError("pred is a scalar, expected logits of shape [n, c] or [n, c, d…]")
-    if pred.ndim > 1 and not -pred.ndim <= axis < pred.ndim: raise IndexError(f"axis is {axis}, but pred of shape {list(pred.shape)} has axes 0 to {pred.ndim - 1}")
+    if pred.ndim > 1 and not -pred.ndim <= axis < pred.ndim:
+        raise IndexError(f"axis is {axis}, but pred of shape {shape} has axes 0 to {pred.ndim - 1}")
     axis = axis % pred.ndim if pred.ndim > 1 else 0
-    if pred.shape[axis] == 0: raise ValueError(f"pred has shape {list(pred.shape)}: no class in axis {axis}")
+    if shape[axis] == 0: raise ValueError(f"pred has shape {shape}: no class in axis {axis}")
     return axis
 
 def _rows(pred: Tensor, axis: int) -> list:
     "The shape of one number a row: that of `pred` without its class axis."
     return [s for i, s in enumerate(pred.shape) if i != axis]
 
+# %% ../nbs/00_numerics.ipynb #6995678d
+_INT = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
 def _check_targ(pred: Tensor, targ: Tensor, axis: int) -> bool:
     "Is `targ` a distribution a row? False: a class a row. Anything else raises."
-    rows = _rows(pred, axis)
+    rows, came = _rows(pred, axis), list(targ.shape)
     if targ.is_floating_point():
         if targ.shape == pred.shape: return True
-        raise (TypeError if list(targ.shape) == rows else ValueError)(
-            f"targ has dtype {targ.dtype} and shape {list(targ.shape)}; expected probabilities of shape {list(pred.shape)}, "
+        raise (TypeError if came == rows else ValueError)(
+            f"targ has dtype {targ.dtype} and shape {came}; expected probabilities of shape {list(pred.shape)}, "
             f"or integer classes of shape {rows}; use `targ.long()` if its values are classes")
-    if targ.dtype not in _INT: raise TypeError(f"targ has dtype {targ.dtype}, expected integer classes or probabilities; use `targ.long()`")
-    if list(targ.shape) != rows:
-        extra = [i for i in range(targ.ndim) if targ.shape[i] == 1 and [*targ.shape[:i], *targ.shape[i+1:]] == rows]
-        hint = f"; use `targ.squeeze({extra[0]})`" if extra else (
-            f"; if your classes are not in axis {axis}, say so with `axis=`" if pred.ndim > 2 else "")
-        raise ValueError(f"targ has shape {list(targ.shape)}, expected {rows} for pred {list(pred.shape)}{hint}")
-    return False
+    if targ.dtype not in _INT:
+        raise TypeError(f"targ has dtype {targ.dtype}, expected integer classes or probabilities; use `targ.long()`")
+    if came == rows: return False
+    raise ValueError(f"targ has shape {came}, expected {rows} for pred {list(pred.shape)}{_hint(came, rows, axis)}")
 
-def _check_weight(weight: Tensor, c: int|None = None) -> None:
-    "Class weights are `c` numbers, none negative or nan; the numbers are looked at on a CPU only, where that costs no wait."
-    if weight.ndim != 1 or (c is not None and len(weight) != c):
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [{'c' if c is None else c}]: one number a class")
-    if weight.device.type == 'cpu' and not (weight >= 0).all():
-        k = int((~(weight >= 0)).nonzero()[0])
-        raise ValueError(f"weight[{k}] is {weight[k].item()}, expected numbers from 0 up")
-
-def _check_smoothing(label_smoothing: float) -> None:
-    if not 0 <= label_smoothing <= 1: raise ValueError(f"label_smoothing is {label_smoothing}, expected a number from 0 to 1")
+def _hint(came: list, rows: list, axis: int) -> str:
+    "What to do about targets of shape `came`."
+    extra = [i for i, s in enumerate(came) if s == 1 and came[:i] + came[i + 1:] == rows]
+    if extra: return f"; use `targ.squeeze({extra[0]})`"
+    return f"; if your classes are not in axis {axis}, say so with `axis=`" if len(rows) > 1 else ""
 
 def _bad_targ(targ: Tensor, c: int, ignore_index: int) -> Tensor:
     "Which rows hold neither a class nor `ignore_index`?"
@@ -114,17 +153,52 @@ def _raise_bad_targ(targ: Tensor, c: int, ignore_index: int) -> None:
     bad = _bad_targ(targ, c, ignore_index).nonzero()
     if not len(bad): return
     at, n = tuple(bad[0].tolist()), len(bad)
-    raise IndexError(f"targ{list(at) if at else ''} is {targ[at].item()}, expected a class from 0 to {c - 1} or ignore_index={ignore_index}; "
-                     f"{n} row{'s are' if n > 1 else ' is'} out of range: check the vocab against the model's number of outputs")
+    raise IndexError(
+        f"targ{list(at) if at else ''} is {targ[at].item()}, expected a class from 0 to {c - 1} "
+        f"or ignore_index={ignore_index}; {n} row{'s are' if n > 1 else ' is'} out of range: "
+        "check the vocab against the model's number of outputs")
+
+# %% ../nbs/00_numerics.ipynb #12386d12
+_SLACK = .05
+
+def _no_probs(targ: Tensor, axis: int) -> tuple:
+    "Which rows of `targ` hold no probabilities that add up to 1, `n d…`; each row's sum, and its least number."
+    sums, least = targ.sum(axis), targ.amin(axis)
+    return ~((sums - 1).abs() <= _SLACK) | (least < -_SLACK), sums, least
+
+def _all_probs(targ: Tensor, axis: int) -> bool:
+    "Does every row of `targ` hold probabilities that add up to 1? To answer is to wait for the device."
+    if not targ.numel(): return True
+    low, high = targ.sum(axis).aminmax()
+    return low.item() >= 1 - _SLACK and high.item() <= 1 + _SLACK and targ.amin().item() >= -_SLACK
+
+# %% ../nbs/00_numerics.ipynb #07dd7d6c
+def _check_weight(weight: Tensor, c: int|None = None) -> None:
+    "Class weights are `c` finite numbers; they are looked at on a CPU only, where that costs no wait."
+    if not isinstance(weight, Tensor): raise _no_tensor(weight, 'weight', 'class weights')
+    if weight.ndim != 1 or (c is not None and len(weight) != c):
+        wanted = 'c' if c is None else c
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [{wanted}]: one number a class")
+    if weight.device.type != 'cpu' or weight.isfinite().all(): return
+    k = int((~weight.isfinite()).nonzero()[0])
+    raise ValueError(f"weight[{k}] is {weight[k].item()}, expected finite numbers")
+
+def _check_smoothing(label_smoothing: float) -> None:
+    if 0 <= label_smoothing <= 1: return
+    raise ValueError(f"label_smoothing is {label_smoothing}, expected a number from 0 to 1")
 
 # %% ../nbs/00_numerics.ipynb #f703034d
 def _along(weight: Tensor, pred: Tensor, axis: int) -> Tensor:
     "Class weights of shape `c`, shaped to broadcast along `axis` of `pred`, in its dtype and on its device."
     return weight.to(pred).view([-1 if i == axis else 1 for i in range(pred.ndim)])
 
+def _onehot(z: Tensor, y: Tensor, axis: int) -> Tensor:
+    "1 at the label, else 0; `n c d…`, in the dtype of `z`"
+    return torch.zeros_like(z).scatter_(axis, y.unsqueeze(axis), 1.)
+
 def _soft_targ(z: Tensor, targ: Tensor, probs: bool, weight: Tensor|None, eps: float, axis: int) -> Tensor:
     "The weights `t` with which a row's loss counts its classes; `n c d…`"
-    t = targ.to(z.dtype) if probs else torch.zeros_like(z).scatter_(axis, targ.unsqueeze(axis), 1.)
+    t = targ.to(z.dtype) if probs else _onehot(z, targ, axis)
     if eps: t = t * (1 - eps) + eps / z.shape[axis]
     return t if weight is None else t * _along(weight, z, axis)
 
@@ -138,23 +212,24 @@ def _soft_grad(z: Tensor, t: Tensor, axis: int) -> Tensor:
 
 # %% ../nbs/00_numerics.ipynb #93d4a243
 def _read(pred, targ, weight, ignore_index, label_smoothing, axis):
-    "Check the arguments; give logits in compute precision, class labels (0 where there is none), the rows without a label, and the distribution if any."
-    pred, targ = _plain(pred).detach(), _plain(targ).detach()
+    """Check the arguments. Logits in the precision that is computed with, class labels (0 where there is none),
+    the rows without a label, the distribution if any, and the class axis."""
+    pred, targ = _plain(pred).detach(), _plain_targ(targ).detach()
     axis = _class_axis(pred, axis)
     probs, c = _check_targ(pred, targ, axis), pred.shape[axis]
     if weight is not None: _check_weight(weight, c)
     _check_smoothing(label_smoothing)
-    z = pred if pred.dtype == torch.float64 else pred.float()
+    z = _wide(pred)
     if probs: return z, targ.argmax(axis), torch.zeros(_rows(pred, axis), dtype=torch.bool, device=z.device), targ, axis
     y = targ.long()
     if not y.is_cuda: _raise_bad_targ(y, c, ignore_index)
-    bad = _bad_targ(y, c, ignore_index) | (y == ignore_index)
-    return z, y.masked_fill(bad, 0), bad, None, axis
+    out = _bad_targ(y, c, ignore_index) | (y == ignore_index)
+    return z, y.masked_fill(out, 0), out, None, axis
 
 def xent_grad(
     pred: Tensor, # Logits, `n c d…` with the classes in `axis`
     targ: Tensor, # Classes, `n d…`, or probabilities in the shape of `pred`
-    weight: Tensor|None = None, # A weight for each class, `c`
+    weight: Tensor|None = None, # A weight for each class, `c`; it may be negative
     ignore_index: int = -100, # Rows with this target have no gradient
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     axis: int = 1, # The class axis
@@ -162,32 +237,46 @@ def xent_grad(
     "The gradient of each row's cross-entropy in its logits: prob − target, before any reduction."
     z, y, ignored, probs, axis = _read(pred, targ, weight, ignore_index, label_smoothing, axis)
     if probs is None and not label_smoothing:
-        r = _versus_rest(z, y, axis)
-        S = r.S.clamp_min(torch.finfo(z.dtype).tiny)
-        g = r.e.scatter_(axis, y.unsqueeze(axis), -S) * (torch.sigmoid(-r.d) / S)
+        g, length = _rest_grad(_versus_rest(z, y, axis), y, axis)
+        g = g * length
         if weight is not None: g = g * weight.to(z)[y].unsqueeze(axis)
-    else: g = _soft_grad(z, _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis), axis)
+    else:
+        targ = y if probs is None else probs
+        g = _soft_grad(z, _soft_targ(z, targ, probs is not None, weight, label_smoothing, axis), axis)
     return g.masked_fill(ignored.unsqueeze(axis), 0.)
+
+# %% ../nbs/00_numerics.ipynb #3bd97070
+_is_wrapped, _is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+_keeps_graph = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)
+
+def _may_reuse(up: Tensor) -> bool:
+    "May the backward pass, given `up` from above, write its result over what the forward pass kept?"
+    return not (_is_wrapped(up) or _is_batched(up) or _keeps_graph())
+
+def _derivable_grad(pred, y, out, up, weight=None, label_smoothing=0., axis=1, divisor=None) -> Tensor:
+    "`xent_grad` times `up`, by operations that have a derivative; rows that are `out` have none, and a label of 0."
+    z, smooth = _wide(pred), label_smoothing > 0
+    if smooth: g = _soft_grad(z, _soft_targ(z, y, False, weight, label_smoothing, axis), axis)
+    else: g = z.softmax(axis) - _onehot(z, y, axis)
+    w = torch.ones_like(y, dtype=z.dtype) if smooth or weight is None else weight.to(z.dtype)[y]
+    w = w.masked_fill(out, 0.).unsqueeze(axis)
+    if divisor is not None: w = w / divisor
+    return g.masked_fill(out.unsqueeze(axis), 0.) * w * up
 
 # %% ../nbs/00_numerics.ipynb #5c516d0a
 class XentStats(NamedTuple):
-    """What cross-entropy knows of each row. One number a row, in the shape of the targets, `n d…`; float32, or float64 for float64 logits.
+    """What cross-entropy knows of each row.
 
+    One number a row, in the shape of the targets, `n d…`; float32, or float64 for float64 logits.
     A row whose target is `ignore_index` has no statistics: it is marked by `pred == -1`, and its numbers are nan.
     So is a row on CUDA whose target is out of range: to raise would be to wait for the device."""
     loss: Tensor      # The row's own loss in nats, before reduction, with class weight and label smoothing
-    grad_norm: Tensor # L2 norm of that loss's gradient in the logits
-    el2n: Tensor      # ‖softmax(z) − onehot(label)‖₂, unweighted and unsmoothed; from 0 to √2 (Paul et al. 2021)
+    grad_norm: Tensor # L2 norm of that loss's gradient in the logits, so never negative
+    el2n: Tensor      # ‖softmax(z) − onehot(label)‖₂, unweighted, unsmoothed; from 0 to √2 (Paul et al. 2021)
     p_targ: Tensor    # Probability of the label
-    margin: Tensor    # Logit of the label − largest other logit (Pleiss et al. 2020); positive where the label wins
+    margin: Tensor    # Logit of the label − largest other logit (Pleiss et al. 2020); positive where it wins
     entropy: Tensor   # Of the prediction, −Σ p ln p, in nats; whatever the label is
     pred: Tensor      # The class with the largest logit, int64; −1 where ignored
-
-def _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis) -> Tensor:
-    "λ t + (1 − λ) t', where t' belongs to the other item; an ignored one adds nothing."
-    _, y, ignored, probs, _ = _read(z, mix[0], weight, ignore_index, label_smoothing, axis)
-    other = _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis).masked_fill(ignored.unsqueeze(axis), 0.)
-    return torch.lerp(other, t, mix[1].to(z).view(-1, *[1] * (z.ndim - 1)))
 
 def _argmax(z: Tensor, axis: int) -> Tensor:
     "The class with the largest logit, the first of equals. On a CPU torch's argmax is the slowest way to it."
@@ -198,26 +287,38 @@ def _argmax(z: Tensor, axis: int) -> Tensor:
     first = torch.where(z == z.amax(axis, keepdim=True), k, c).amin(axis).long()
     return z.argmax(axis) if (first == c).any() else first     # a row with a nan equals no largest logit
 
+def _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis) -> Tensor:
+    "λ t + (1 − λ) t', where t' belongs to the other item; an ignored one adds nothing."
+    _, y, ignored, probs, _ = _read(z, mix[0], weight, ignore_index, label_smoothing, axis)
+    other = _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis)
+    other = other.masked_fill(ignored.unsqueeze(axis), 0.)
+    return torch.lerp(other, t, mix[1].to(z).view(-1, *[1] * (z.ndim - 1)))
+
 def xent_stats(
     pred: Tensor, # Logits, `n c d…` with the classes in `axis`; half precision is computed in float32
     targ: Tensor, # Classes, `n d…`, or probabilities in the shape of `pred` (their largest is the label)
-    weight: Tensor|None = None, # A weight for each class, `c`, none negative
+    weight: Tensor|None = None, # A weight for each class, `c`; it may be negative
     ignore_index: int = -100, # Rows with this target are marked, and scored as nan
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     axis: int = 1, # The class axis
-    mix: tuple|None = None, # For rows mixed from two items, as MixUp does: the other item's target `n d…`, and the share of the row's own item, `n`
+    mix: tuple|None = None, # Of rows mixed as by MixUp: the other items' targets `n d…`, and the own items' shares, `n`
 ) -> XentStats:
-    "Loss, gradient norm, EL2N, probability of the label, margin, entropy and predicted class of every row, without a graph."
+    "Loss, gradient norm, EL2N, label probability, margin, entropy and predicted class of every row, without a graph."
     z, y, ignored, probs, axis = _read(pred, targ, weight, ignore_index, label_smoothing, axis)
     r = _versus_rest(z, y, axis)
     el2n, d = _rest_norm(r, axis), r.d.squeeze(axis)
     if probs is None and not label_smoothing and mix is None:
-        w = 1. if weight is None else weight.to(z)[y]
-        loss, grad_norm = w * _rest_loss(d), w * el2n
+        loss, grad_norm = _rest_loss(d), el2n
+        if weight is not None:
+            w = weight.to(z)[y]
+            loss, grad_norm = w * loss, w.abs() * el2n
     else:
         t = _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis)
-        if mix is not None: t = _mixed(z, t.masked_fill(ignored.unsqueeze(axis), 0.), mix, weight, ignore_index, label_smoothing, axis)
+        if mix is not None:
+            t = t.masked_fill(ignored.unsqueeze(axis), 0.)
+            t = _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis)
         loss, grad_norm = _soft_loss(z, t, axis), torch.linalg.vector_norm(_soft_grad(z, t, axis), dim=axis)
-    trained = [loss, grad_norm] if mix is not None else [f.masked_fill(ignored, math.nan) for f in (loss, grad_norm)]
-    of_label = [f.masked_fill(ignored, math.nan) for f in (el2n, torch.sigmoid(d), r.margin.squeeze(axis), _rest_entropy(r, axis))]
+    no_label = lambda *fs: [f.masked_fill(ignored, math.nan) for f in fs]
+    trained = [loss, grad_norm] if mix is not None else no_label(loss, grad_norm)
+    of_label = no_label(el2n, torch.sigmoid(d), r.margin.squeeze(axis), _rest_entropy(r, axis))
     return XentStats(*trained, *of_label, _argmax(z, axis).masked_fill(ignored, -1))

@@ -6,10 +6,14 @@ import pickle
 import threading
 import warnings
 import weakref
+from collections import Counter, OrderedDict
+from functools import partial
 from itertools import product
+from types import MappingProxyType
 
 import cloudpickle
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
@@ -18,14 +22,17 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import CutMix, MixUp
 from fastai.callback.rnn import rnn_cbs
 from fastai.callback.training import GradientAccumulation
+from fastai.data.transforms import CategoryMap
 from fastai.losses import BaseLoss, CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.optimizer import SGD
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorMask, set_seed
+from fastcore.foundation import L
 from torch import nn
 from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from fastai_xent import losses
+from fastai_xent.fused import fused_stats
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
 
@@ -47,6 +54,8 @@ OPTIONS = {
     'plain': {}, 'weight': dict(weight=True), 'ignore_index': dict(ignore_index=1), 'smooth': dict(label_smoothing=.1),
     'weight and ignore_index': dict(weight=True, ignore_index=-1), 'weight, ignore_index and smooth': dict(weight=True, ignore_index=1, label_smoothing=.3),
     'probs': dict(probs=True), 'probs, weight and smooth': dict(probs=True, weight=True, label_smoothing=.2),
+    'negative weight': dict(weight='negative'), 'negative weight, ignore_index and smooth': dict(weight='negative', ignore_index=1, label_smoothing=.3),
+    'probs, negative weight': dict(probs=True, weight='negative'),
 }
 REDUCTIONS = ['mean', 'sum', 'none']
 
@@ -58,7 +67,7 @@ def problem(shape, axis, probs=False, weight=False, ignore_index=-100, label_smo
     pred = (torch.randn(shape, generator=gen, dtype=torch.float64) * scale).to(dtype)
     targ = torch.randint(0, c, [s for k, s in enumerate(shape) if k != i], generator=gen)
     kw = dict(label_smoothing=label_smoothing)
-    if weight: kw['weight'] = torch.tensor([.5, 2., 1., .25, 3.])[:c]
+    if weight: kw['weight'] = torch.tensor([.5, 2., 1., .25, 3.] if weight is True else [.5, -2., 1., -.25, 3.])[:c]
     if probs: return pred, torch.randn(shape, generator=gen, dtype=torch.float64).softmax(i).to(dtype), kw
     if ignore_index != -100: targ.view(-1)[0], targ.view(-1)[-1] = ignore_index, 0
     return pred, targ, {**kw, 'ignore_index': ignore_index}
@@ -186,7 +195,7 @@ def test_the_torch_way_is_torch_s_bit_for_bit(monkeypatch, shape, axis, option, 
 @pytest.mark.parametrize('shape', [(1, 1000), (33, 1000), (300, 10), (3, 5, 40, 41)], ids=str)
 def test_larger_batches_agree_with_torch(shape, option, reduction):
     pred, targ, kw = problem(shape, 1, **{k: v for k, v in option.items() if k != 'weight'})
-    if option.get('weight'): kw['weight'] = torch.linspace(.5, 2, shape[1])
+    if option.get('weight'): kw['weight'] = torch.linspace(.5 if option['weight'] is True else -1., 2, shape[1])
     assert_same(run(XentLoss(**kw, reduction=reduction), pred, targ), reference(pred, targ, kw, 1, reduction), **F32)
 
 
@@ -355,6 +364,108 @@ def test_a_label_without_a_rival_is_always_right(way, Loss, reduction, pred):
     loss, grad = run(Loss(reduction=reduction), pred, torch.tensor([0, 0]))
     assert_close(loss, torch.zeros(2 if reduction == 'none' else ()), **EXACT)
     assert_close(grad, torch.zeros_like(pred), **EXACT)
+
+
+# -- weights below zero
+
+CANCEL = [([1., -1., 0., 2.], [0, 1]), ([.5, -.25, 1., 1.], [0, 1, 1]), ([1., -1., 5., 5.], [0, 0, 1, 1, -100])]
+
+@each_loss
+@pytest.mark.parametrize('eps', [0., .1])
+@pytest.mark.parametrize('weight, targ', CANCEL, ids=str)
+@pytest.mark.parametrize('name', [None, 'torch', 'triton'])
+def test_weights_that_cancel_give_torch_s_mean_which_is_none(monkeypatch, name, weight, targ, eps, Loss):
+    if name == 'triton': pytest.importorskip('triton')
+    monkeypatch.setattr(losses, 'WAY', name)
+    targ, weight = torch.tensor(targ), torch.tensor(weight)
+    pred = Z[:len(targ)]
+    stock = run(partial(F.cross_entropy, weight=weight, label_smoothing=eps), pred, targ)
+    loss, grad = run(Loss(weight, label_smoothing=eps), pred, targ)
+    assert stock[0].isinf() and not stock[1].isfinite().all() and not grad.isfinite().all()
+    if name == 'triton': assert not loss.isfinite()   # it divides the rows before it adds them up: ∞ − ∞
+    else: assert_close(loss, stock[0], **EXACT)
+    assert_close(Loss(weight, label_smoothing=eps, reduction='sum')(pred, targ), F.cross_entropy(pred, targ, weight=weight, label_smoothing=eps, reduction='sum'), **F32)
+
+
+@pytest.mark.parametrize('name', [None, 'torch', 'triton'])
+def test_a_row_counts_by_the_weight_of_its_label_alone(monkeypatch, name):
+    "Smoothing gives a row a loss even if its label weighs nothing; torch divides it by 0."
+    if name == 'triton': pytest.importorskip('triton')
+    monkeypatch.setattr(losses, 'WAY', name)
+    kw, targ = dict(weight=torch.tensor([1., 0., 1., 1.]), label_smoothing=.1), torch.ones_like(Y)
+    assert F.cross_entropy(Z, targ, **kw).isnan()
+    loss_func = XentLoss(**kw)
+    loss, grad = run(loss_func, Z, targ)
+    assert_close(loss, torch.tensor(0.), **EXACT)
+    assert_close(grad, torch.zeros_like(Z), **EXACT)
+    assert_close(torch.func.grad(lambda z: loss_func(z, targ))(Z), torch.zeros_like(Z), **EXACT)
+    assert_close(XentLoss(**kw, reduction='sum')(Z, targ), F.cross_entropy(Z, targ, **kw, reduction='sum'), **F32)
+
+
+def test_rows_that_cancel_and_are_lost_have_no_mean_as_in_torch(way):
+    pred, targ, weight = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([1., -1., 0.])
+    assert F.cross_entropy(pred, targ, weight=weight).isnan() and XentLoss(weight)(pred, targ).isnan()
+
+
+@pytest.mark.parametrize('name', [None, 'torch', 'triton'])
+@pytest.mark.parametrize('reduction', REDUCTIONS)
+@pytest.mark.parametrize('total', ['positive', 'negative'])
+def test_a_mean_is_divided_by_the_sum_of_the_weights_whatever_its_sign(monkeypatch, name, reduction, total):
+    if name == 'triton': pytest.importorskip('triton')
+    monkeypatch.setattr(losses, 'WAY', name)
+    weight = torch.tensor([.5, -2., 1., -.25]) * (1 if total == 'positive' else -1)
+    targ = torch.tensor([0, 2, 3, 0, 2, -100])
+    assert_same(run(XentLoss(weight, reduction=reduction), Z, targ), reference(Z, targ, dict(weight=weight), 1, reduction), **F32)
+    penalty = lambda f, leaf: torch.autograd.grad(torch.autograd.grad(f(leaf, targ).sum(), leaf, create_graph=True)[0].square().sum(), leaf)[0]
+    got = penalty(XentLoss(weight, reduction=reduction), Z.clone().requires_grad_())
+    assert_close(got, penalty(partial(F.cross_entropy, weight=weight, reduction=reduction), Z.clone().requires_grad_()), **F32)
+
+
+@pytest.mark.parametrize('name', [None, 'torch', 'triton'])
+@pytest.mark.parametrize('eps', [0., .1])
+def test_a_norm_is_never_negative(monkeypatch, name, eps):
+    if name == 'triton': pytest.importorskip('triton')
+    monkeypatch.setattr(losses, 'WAY', name)
+    weight = torch.tensor([.5, -2., 1., -.25])
+    loss_func = XentLoss(weight, label_smoothing=eps, reduction='none')
+    rows, grad = run(loss_func, Z, Y)
+    stats = loss_func.stats
+    assert set(weight[Y].sign().tolist()) == {-1, 1} and (stats.grad_norm > 0).all()
+    assert_close(stats.loss, rows, **F32)
+    assert_close(stats.grad_norm, grad.norm(dim=1) / down(rows), **F32)
+    if not eps: assert (stats.loss.sign() == weight[Y].sign()).all()
+
+
+# -- PyTorch's own samples
+
+def torch_samples(dtype):
+    "Arguments of the loss, logits, targets and a reference, from torch's tests of `cross_entropy` and `CrossEntropyLoss`."
+    methods = pytest.importorskip('torch.testing._internal.common_methods_invocations', reason="torch's own tests cannot be imported (they need expecttest)")
+    from torch.testing._internal.common_modules import module_db
+    torch.backends.__dict__['__allow_nonbracketed_mutation_flag'] = True      # they forbid others to set what fastai sets
+    torch.manual_seed(0)
+    op, = [o for o in methods.op_db if o.name == 'nn.functional.cross_entropy']
+    for o in op.sample_inputs('cpu', dtype, requires_grad=False): yield 'cross_entropy', o.kwargs, o.input, o.args[0]
+    info, = [o for o in module_db if o.module_cls is nn.CrossEntropyLoss]
+    for o in info.module_inputs_func(info, device='cpu', dtype=dtype, requires_grad=False, training=True):
+        yield 'CrossEntropyLoss', o.constructor_input.kwargs, *o.forward_input.args
+
+
+@pytest.mark.filterwarnings('ignore:.* rows of the targets hold no probabilities')
+@pytest.mark.parametrize('name', [None, 'torch', 'triton'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+def test_pytorch_s_own_samples_hold(monkeypatch, dtype, name):
+    if name == 'triton': pytest.importorskip('triton')
+    monkeypatch.setattr(losses, 'WAY', name)
+    seen = Counter()
+    for of, kw, pred, targ in torch_samples(dtype):
+        want, got = run(partial(F.cross_entropy, **kw), pred, targ), run(XentLoss(**kw, axis=1), pred, targ)
+        if kw.get('ignore_index') is not None and (targ == kw['ignore_index']).all() and kw['reduction'] == 'mean':
+            assert want[0].isnan()                    # nothing to learn: torch has no mean, here it is 0
+            want = torch.zeros_like(want[0]), torch.zeros_like(want[1])
+        assert_same(got, want, **(F64 if dtype == torch.float64 and name == 'torch' else F32))
+        seen[of] += 1
+    assert seen['cross_entropy'] >= 21 and seen['CrossEntropyLoss'] >= 105
 
 
 # -- what autograd may ask
@@ -935,6 +1046,175 @@ def test_weights_are_a_buffer_that_moves_and_is_saved():
     assert XentLoss().state_dict() == {}
 
 
+# -- class weights by name
+
+NAMES, VOCAB, ORDERED = dict(dog=2., cat=.5, fox=1., ant=-3.), ['ant', 'cat', 'dog', 'fox'], [-3., .5, 2., 1.]
+TRAVELS = {'deepcopy': copy.deepcopy, 'copy': copy.copy, 'pickle': lambda o: pickle.loads(pickle.dumps(o)), 'cloudpickle': lambda o: cloudpickle.loads(cloudpickle.dumps(o))}
+
+@pytest.mark.parametrize('weight', [NAMES, pd.Series(NAMES), OrderedDict(NAMES), MappingProxyType(NAMES), pd.Series(NAMES, dtype='float32'),
+                                    pd.Series(list(NAMES.values()), index=pd.CategoricalIndex(list(NAMES))), {k: np.float16(v) for k, v in NAMES.items()},
+                                    {k: torch.tensor(v) for k, v in NAMES.items()}], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('vocab', [VOCAB, tuple(VOCAB), L(VOCAB), CategoryMap(VOCAB, sort=False), np.array(VOCAB), pd.Index(VOCAB)], ids=lambda o: type(o).__name__)
+def test_weights_by_name_follow_the_vocab(way, weight, vocab):
+    for Loss in (XentLoss, XentLossFlat):
+        for loss_func in (Loss(weight), Loss(weight=weight)):
+            loss_func.set_vocab(vocab)
+            assert_close(loss_func.weight, torch.tensor(ORDERED), **EXACT)
+            assert_same(run(loss_func, Z, Y), run(Loss(ORDERED), Z, Y))
+            assert_same(loss_func.stats, xent_stats(Z, Y, torch.tensor(ORDERED)), **F32)
+
+
+@each_loss
+@both_keep
+@pytest.mark.parametrize('weight', [NAMES, pd.Series(NAMES), {0: 1., 1: 2., 2: 3., 3: 4.}, pd.Series([1., 2., 3., 4.])], ids=['names', 'Series', 'places', 'plain Series'])
+def test_without_a_vocab_a_call_is_refused(way, Loss, weight, keep_stats):
+    loss_func = Loss(weight, keep_stats=keep_stats)
+    for targ in (Y, Z.softmax(1)):
+        with pytest.raises(RuntimeError, match=r'weight is given by class name \(.*\), and this loss does not know the vocab; call `loss.set_vocab\(dls.vocab\)`'): loss_func(Z, targ)
+        with pytest.raises(RuntimeError, match='call the loss first'): loss_func.stats
+    with pytest.raises(ValueError, match=r'weight has shape \[0\], expected \[4\]'): xent_stats(Z, Y, loss_func.weight)
+
+
+SAME = {  # weights, vocab, the weights in its order
+    'whole numbers': ({7: 1., 9: 2., 8: 3.}, [9, 8, 7], [2., 3., 1.]), 'text of whole numbers': ({'7': 1., '9': 2.}, [9, 7], [2., 1.]),
+    'whole numbers of text': ({7: 1., 9: 2.}, ['9', '7'], [2., 1.]), 'numpy numbers': ({np.int64(7): 1., np.int64(9): 2.}, np.array([9, 7]), [2., 1.]),
+    'booleans': ({True: 1., False: 2.}, [False, True], [2., 1.]), 'text of booleans': ({'True': 1., 'False': 2.}, [False, True], [2., 1.]),
+    'text is a name': ({'0': 1., '1': 2., '2': 3.}, [2, 0, 1], [3., 1., 2.]), 'names and places agree': ({1: 2., 0: 1.}, ['0', '1'], [1., 2.]),
+    'both readings weigh the same': ({0: 5., 1: 5.}, [1, 0], [5., 5.]), 'places': ({1: 2., 0: 1.}, ['cat', 'dog'], [1., 2.]),
+    'places of a Series': (pd.Series([1., 2., 3.]), ['c', 'a', 'b'], [1., 2., 3.]), 'floats': ({.5: 1., 1.5: 2.}, ['1.5', .5], [2., 1.]),
+    'one that reads like another': ({1: 1., '1': 2.}, ['1', 1], [2., 1.]), 'one class': ({'a': 2.}, ['a'], [2.]),
+    'counted': (pd.Series(['b', 'a', 'b']).value_counts(), ['a', 'b'], [1., 2.]),
+}
+
+@pytest.mark.parametrize('weight, vocab, want', SAME.values(), ids=SAME)
+def test_a_class_is_its_name_by_value_or_as_text(weight, vocab, want):
+    loss_func = XentLoss(weight)
+    loss_func.set_vocab(vocab)
+    assert_close(loss_func.weight, torch.tensor(want), **EXACT)
+
+
+OTHER = {  # weights, vocab, error, what it says
+    'missing': (NAMES, [*VOCAB, 'cow', 'emu'], ValueError, "there is no weight for 'cow', 'emu'; give each class"),
+    'unknown': (NAMES, VOCAB[:2], ValueError, "there is no class 'dog', 'fox'; give"),
+    'both': (NAMES, ['ant', 'cat', 'dog', 'Fox'], ValueError, "there is no weight for 'Fox', and no class 'fox'; give"),
+    'many': ({str(i): 1. for i in range(9)}, ['a'], ValueError, "no class '0', '1', '2', '3', '4' and 4 more"),
+    'ambiguous': ({0: 1., 1: 2., 2: 3.}, [0, 2, 1], ValueError, "class 2, in place 1 of the vocab, would weigh 3.0 by its name and 2.0 by its place; give names as text"),
+    'ambiguous text': (pd.Series(range(12)), sorted(map(str, range(12))), ValueError, "class '10', in place 2 of the vocab, would weigh 10.0 by its name and 2.0 by its place"),
+    'ambiguous booleans': ({0: 1., 1: 2.}, [True, False], ValueError, "class True, in place 0 of the vocab, would weigh 2.0 by its name and 1.0 by its place"),
+    'names from 1, keys from 0': ({0: 1., 1: 2., 2: 3.}, ['1', '2', '3'], ValueError, "no weight for '3', and no class 0;"),
+    'too few places': ({0: 1., 1: 2.}, VOCAB, ValueError, "no weight for 'ant', 'cat', 'dog', 'fox', and no class 0, 1;"),
+    'two spellings of one class': ({1: 1., '1': 2.}, [1], ValueError, "there is no class '1'"),
+    'nan is no name': ({nan: 1., 'a': 2.}, ['a'], ValueError, 'no class nan'),
+    'several vocabs': (NAMES, [['xxunk', 'the'], VOCAB], TypeError, r'vocab holds a list, expected class names; .*`dls.vocab\[-1\]`'),
+    'no vocab': (NAMES, None, TypeError, 'vocab is None, expected the class names'),
+}
+
+@each_loss
+@pytest.mark.parametrize('weight, vocab, error, message', OTHER.values(), ids=OTHER)
+def test_other_classes_than_those_of_the_vocab_are_refused(Loss, weight, vocab, error, message):
+    loss_func = Loss(weight)
+    with pytest.raises(error, match=message): loss_func.set_vocab(vocab)
+    with pytest.raises(RuntimeError, match='does not know the vocab'): loss_func(Z, Y)
+
+
+@pytest.mark.parametrize('weight, message', [
+    (dict(a=1., b=nan), r"weight\['b'\] is nan, expected a finite number"), (pd.Series(dict(a=inf)), r"weight\['a'\] is inf"), ({3: None}, r"weight\[3\] is None"),
+    (dict(a='1'), r"weight\['a'\] is '1'"), (dict(a=[1.]), r"weight\['a'\] is \[1.0\]"), (pd.Series([1., 2., 3.], index=['a', 'b', 'a']), "weight names 'a' more than once"),
+    (dict(a=10**400), r"weight\['a'\] is 1000"), (pd.Series([1, None], index=['a', 'b'], dtype='Int64'), r"weight\['b'\] is None")], ids=str)
+@each_loss
+def test_what_is_no_weight_by_name_is_refused_at_construction(Loss, weight, message):
+    with pytest.raises(ValueError, match=message): Loss(weight)
+
+
+@each_loss
+@pytest.mark.parametrize('travel', TRAVELS.values(), ids=TRAVELS)
+def test_names_travel_with_and_without_a_vocab(Loss, travel):
+    loss_func = Loss(NAMES)
+    early = travel(loss_func)
+    with pytest.raises(RuntimeError, match='does not know the vocab'): early(Z, Y)
+    early.set_vocab(VOCAB)
+    late = travel(early)
+    for o in (early, late): assert_close(o.weight, torch.tensor(ORDERED), **EXACT)
+    late.set_vocab(VOCAB[::-1])
+    assert_close(late.weight, torch.tensor(ORDERED[::-1]), **EXACT)
+    if travel is not copy.copy: assert_close(early.weight, torch.tensor(ORDERED), **EXACT)
+
+
+def test_names_keep_device_and_dtype_and_are_saved_once_they_are_ordered():
+    loss_func = XentLoss(NAMES).double().to('meta')
+    assert loss_func.weight.device.type == 'meta'
+    loss_func.set_vocab(VOCAB)
+    assert loss_func.weight.device.type == 'meta' and loss_func.weight.dtype == torch.float64 and loss_func.weight.shape == (4,)
+    saved, fresh = XentLoss(NAMES), XentLoss(NAMES)
+    for o in (saved, fresh): o.set_vocab(VOCAB)
+    saved.weight.mul_(2)
+    fresh.load_state_dict(saved.state_dict())
+    assert_close(fresh.weight, 2 * torch.tensor(ORDERED), **EXACT)
+    buffer = io.BytesIO()
+    torch.save(XentLossFlat(pd.Series(NAMES)), buffer)
+    buffer.seek(0)
+    other = torch.load(buffer, weights_only=False)
+    other.set_vocab(VOCAB)
+    assert_close(other.weight, torch.tensor(ORDERED), **EXACT)
+
+
+@each_loss
+def test_the_same_vocab_again_changes_nothing_and_another_one_reorders(Loss):
+    loss_func = Loss(NAMES)
+    loss_func.set_vocab(VOCAB)
+    loss_func.weight.mul_(2)                          # somebody's own schedule
+    loss_func.set_vocab(L(VOCAB))
+    assert_close(loss_func.weight, 2 * torch.tensor(ORDERED), **EXACT)
+    loss_func.set_vocab(['dog', 'cat', 'fox', 'ant'])
+    assert_close(loss_func.weight, torch.tensor(list(NAMES.values())), **EXACT)
+    with pytest.raises(ValueError, match="no weight for 'cow'"): loss_func.set_vocab(['dog', 'cat', 'fox', 'cow'])
+    assert_close(loss_func.weight, torch.tensor(list(NAMES.values())), **EXACT)
+
+
+@each_loss
+@pytest.mark.parametrize('weight', [torch.tensor([1., 2., 3., 4.]), None, nn.Parameter(torch.ones(4), requires_grad=False)], ids=['tensor', 'None', 'Parameter'])
+def test_a_vocab_does_not_touch_other_weights(way, Loss, weight):
+    plain, replaced = Loss(weight), Loss(NAMES)
+    replaced.set_vocab(VOCAB)
+    replaced.weight = weight
+    for loss_func in (plain, replaced):
+        for vocab in (VOCAB, None, ['x']): loss_func.set_vocab(vocab)
+        assert loss_func.weight is weight
+        assert_close(loss_func(Z, Y).detach(), F.cross_entropy(Z, Y, weight=None if weight is None else weight.detach()), **F32)
+
+
+@each_loss
+def test_a_weight_may_be_set_to_what_the_constructor_takes(way, Loss):
+    loss_func = Loss()
+    loss_func.weight = NAMES
+    with pytest.raises(RuntimeError, match='does not know the vocab'): loss_func(Z, Y)
+    loss_func.set_vocab(VOCAB)
+    assert_close(loss_func(Z, Y), F.cross_entropy(Z, Y, weight=torch.tensor(ORDERED)), **F32)
+    loss_func.weight = [1, 2, 3, 4]
+    assert_close(loss_func(Z, Y), F.cross_entropy(Z, Y, weight=torch.tensor([1., 2., 3., 4.])), **F32)
+    with pytest.raises(ValueError, match=r'weight\[0\] is nan'): loss_func.weight = [nan, 1.]
+
+
+@each_loss
+def test_the_repr_tells_the_names(Loss):
+    loss_func = Loss({f'class {i}': float(i) for i in range(100)})
+    assert "weight={'class 0': 0.0" in repr(loss_func) and 'no vocab yet' in repr(loss_func) and len(repr(loss_func)) < 300
+    loss_func.set_vocab([f'class {i}' for i in range(100)])
+    assert "weight={'class 0': 0.0" in repr(loss_func) and 'no vocab yet' not in repr(loss_func)
+    assert 'weight' not in repr(Loss()) and 'weight' not in repr(Loss([1., 2.]))
+
+
+def test_a_loss_pickled_before_there_were_names_still_works(way):
+    old = XentLoss(torch.tensor([1., 2., .5, 3.]))
+    for o in ('_by_name', '_vocab', '_told'): vars(old).pop(o, None)
+    new = pickle.loads(pickle.dumps(old))
+    new.set_vocab(VOCAB)
+    assert_close(new(Z, Y), F.cross_entropy(Z, Y, weight=old.weight), **F32)
+    assert 'XentLoss(' in repr(new)
+
+
+# -- targets of any kind
+
 @pytest.mark.parametrize('dtype', [torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64], ids=str)
 @each_loss
 def test_every_integer_type_is_a_class(way, Loss, dtype):
@@ -990,6 +1270,139 @@ def test_a_float_target_is_a_distribution_after_floatify(way):
     probs = F.one_hot(Y, 4)
     assert_close(XentLossFlat(floatify=True)(Z, probs), F.cross_entropy(Z, Y), **F32)
     with pytest.raises(TypeError, match='expected probabilities'): XentLossFlat(floatify=True)(Z, Y)
+
+
+# -- float targets that are no probabilities
+
+def noted(f):
+    "The warnings of `f`."
+    with warnings.catch_warnings(record=True) as res:
+        warnings.simplefilter('always')
+        f()
+    return [str(o.message) for o in res]
+
+
+def labels(shape, axis, row=None, values=()):
+    "Probabilities in the shape of the logits, one row of them replaced."
+    targ = torch.randn(shape, generator=torch.Generator().manual_seed(1)).softmax(axis)
+    if row is not None: targ.movedim(axis, -1)[row] = torch.tensor(values)
+    return targ
+
+
+OFF = {  # a row of four numbers, what is said of it
+    'two labels': ([1., 0., 1., 0.], 'sums to 2'), 'no label': ([0., 0., 0., 0.], 'sums to 0'), 'all labels': ([1., 1., 1., 1.], 'sums to 4'),
+    'logits': ([3., -1., .5, 2.], 'sums to 4.5'), 'a negative one': ([1.5, -.5, 0., 0.], 'holds -0.5'), 'per cent': ([50., 50., 0., 0.], 'sums to 100'),
+    'nan': ([nan, 1., 0., 0.], 'sums to nan'), 'inf': ([inf, 0., 0., 0.], 'sums to inf'), 'half of it': ([.25, .25, 0., 0.], 'sums to 0.5'),
+}
+
+@each_loss
+@each_reduction
+@both_keep
+@pytest.mark.parametrize('values, message', OFF.values(), ids=OFF)
+def test_targets_that_are_no_probabilities_are_told_once_and_computed_as_torch_does(Loss, reduction, keep_stats, values, message):
+    targ, loss_func = labels((6, 4), 1, 3, values), Loss(reduction=reduction, keep_stats=keep_stats)
+    said = noted(lambda: [loss_func(Z, labels((6, 4), 1)), *(loss_func(Z, targ) for _ in range(3))])
+    assert len(said) == 1
+    assert f'1 of 6 rows of the targets hold no probabilities: row 3 {message}, expected a sum of 1 over axis 1' in said[0]
+    assert 'BCEWithLogitsLossFlat' in said[0] and '`targ / targ.sum(1, keepdim=True)`' in said[0]
+    assert_same(run(loss_func, Z, targ), run(partial(F.cross_entropy, reduction=reduction), Z, targ))
+    assert len(noted(lambda: Loss()(Z, targ))) == 1   # another loss says it again
+
+
+@pytest.mark.parametrize('shape, axis, row, where', [((6, 4), -1, 5, 'row 5'), ((3, 4, 2, 5), 1, (2, 1, 3), r'row [2, 1, 3]'), ((3, 2, 5, 4), -1, (0, 1, 4), r'row [0, 1, 4]'),
+                                                     ((4,), 0, (), 'row []'), ((1, 4), 1, 0, 'row 0')], ids=str)
+def test_the_row_is_named_by_its_place(shape, axis, row, where):
+    targ = labels(shape, axis, row, [1., 1., 1., 0.])
+    said, = noted(lambda: XentLoss(axis=axis)(torch.zeros(shape), targ))
+    n = math.prod(shape) // 4
+    assert f'1 of {n} rows of the targets hold no probabilities: {where} sums to 3, expected a sum of 1 over axis {axis % len(shape)}' in said
+
+
+FINE = {
+    'softmax': Z.softmax(1), 'one-hot': F.one_hot(Y, 4).float(), 'float64': Z.double().softmax(1), 'bfloat16': Z.bfloat16().softmax(1), 'float16': Z.half().softmax(1),
+    'rounded to two digits': Z.softmax(1).mul(100).round() / 100, 'smoothed': F.one_hot(Y, 4) * .9 + .025, 'mixed': torch.lerp(F.one_hot(Y, 4).float(), F.one_hot(Y.flip(0), 4).float(), .3),
+}
+
+@each_loss
+@pytest.mark.parametrize('targ', FINE.values(), ids=FINE)
+def test_probabilities_are_not_complained_of(way, Loss, targ): assert not noted(lambda: Loss()(Z, targ))
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_probabilities_of_many_classes_are_not_complained_of(dtype):
+    pred = torch.randn(8, 50_000, generator=torch.Generator().manual_seed(0)) * 2
+    assert not noted(lambda: XentLoss()(pred, pred.to(dtype).softmax(1)))
+
+
+def test_classes_empty_batches_and_traced_targets_are_not_looked_at(way):
+    targ = labels((6, 4), 1, 3, [1., 1., 1., 0.])
+    assert not noted(lambda: XentLoss()(Z, Y))
+    assert not noted(lambda: XentLoss()(Z[:0], Z[:0]))
+    assert not noted(lambda: torch.func.vmap(lambda t: XentLoss()(Z[0], t))(targ))
+    assert not noted(lambda: torch.func.grad(lambda t: XentLoss()(Z, t))(targ))
+    assert not noted(lambda: XentLoss()(Z.to('meta'), targ.to('meta')))
+
+
+def test_a_message_of_targets_that_are_no_probabilities_arrives_late_and_once(monkeypatch):
+    "On CUDA: here their device is feigned."
+    loss_func, sent = XentLoss(), []
+    targ = labels((3, 4, 2, 5), 1, (2, 1, 3), [1., 1., 1., 0.])
+    monkeypatch.setattr(losses._LateCheck, 'put', lambda self, found, tell: sent.append((found, tell)))
+    class Cuda(torch.Tensor):
+        is_cuda = True
+    assert not noted(lambda: loss_func._check_probs(targ.as_subclass(Cuda), 1))
+    (found, tell), = sent
+    good, tell_good = losses._first_off(labels((3, 4, 2, 5), 1), 1), partial(loss_func._tell_off, (3, 4, 2, 5), 1)
+    loss_func._late.queue.extend((Arrival(True), o, t) for o, t in ((good, tell_good), (found, tell), (found, tell)))
+    said, = noted(loss_func._late.look)
+    assert 'row [2, 1, 3] sums to 3' in said and not loss_func._late.queue
+    assert pickle.loads(pickle.dumps(loss_func))._told
+
+
+# -- what is no tensor
+
+class ModelOutput(OrderedDict):
+    "As Hugging Face's models return."
+    @property
+    def logits(self): return self['logits']
+
+
+NO_PRED = {
+    'tuple': ((Z, Z), r'pred is a tuple of 2, expected a tensor of logits; use `pred\[0\]`'), 'list': ([Z], r'pred is a list of 1, .*use `pred\[0\]`'),
+    'ModelOutput': (ModelOutput(loss=None, logits=Z), r'pred is a ModelOutput of 2, expected a tensor of logits; use `pred.logits`'),
+    'dict': (dict(logits=Z), r"pred is a dict of 1, .*use `pred\['logits'\]`"), 'dict of something else': (dict(out=Z, aux=Z), r"pred is a dict of 2, .*use `pred\['out'\]`"),
+    'numpy': (Z.numpy(), r'pred is a numpy array of shape \[6, 4\], expected a tensor of logits; use `torch.from_numpy\(pred\)`'), 'None': (None, 'pred is None, expected a tensor of logits'),
+    'numbers': ([[1., 2.]], r'pred is a list of 1, .*use `torch.as_tensor\(pred\)`'), 'DataFrame': (pd.DataFrame(Z.numpy()), r'pred is a DataFrame, .*`torch.as_tensor\(pred.to_numpy\(\)\)`'),
+    'empty': ((), 'pred is a tuple of 0'), 'empty dict': ({}, 'pred is a dict of 0'), 'text': ('cat', r'pred is a str, expected a tensor of logits$'),
+}
+NO_TARG = {
+    'list': (Y.tolist(), r'targ is a list of 6, expected a tensor of classes or probabilities; use `torch.as_tensor\(targ\)`'), 'None': (None, 'targ is None, expected a tensor of classes or probabilities'),
+    'numpy': (Y.numpy(), r'targ is a numpy array of shape \[6\], .*`torch.from_numpy\(targ\)`'), 'tuple': ((Y, Y), r'targ is a tuple of 2, .*use `targ\[0\]`'), 'int': (3, r'targ is an int, .*use `torch.as_tensor\(targ\)`'),
+    'Series': (pd.Series(Y.numpy()), r'targ is a Series, .*`torch.as_tensor\(targ.to_numpy\(\)\)`'), 'dict': (dict(labels=Y), r"targ is a dict of 1, .*use `targ\['labels'\]`"),
+}
+each_entry = pytest.mark.parametrize('entry', [XentLoss(), XentLossFlat(), XentLossFlat(compat=True, floatify=True), xent_stats, xent_grad, fused_stats],
+                                     ids=['XentLoss', 'XentLossFlat', 'compat', 'xent_stats', 'xent_grad', 'fused_stats'])
+
+@each_entry
+@pytest.mark.parametrize('pred, message', NO_PRED.values(), ids=NO_PRED)
+def test_predictions_that_are_no_tensor_are_named(entry, pred, message):
+    with pytest.raises(TypeError, match=message): entry(pred, Y)
+
+
+@each_entry
+@pytest.mark.parametrize('targ, message', NO_TARG.values(), ids=NO_TARG)
+def test_targets_that_are_no_tensor_are_named(entry, targ, message):
+    with pytest.raises(TypeError, match=message): entry(Z, targ)
+
+
+def test_a_model_that_returns_a_tuple_is_named_in_a_learner():
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.lin = nn.Linear(36, 3)
+        def forward(self, x): return self.lin(x.flatten(1)), x
+    learn = learner(XentLossFlat(), model=Two)
+    with learn.no_bar(), learn.no_logging(), pytest.raises(TypeError, match=r'pred is a tuple of 2, expected a tensor of logits; use `pred\[0\]`'): learn.fit(1)
 
 
 # -- reduction, set for a while
@@ -1056,8 +1469,8 @@ def test_weights_of_the_wrong_length_are_refused(way, Loss):
 
 
 @each_loss
-@pytest.mark.parametrize('weight, message', [([1., -2.], r'weight\[1\] is -2.0, expected numbers from 0 up'), ([nan, 1.], r'weight\[0\] is nan'),
-                                             ([[1., 2.]], r'weight has shape \[1, 2\], expected \[c\]')])
+@pytest.mark.parametrize('weight, message', [([1., inf], r'weight\[1\] is inf, expected finite numbers'), ([nan, 1.], r'weight\[0\] is nan, expected finite'),
+                                             ([0., -inf], r'weight\[1\] is -inf'), ([[1., 2.]], r'weight has shape \[1, 2\], expected \[c\]')])
 def test_weights_that_are_no_weights_are_refused_at_construction(Loss, weight, message):
     with pytest.raises(ValueError, match=message): Loss(weight)
     with pytest.raises(ValueError, match=message): Loss(weight=torch.tensor(weight))
@@ -1096,7 +1509,8 @@ class Arrival:
 def test_a_message_of_a_bad_target_raises_when_it_has_arrived_and_only_once():
     late, none, bad = losses._LateCheck(), torch.tensor([0, 3, 0]), torch.tensor([7, 99, 2])
     late.look()
-    late.queue.extend([(Arrival(True), none, losses._read_first, [8], 10, -100), (Arrival(False), bad, losses._read_first, [4, 2], 10, -100)])
+    for event, found, shape in ((Arrival(True), none, [8]), (Arrival(False), bad, [4, 2])):
+        late.queue.append((event, found, partial(losses._tell_bad_targ, shape, 10, -100, losses._read_first)))
     late.look()
     assert len(late.queue) == 1
     late.queue[0][0].done = True
@@ -1107,8 +1521,7 @@ def test_a_message_of_a_bad_target_raises_when_it_has_arrived_and_only_once():
 
 # -- copies
 
-@pytest.mark.parametrize('travel', [copy.deepcopy, copy.copy, lambda o: pickle.loads(pickle.dumps(o)), lambda o: cloudpickle.loads(cloudpickle.dumps(o))],
-                         ids=['deepcopy', 'copy', 'pickle', 'cloudpickle'])
+@pytest.mark.parametrize('travel', TRAVELS.values(), ids=TRAVELS)
 @each_loss
 @both_keep
 def test_a_copy_has_the_settings(way, Loss, travel, keep_stats):
@@ -1234,6 +1647,26 @@ def test_an_exported_learner_predicts_as_before(way, tmp_path):
     with pytest.raises(RuntimeError, match='call the loss first'): other.loss_func.stats
     with other.no_bar(): again = other.get_preds(dl=learn.dls.valid, with_loss=True)
     assert_same(again, (preds, targs, rows), **F32)
+
+
+def test_weights_by_name_train_as_those_in_order_and_are_exported(way, tmp_path):
+    def trained(weight, vocab=None):
+        set_seed(0)
+        learn = learner(XentLossFlat(weight))
+        learn.loss_func.set_vocab(vocab)
+        set_seed(1)
+        with learn.no_bar(), learn.no_logging(): learn.fit(1)
+        return learn
+    by_name, in_order = trained(pd.Series(dict(c=1., b=2., a=.5)), ['a', 'b', 'c']), trained([.5, 2., 1.])
+    assert_same(by_name.model.state_dict().values(), in_order.model.state_dict().values())
+    by_name.remove_cb(Noted)
+    by_name.export(tmp_path/'learner.pkl')
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        other = load_learner(tmp_path/'learner.pkl')
+    assert_close(other.loss_func.weight, torch.tensor([.5, 2., 1.]), **EXACT)
+    other.loss_func.set_vocab(['c', 'b', 'a'])
+    assert_close(other.loss_func.weight, torch.tensor([1., 2., .5]), **EXACT)
 
 
 def test_get_preds_activates_decodes_and_has_a_loss_for_each_item(way):
