@@ -17,6 +17,8 @@ import pandas as pd
 import torch
 from fastai.data.load import DataLoader
 
+from .classes import as_names
+
 # %% ../nbs/02_items.ipynb #f409b8ba
 class NoItemIdentity(Exception):
     "It is not known which item each row is; the message says why, and what to do."
@@ -289,4 +291,4 @@ def class_names(
     vocab = getattr(dls, 'vocab', None)
     if vocab is None or isinstance(vocab, (str, dict)): return None
     if len(vocab) and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__'): vocab = vocab[-1]   # text: one vocab for words, one for classes
-    return [str(o) for o in vocab] if len(vocab) == c else None
+    return as_names(vocab) if len(vocab) == c else None
