@@ -830,7 +830,7 @@ def __repr__(self: XentRecord):
         epochs = sorted({k[2] for k in keys if k[1] == split})
         lines.append(f"{split}: {' and '.join(_count(o['n'], 'item') for o in d['segments'])}, {_count(len(epochs), 'epoch')}" + (f" ({epochs[0]} to {epochs[-1]})" if len(epochs) > 1 else ""))
     vocab = self.meta['vocab']
-    if vocab: lines.append(f"{len(vocab)} classes: {', '.join(vocab[:6])}{', …' if len(vocab) > 6 else ''}")
+    if vocab: lines.append(f"{len(vocab)} classes: {', '.join(map(str, vocab[:6]))}{', …' if len(vocab) > 6 else ''}")
     lines.append(f"columns: {', '.join(_COLUMNS)}")
     cost = self.meta.get('cost')
     if cost and cost['fit']: lines.append(f"recording took {cost['recording'] / cost['fit']:.1%} of the fit{'' if self.n_fits == 1 else 's'}")
