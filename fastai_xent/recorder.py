@@ -30,6 +30,7 @@ from torch import nn
 
 import fastai_xent.bridges  # noqa: F401 methods of a record, as the next
 import fastai_xent.label_issues  # noqa: F401
+from .classes import vocab_difference
 from .head import HeadTap, find_head
 from .items import NoItemIdentity, class_names, fingerprint, items_frame, tap_rows
 from .numerics import XentStats
@@ -326,8 +327,8 @@ def _meet(self: XentRecorder, split, dataset, cols):
     if self._known.get(split) is not dataset:
         items, meta = items_frame(dataset, self.key_fn), self._record.meta
         vocab, old = class_names(self.learn.dls, meta['classes']), meta['vocab']
-        if vocab and old and vocab != old:
-            k = next(k for k, (a, b) in enumerate(zip(old, vocab)) if a != b)
+        if vocab_difference(old, vocab):
+            k = next(k for k, (a, b) in enumerate(zip(old, vocab)) if str(a) != str(b))
             return self._refuse(f"class {k} of the record is {old[k]!r}, of the dataset {vocab[k]!r}: use a new record, or the same vocab")
         segments = meta['splits'].get(split, dict(segments=[]))['segments']
         mark, before = self._mark(split, items, cols, segments), len(segments)
