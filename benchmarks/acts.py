@@ -102,7 +102,7 @@ def noisy(task, n, epochs, noises):
             mask[issues.loc[issues['is_issue'].astype(bool), 'item']] = True
             chance = np.random.default_rng(seed).choice(n, mask.sum(), replace=False)
             others = dict(drop=prune(dls, record, drop=issues), random=prune(dls, record, drop=chance), reweight=reweight(dls, record, issues),
-                          relabel=relabel(dls, record, issues)[0], planted=prune(dls, record, drop=wrong))
+                          relabel=relabel(dls, record, issues), planted=prune(dls, record, drop=wrong))
             for k, v in dict(share=100 * mask.mean(), precision=100 * wrong[mask].mean(), recall=100 * mask[wrong].mean(), all=acc).items(): got[k].append(v)
             for k, o in others.items(): got[k].append(task.train(o, round(epochs * n / len(o.train_ds)), seed)[0])     # as many steps
         cells = [mean_sd(got[k], 1) for k in ('share', 'precision', 'recall', 'all', 'drop', 'random', 'reweight', 'relabel', 'planted')]

@@ -24,6 +24,8 @@ from fastai.tabular.core import Tabular
 from fastai.torch_core import no_random
 from torch.utils.data import ConcatDataset, Subset
 
+from .classes import as_names
+
 # %% ../nbs/03_items.ipynb #fd111d6e
 _LONGEST, _START = 500, 460 # Characters of a name that is kept whole; of the start of a longer one
 
@@ -305,4 +307,4 @@ def class_names(
     vocab = getattr(dls, 'vocab', None)
     if vocab is None or isinstance(vocab, (str, dict)): return None
     if len(vocab) and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__'): vocab = vocab[-1]   # text: one vocab for words, one for classes
-    return [str(o) for o in vocab] if len(vocab) == c else None
+    return as_names(vocab) if len(vocab) == c else None

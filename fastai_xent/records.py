@@ -16,6 +16,7 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .classes import vocab_difference
 from .dynamics import RANK_BY, get_score
 from .record import XentRecord, is_record
 
@@ -93,7 +94,7 @@ class XentRecords:
         if not self.records: raise ValueError("expected at least one record, got none")
         (first, one), *others = self.records.items()
         for name, record in others:
-            if one.meta['vocab'] and record.meta['vocab'] and one.meta['vocab'] != record.meta['vocab']:
+            if vocab_difference(one.meta['vocab'], record.meta['vocab']):
                 raise ValueError(f"runs {first!r} and {name!r} have other classes: {one.meta['vocab'][:6]} and {record.meta['vocab'][:6]}")
         for split in self.splits: self._compare(split) if on == 'item' else self._match(split)
 

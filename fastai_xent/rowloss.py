@@ -11,7 +11,6 @@ __all__ = ['XentSettings', 'xent_settings', 'row_stats']
 import functools
 from typing import NamedTuple
 
-import torch
 import torch.nn.functional as F
 from fastai.losses import BaseLoss
 from torch import Tensor, nn

@@ -11,6 +11,7 @@ __all__ = ['OtherItems', 'SameItems']
 import numpy as np
 from fastcore.basics import patch
 
+from .classes import vocab_difference
 from .items import KnownItems, difference, labels_of
 from .taps import NoItemIdentity
 from .writer import XentWriter
@@ -148,10 +149,8 @@ def check_classes(self: SameItems, c: int) -> None:
 @patch
 def check_vocab(self: SameItems, vocab: list|None) -> None:
     "Do the classes have the names that they have in the record?"
-    old = self.meta['vocab']
-    if not vocab or not old or [*vocab] == [*old] or len(vocab) != len(old): return
-    k = next(k for k, (a, b) in enumerate(zip(old, vocab)) if a != b)
-    raise OtherItems(f"class {k} of the record is {old[k]!r}, of the dataset {vocab[k]!r}: use a new record, or the same vocab")
+    why = vocab_difference(self.meta['vocab'], vocab)
+    if why: raise OtherItems(f"the classes are not those of the record: {why}; use a new record, or the same vocab")
 
 # %% ../nbs/06a_same_items.ipynb #2dbdb909
 _REORDERED = ("If labels are drawn at random this is as it should be. If not, a transform or collate function "

@@ -1,4 +1,4 @@
-"""Train on fewer rows without bias: skip easy examples, and let those of them that stay count for those that were left out
+"""Train on fewer rows without bias: skip easy examples, and let those that stay count for them
 
 Docs: https://fastai-xent.github.io/fastai_xent/sampler.html.md"""
 
@@ -69,9 +69,10 @@ class _Thinned(_FastaiTap):
         super().__init__(_twin(full))
         self.full, self.easy, self.r, self.rng, self.scale = full, easy, r, rng, 1.
         self.n_full = getattr(full, 'partial_n', None) or full.n
-        self._resize(self.n_full - n_skipped(round(easy.sum() * self.n_full / max(full.n, 1)), self.n_full, r, full.bs, full.drop_last))
+        m = round(easy.sum() * self.n_full / max(full.n, 1))
+        self._resize(self.n_full - n_skipped(m, self.n_full, r, full.bs, full.drop_last))
 
-    def remove(self): pass                            # it goes when the twin goes; a recorder's tap on top may come and go
+    def remove(self): pass                            # it goes with the twin; a recorder's tap on top may come and go
 
     def _resize(self, n):
         self.dl.n = n
@@ -87,8 +88,10 @@ class _Thinned(_FastaiTap):
             head = list(islice(idxs, n + 1))
             if len(head) > n: return chain(head, idxs)    # perhaps without end: the tap refuses it
             idxs = head
-        try: keep, self.scale = thin(self.easy[np.array(idxs, dtype=np.int64)], self.r, self.rng, self.full.bs, self.full.drop_last)
-        except Exception as e: self.error, keep = e, np.ones(len(idxs), dtype=bool)   # nothing is skipped, and the callback hears why
+        try:
+            easy = self.easy[np.array(idxs, dtype=np.int64)]
+            keep, self.scale = thin(easy, self.r, self.rng, self.full.bs, self.full.drop_last)
+        except Exception as e: self.error, keep = e, np.ones(len(idxs), dtype=bool)   # the callback hears why
         self.n_full = len(keep)
         self._resize(int(keep.sum()))
         return [i for i, k in zip(idxs, keep) if k]
@@ -117,13 +120,18 @@ class XentSampler(Callback):
         r: float = .5, # Share of the easy examples that an epoch leaves out
         anneal: float = .125, # Share of the epochs, the last ones, that train on all
     ):
-        if not 0 <= r < 1: raise ValueError(f"r is {r}, expected a share from 0 to less than 1: what always stays out cannot be weighed")
+        if not 0 <= r < 1:
+            raise ValueError(f"r is {r}, expected a share from 0 to less than 1: what always stays out "
+                             "cannot be weighed")
         if not 0 <= anneal <= 1: raise ValueError(f"anneal is {anneal}, expected a share from 0 to 1")
         self.r, self.anneal, self.n_rows, self.n_full, self._told = r, anneal, 0, 0, set()
+        self._last, self._skipped, self._tried = -1, 0, False   # of this fit: its last epoch, rows left out, losses known?
         self._fresh()
 
     def _fresh(self): self._tap = self._rows = self._dataset = self._rng = self.losses = None
-    def __getstate__(self): return {k: v for k, v in vars(self).items() if k not in ('_tap', '_rows', '_dataset', '_rng', 'losses')}
+    def __getstate__(self):
+        own = ('_tap', '_rows', '_dataset', '_rng', 'losses')
+        return {k: v for k, v in vars(self).items() if k not in own}
     def __setstate__(self, state):
         self._fresh()
         vars(self).update(state)
@@ -145,8 +153,11 @@ class XentSampler(Callback):
         "Forget the losses: without them every example is trained."
         thinned = self._tap is not None and self._tap.scale != 1
         self._tap = self._rows = self._dataset = self.losses = None
-        message = f"XentSampler skips nothing{', and the rest of this epoch is not weighed' * thinned}: {why}"
-        if message not in self._told: warnings.warn(message, stacklevel=3)
+        self._tell(f"XentSampler skips nothing{', and the rest of this epoch is not weighed' * thinned}: {why}", 4)
+
+    def _tell(self, message, stacklevel):
+        "Warn, once for each message."
+        if message not in self._told: warnings.warn(message, stacklevel=stacklevel)
         self._told.add(message)
 
 # %% ../nbs/07a_sampler.ipynb #b9112056
@@ -155,23 +166,40 @@ def before_train(self: XentSampler):
     "Hand the Learner a thinned twin of its loader."
     self._tap, learn, dl = None, self.learn, self.learn.dl
     if 'lr_finder' in vars(learn): return
+    if self.epoch <= self._last: self._skipped, self._tried = 0, False
+    self._last = self.epoch
     for cb in learn.cbs:
-        if isinstance(cb, XentSampler) and cb is not self: raise NotRecordable("this Learner has two XentSamplers, and one is enough; remove the other with `learn.remove_cb`")
-        if isinstance(cb, MixHandler) and cb.run: raise NotRecordable(f"{cb.name} mixes the rows of a batch: a skipped example would also be missing as a partner")
-    if not isinstance(dl, DataLoader): raise NoItemIdentity(f"the training loader is {type(dl).__module__}.{type(dl).__name__}, expected fastai's DataLoader; wrap the dataset in a `TfmdDL`")
-    if 'dl' in vars(dl): raise NoItemIdentity("the training is distributed: each process would leave out rows of its own, and they would no longer take the same number of steps")
+        if isinstance(cb, XentSampler) and cb is not self:
+            raise NotRecordable("this Learner has two XentSamplers, and one is enough; remove the other "
+                                "with `learn.remove_cb`")
+        if isinstance(cb, MixHandler) and cb.run:
+            raise NotRecordable(f"{cb.name} mixes the rows of a batch: a skipped example would also be "
+                                "missing as a partner")
+    if not isinstance(dl, DataLoader):
+        raise NoItemIdentity(f"the training loader is {type(dl).__module__}.{type(dl).__name__}, expected "
+                             "fastai's DataLoader; wrap the dataset in a `TfmdDL`")
+    if 'dl' in vars(dl):
+        raise NoItemIdentity("the training is distributed: each process would leave out rows of its own, "
+                             "and they would no longer take the same number of steps")
     tap_rows(dl)                                      # refuses what has no items
     n = max(dl.n, len(dl.dataset) if hasattr(dl.dataset, '__len__') else 0)
-    if self._dataset is not dl.dataset or len(self.losses) != n: self._dataset, self.losses = dl.dataset, np.full(n, np.nan, dtype=np.float32)
+    if self._dataset is not dl.dataset or len(self.losses) != n:
+        self._dataset, self.losses = dl.dataset, np.full(n, np.nan, dtype=np.float32)
     if self._rng is None: self._rng = np.random.default_rng(abs(torch.initial_seed()))
     self._tap = _Thinned(dl, self._easy(), self.r, self._rng).install()
     self._rows, learn.dl = RowBuffer(len(self._tap.dl) * (dl.bs or 1)), self._tap.dl
 
 @patch
+def _n_last(self: XentSampler) -> int:
+    "How many epochs, the last ones, train on all."
+    return math.ceil(round(self.anneal * self.n_epoch, 9))
+
+@patch
 def _easy(self: XentSampler) -> np.ndarray:
     "Which items lie below the mean loss; none in the first epoch and the last ones."
     known = np.isfinite(self.losses)
-    if self.epoch >= self.n_epoch - math.ceil(round(self.anneal * self.n_epoch, 9)) or not known.any(): return np.zeros(len(known), dtype=bool)
+    if self.epoch >= self.n_epoch - self._n_last() or not known.any(): return np.zeros(len(known), dtype=bool)
+    self._tried = True
     return known & (self.losses < self.losses[known].mean(dtype=np.float64))
 
 @patch
@@ -193,7 +221,9 @@ def after_pred(self: XentSampler):
 def after_loss(self: XentSampler):
     "Keep what the losses of the rows will be computed from."
     if self._tap is None: return
-    if isinstance(self.pred, Features): raise NotRecordable("the head is in the loss (`head_in_loss`), where its gradient cannot be weighed; use the plain model")
+    if isinstance(self.pred, Features):
+        raise NotRecordable("the head is in the loss (`head_in_loss`), where its gradient cannot be "
+                            "weighed; use the plain model")
     self._rows.add(self.iter, read_batch(self.learn))
 
 @patch
@@ -203,8 +233,22 @@ def after_train(self: XentSampler):
     cols = self._rows.cols()
     if not cols: return
     items = self._tap.rows(self._rows.at, self._rows.sizes)
-    if np.isnan(cols['loss']).all(): raise NotRecordable(f"the loss of a row cannot be asked of {self.learn.loss_func}; use a cross-entropy such as `XentLossFlat`")
+    if np.isnan(cols['loss']).all():
+        raise NotRecordable(f"the loss of a row cannot be asked of {self.learn.loss_func}; use a "
+                            "cross-entropy such as `XentLossFlat`")
     ok = ~np.isnan(cols['loss'])
     self.losses[items[ok]] = cols['loss'][ok]
     self.n_rows, self.n_full = self.n_rows + len(items), self.n_full + self._tap.n_full
+    self._skipped += self._tap.n_full - self._tap.dl.n
     self._tap = self._rows = None
+    if self.epoch == self.n_epoch - 1 and not self._skipped: self._tell_idle()
+
+@patch
+def _tell_idle(self: XentSampler):
+    "Say why a whole fit skipped nothing, unless that was asked for."
+    if self.r == 0 or self.anneal == 1: return
+    n, k = self.n_epoch, self._n_last()
+    why = f"too few examples lay below the mean loss for a share of r={self.r} to come to one"
+    if not self._tried: why = (f"it had {n} epoch{'s' * (n != 1)}; the last {k} train on all, and so does the first, "
+                               "in which no loss is known; train longer, or with a smaller `anneal`")
+    self._tell(f"XentSampler skipped nothing in this fit: {why}", 5)

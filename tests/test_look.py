@@ -12,7 +12,7 @@ from fastai.callback.rnn import rnn_cbs
 from fastai.callback.schedule import ParamScheduler, SchedCos
 from fastai.callback.tracker import EarlyStoppingCallback, SaveModelCallback
 from fastai.callback.training import GradientAccumulation
-from fastai.data.core import DataLoaders, TfmdDL
+from fastai.data.core import DataLoaders
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from helpers import CpuAutocast, Net, Points, learner, quiet, same_bits, state, warned

@@ -30,7 +30,7 @@ from fastai.torch_core import TensorImage, set_seed
 from helpers import COLUMNS, Net, Points, Truth, at_most, check_against_truth, ended, halves, learner, quiet, same_bits, same_rows, warned
 from torch import nn
 
-from fastai_xent import items, losses, recorder, same_items, taps
+from fastai_xent import items, losses, recorder, taps
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.recorder import XentRecorder
 from fastai_xent.record import XentRecord

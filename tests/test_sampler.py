@@ -352,6 +352,52 @@ def test_weights_with_unreadable_items(skip, workers):
     assert not wrong_rows(learn.xent_recorder.record.to_df('train')).any()
 
 
+# -- a fit that skips nothing says so
+
+@pytest.mark.parametrize('n, anneal, words', [
+    (1, .125, 'it had 1 epoch; the last 1 train on all, and so does the first, in which no loss is known; train longer, or with a smaller `anneal`'), (2, .125, 'it had 2 epochs; the last 1'),
+    (4, .7, 'it had 4 epochs; the last 3'), (1, 0, 'it had 1 epoch; the last 0')])
+def test_a_fit_too_short_is_told(said, n, anneal, words):
+    sampler = XentSampler(anneal=anneal)
+    assert trained(learner([sampler]), n) == [5] * n
+    assert len(said()) == 1 and said()[0].startswith('XentSampler skipped nothing in this fit: ') and words in said()[0] and sampler.saved == 0
+
+class Same(Points):
+    "One point, over and over: all losses are equal."
+    def __init__(self, n=36):
+        super().__init__(n)
+        self.x, self.y = self.x[:1].repeat(n, 1), self.y[:1].repeat(n)
+
+@pytest.mark.parametrize('kw, r', [(dict(train=Same()), .5), (dict(), .01)], ids=['equal losses', 'a share of less than one'])
+def test_a_share_of_nothing_is_told(said, kw, r):
+    learn = learner([XentSampler(r, anneal=0)], model=Frozen(), **kw)
+    assert trained(learn) == [5] * 4
+    assert len(said()) == 1 and f'too few examples lay below the mean loss for a share of r={r} to come to one' in said()[0]
+
+class Frozen(nn.Module):
+    "The same logits for the same point."
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(1))
+    def forward(self, x): return x[:, :3] + 0 * self.w
+
+@pytest.mark.parametrize('kw, fits', [(dict(anneal=.125), [4]), (dict(anneal=0), [2]), (dict(r=0), [3, 3]), (dict(anneal=1), [3]), (dict(anneal=0), [3, 1])])
+def test_what_was_asked_for_is_not_told(said, kw, fits):
+    "Nothing is said where rows were skipped, or where none should be."
+    learn = learner([XentSampler(**kw)])
+    for n in fits: learn.fit(n)
+    assert not said()
+
+def test_each_fit_counts_for_itself(said):
+    learn = learner([XentSampler()])
+    learn.fit(4)
+    assert not said()
+    for _ in range(3): learn.fit(1)                   # in a loop: told once
+    assert len(said()) == 1 and 'it had 1 epoch;' in said()[0]
+    learn.fit(3)                                      # losses are known from the first
+    assert len(said()) == 1
+
+
 # -- refusals: all rows are trained, and the reason is told once
 
 def trained(learn, epochs=4):

@@ -4,7 +4,6 @@ from functools import wraps
 from types import MethodType
 
 import numpy as np
-import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from fastai.callback.data import PartialDL, WeightedDL
