@@ -32,7 +32,7 @@ class Scalars:
             self.rooms[-1][at] = x.detach()
             self.places.append(len(self.values))
             x = math.nan
-        self.values.append(float(x))
+        self.values.append(float(x.detach() if isinstance(x, Tensor) else x))
 
     def numpy(self) -> np.ndarray: # float64
         "All of them, brought to the host at once."

@@ -128,7 +128,8 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
 def _by_triton(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor|None:
     "Loss and statistics by the Triton kernel; None if it does not run."
     from fastai_xent.kernels import bad_target, kernel_loss
-    (ignore_index, _, axis), c, facts = call.settings, pred.shape[call.settings[2]], {'stats': None}
+    (ignore_index, _, axis), facts = call.settings, {'stats': None}
+    c = pred.shape[axis]
     late.look()
     if not y.is_cuda: _raise_bad_targ(y, c, ignore_index)
     loss = kernel_loss(pred, y, call.weight, *call.settings, reduction, facts, always=WAY == 'triton')

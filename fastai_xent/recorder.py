@@ -18,7 +18,6 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib, rank_distrib

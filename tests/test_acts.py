@@ -27,7 +27,8 @@ from fastai_xent.datasets import label_kind
 from fastai_xent.items import item_names, item_source, items_frame
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
-from fastai_xent.store import XentRecord
+from fastai_xent.record import XentRecord
+from fastai_xent.writer import XentWriter
 
 N = 40
 pytestmark = [pytest.mark.filterwarnings(f'ignore:prune. {o}') for o in ('no training item of class', '. of 40 training items have no score')]  # with so few items; one test asks for it
@@ -757,11 +758,11 @@ def test_attributes_of_the_dataset_are_not_those_of_the_loader():
 
 def test_a_record_made_by_hand_need_not_say_its_classes(ranked):
     dls, record = ranked
-    hand = XentRecord()
+    hand = XentWriter()
     hand.set_items('train', record.items(), 'mark')
     for e in range(2):
         rows = record.to_df('train', e)
-        hand.add(0, e, 'train', {o: rows[o].to_numpy() for o in ('item', 'targ', 'pred', 'margin')})
+        hand.write(0, e, 'train', {o: rows[o].to_numpy() for o in ('item', 'targ', 'pred', 'margin')})
     assert 'classes' not in hand.meta
     assert left(prune(dls, hand, n_drop=2)) == list(range(2, N)) and int(relabel(dls, hand, {0: 2}).train_ds[0][1]) == 2
     with pytest.raises(ValueError, match='3 is no class; expected one of 0, 1, 2'): relabel(dls, hand, {0: 3})

@@ -20,7 +20,8 @@ from fastai_xent.classes import class_index, is_missing, read_as_missing, vocab_
 from fastai_xent.items import class_names
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
-from fastai_xent.store import XentRecord
+from fastai_xent.record import XentRecord
+from fastai_xent.writer import XentWriter
 
 
 # -- names through files
@@ -157,7 +158,7 @@ def test_names_keep_their_type(vocab, names, tmp_path):
     dls.vocab = vocab
     got = class_names(dls, len(names))
     assert got == names and [type(o) for o in got] == [type(o) for o in names]
-    record = XentRecord.new(tmp_path / 'r')
+    record = XentWriter(tmp_path / 'r')
     record.set_items('train', pd.DataFrame({'item': range(2), 'name': None, 'source': None}), 'mark', got)
     back = XentRecord(tmp_path / 'r')
     assert back.meta['vocab'] == names and [type(o) for o in back.meta['vocab']] == [type(o) for o in names]
