@@ -763,7 +763,8 @@ def test_a_record_made_by_hand_need_not_say_its_classes(ranked):
     for e in range(2):
         rows = record.to_df('train', e)
         hand.write(0, e, 'train', {o: rows[o].to_numpy() for o in ('item', 'targ', 'pred', 'margin')})
-    assert 'classes' not in hand.meta
+    hand = hand.record
+    assert hand.meta['classes'] is None
     assert left(prune(dls, hand, n_drop=2)) == list(range(2, N)) and int(relabel(dls, hand, {0: 2}).train_ds[0][1]) == 2
     with pytest.raises(ValueError, match='3 is no class; expected one of 0, 1, 2'): relabel(dls, hand, {0: 3})
 
