@@ -181,12 +181,12 @@ WIDE = {
     '05j_records', '06_passes', '06a_same_items', '06b_look', '06c_recorder', '07a_sampler', '09_demo', '10_all',
 }  # notebooks that export lines of more than 120 characters
 LONG_CELLS = {
-    '01a_linear _check_head', '02_asking _compiled_from', '02d_rows _columns', '03_items _chosen', '03a_taps
-    _Given', '03a_taps _listed', '03b_datasets Relabelled', '04b_running BrokenScore', '05b_epochs _merge',
-    '05c_cache _walk', '05g_record _missing', '05g_record to_df', '05h_loop Pass', '05i_writer RecordReplaced',
-    '05i_writer write', '05j_records XentRecords', '06a_same_items SameItems', '06c_recorder _before_fit',
-    '06d_chosen _n_inp', '06d_chosen score_name', '07_acts _check_torch', '07_acts _frame_weights', '07_acts
-    _one_of', '07_acts _wanted', '07a_sampler before_train',
+    '01a_linear _check_head', '02_asking _compiled_from', '02d_rows _columns', '03_items _chosen',
+    '03a_taps _Given', '03a_taps _listed', '03b_datasets Relabelled', '04b_running BrokenScore',
+    '05b_epochs _merge', '05c_cache _walk', '05g_record _missing', '05g_record to_df', '05h_loop Pass',
+    '05i_writer RecordReplaced', '05i_writer write', '05j_records XentRecords', '06a_same_items SameItems',
+    '06c_recorder _before_fit', '06d_chosen _n_inp', '06d_chosen score_name', '07_acts _check_torch',
+    '07_acts _frame_weights', '07_acts _one_of', '07_acts _wanted', '07a_sampler before_train',
 }  # export cells of more than 60 lines: notebook and first definition
 LONG_MODULES = set()  # modules of more than 450 lines
 UNUSED = {
