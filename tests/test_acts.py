@@ -27,7 +27,6 @@ from fastai_xent.datasets import label_kind
 from fastai_xent.items import item_names, item_source, items_frame
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
-from fastai_xent.record import XentRecord
 from fastai_xent.writer import XentWriter
 
 N = 40
