@@ -369,7 +369,7 @@ def _keep_doubt(self: XentRecorder, now, epoch):
     self._writer._save(ledger=[*self._same.meta.get('ledger', []), found])
     if (now.split, 'ledger') in self._told: return
     self._told.add((now.split, 'ledger'))
-    self._tell(f"doubts its rows of {now.split!r} from epoch {epoch} on, and the record says so: {now.balance}")
+    self._tell(f"doubts its rows, and the record says so: in epoch {epoch} of {now.split!r} {now.balance}")
 
 # %% ../nbs/06c_recorder.ipynb #d3fe0a94
 @patch
