@@ -24,7 +24,7 @@ from fastai.tabular.core import Tabular
 from fastai.torch_core import no_random
 from torch.utils.data import ConcatDataset, Subset
 
-# %% ../nbs/03_items.ipynb #fd111d6e
+# %% ../nbs/03_items.ipynb #e9944d0f
 _LONGEST, _START = 500, 460 # Characters of a name that is kept whole; of the start of a longer one
 
 def _text(o) -> str:
@@ -43,7 +43,7 @@ def _named(names) -> pd.Series: # Whole numbers, or text; null where there is no
     if isinstance(names, pd.Index) and isinstance(names.dtype, np.dtype) and names.dtype.kind == 'i':
         return pd.Series(names.to_numpy(), dtype=_WHOLE)
     names = names.tolist() if isinstance(names, pd.Index) else list(names)
-    if {*map(type, names)} <= {str} and all(map(str.isascii, names)) and max(map(len, names), default=0) <= _LONGEST:
+    if {*map(type, names)} <= {str} and all(o.isascii() and len(o) <= _LONGEST for o in names):
         return pd.Series(names, dtype=object)
     names = [None if _missing(o) else o for o in names]
     kinds = {type(o) for o in names if o is not None}
@@ -53,7 +53,7 @@ def _named(names) -> pd.Series: # Whole numbers, or text; null where there is no
     return pd.Series([None if o is None else _text(o) for o in names], dtype=object)
 _WHOLE = pd.ArrowDtype(pa.int64())
 
-# %% ../nbs/03_items.ipynb #11fb81c0
+# %% ../nbs/03_items.ipynb #616ad540
 def _chosen(subset) -> np.ndarray: # int64
     "The positions that a torch `Subset` has of the dataset below."
     at = np.asarray(subset.indices)
@@ -99,7 +99,8 @@ def _names(ds, key_fn) -> tuple: # A series or None, and what somebody should he
     items = getattr(ds, 'items', None)
     if not hasattr(items, '__len__'):
         return None, "`key_fn` has nothing to name: the dataset has no list `items`" if key_fn else ''
-    if _placeless(items): return None, f"`items` is a {type(items).__name__}, which has no item by place; make it a list"
+    if _placeless(items):
+        return None, f"`items` is a {type(items).__name__}, which has no item by place; make it a list"
     frame = isinstance(items, (pd.DataFrame, pd.Series))
     if not (key_fn or frame or _speaks(items)): return None, ''
     if len(items) != len(ds): return None, f"`items` has {len(items):,} entries, the dataset {len(ds):,}"
@@ -123,12 +124,12 @@ def item_names(
     names, _ = _tried(_names, ds, key_fn)
     return None if names is None else _plain(names)
 
-# %% ../nbs/03_items.ipynb #9b06d5de
+# %% ../nbs/03_items.ipynb #055fcbdc
 def _split(ds):
     "The positions of the items in the source, as the dataset keeps them; None if it does not."
     splits, idx = getattr(ds, 'splits', None), getattr(ds, 'split_idx', None)
     split = None if splits is None or idx is None or idx >= len(splits) else splits[idx]
-    if hasattr(ds, 'split_idxs') and len(ds.items) != len(ds): split = ds.split_idxs    # tsai: `items` is all of the source
+    if hasattr(ds, 'split_idxs') and len(ds.items) != len(ds): split = ds.split_idxs    # tsai: `items` is the source
     return split if hasattr(split, '__len__') and len(split) == len(ds) else None
 
 def _root(ds): return _root(ds.dataset) if isinstance(ds, Subset) else ds
@@ -150,7 +151,7 @@ def item_source(
     "Where the items stood before fastai's splitter divided them, or before a torch `Subset` chose some."
     return _tried(_source, ds)[0]
 
-# %% ../nbs/03_items.ipynb #77f15870
+# %% ../nbs/03_items.ipynb #d3c571f4
 def items_frame(
     ds, # A dataset, usually `dls.train_ds`
     key_fn=None, # As for `item_names`
@@ -189,7 +190,7 @@ def fingerprint(items: pd.DataFrame) -> str:
             h.update(('\x1f' * (at > 0) + piece).encode(errors='surrogatepass'))
     return h.hexdigest()[:16]
 
-# %% ../nbs/03_items.ipynb #f9de6888
+# %% ../nbs/03_items.ipynb #070a2d09
 def _shown(a, b) -> str:
     "`a` in a few words, from where it begins to differ from `b`."
     if a is None: return 'none'
@@ -204,7 +205,7 @@ def difference(
     old: pd.DataFrame, # As of `items_frame`
     new: pd.DataFrame,
     when: tuple = ('then', 'now'), # What to call the two
-    labels: tuple|None = None, # The classes of the items in the two, −1 where unknown, to compare where there are no names
+    labels: tuple|None = None, # Classes of the items in the two, −1 where unknown, for items without names
 ) -> str: # Empty if they are the same
     "How two lists of items differ, in words."
     if len(old) != len(new): return f"{len(old):,} items {when[0]}, {len(new):,} {when[1]}"
@@ -220,7 +221,7 @@ def difference(
                 f"{what} {_shown(a[i], b[i])} {when[0]} and {_shown(b[i], a[i])} {when[1]}")
     return ''
 
-# %% ../nbs/03_items.ipynb #e6e6687a
+# %% ../nbs/03_items.ipynb #c041fa5e
 def _label(y) -> int|None:
     if isinstance(y, (list, tuple)) and len(y) == 1: y = y[0]
     if isinstance(y, torch.Tensor): y = y.detach().cpu().numpy()
@@ -248,7 +249,7 @@ def labels_of(
         return _label(item[-1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
     with no_random(): return [read(i) for i in at]
 
-# %% ../nbs/03_items.ipynb #a065e57e
+# %% ../nbs/03_items.ipynb #7afba663
 def _copied(o):
     "A list as it is now."
     if o is None or isinstance(o, (tuple, range, pd.Index)): return o

@@ -39,7 +39,8 @@ def guard():
 
 # -- the matrix
 
-SKIPS = {'none': [], 'one': [1], 'several': [0, 3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 45], 'a worker starves': [i for i in range(40) if i // 4 % 3 == 0]}
+SKIPS = {'none': [], 'one': [1], 'several': [0, 3, 12, 13, 14, 15, 16, 17, 18, 19, 20, 45],
+    'a worker starves': [i for i in range(40) if i // 4 % 3 == 0]}
 N = 50
 
 class SkipTab(TabDataLoader):
@@ -49,7 +50,8 @@ class SkipTab(TabDataLoader):
 
 def table(n, skip=(), **kw):
     x, y = coded(torch.arange(n))
-    df = pd.DataFrame({**{f'x{k}': x[:, k].numpy() for k in range(C)}, 'label': y.numpy()}, index=[f'row {i}' for i in range(n)])
+    df = pd.DataFrame({**{f'x{k}': x[:, k].numpy() for k in range(C)}, 'label': y.numpy()},
+        index=[f'row {i}' for i in range(n)])
     to = TabularPandas(df, procs=[], cont_names=[f'x{k}' for k in range(C)], y_names='label', y_block=CategoryBlock())
     dl = SkipTab(to, **kw)
     dl.skip = frozenset(skip)
@@ -61,7 +63,8 @@ def sorted_dl(n, skip, **kw): return SortedDL(Coded(n, skip), res=[(i * 7919) % 
 def prebatched(n, skip, bs, drop_last, **kw): return TfmdDL(OneRow(n, skip), bs=None, **kw)
 def fewer(n, skip, **kw): return TfmdDL(Coded(n, skip), n=n - 13, **kw)
 
-LOADERS = dict(tfmd=lambda n, skip, **kw: TfmdDL(Coded(n, skip), **kw), base=lambda n, skip, **kw: DataLoader(Coded(n, skip), **kw), weighted=weighted, partial=partial, sorted=sorted_dl,
+LOADERS = dict(tfmd=lambda n, skip, **kw: TfmdDL(Coded(n, skip), **kw), base=lambda n, skip,
+    **kw: DataLoader(Coded(n, skip), **kw), weighted=weighted, partial=partial, sorted=sorted_dl,
                table=table, prebatched=prebatched, fewer=fewer)
 
 @pytest.mark.parametrize('skip', SKIPS)
@@ -74,7 +77,8 @@ def test_matrix(kind, workers, skip):
         make = lambda: LOADERS[kind](N, SKIPS[skip], bs=4, shuffle=shuffle, drop_last=drop_last, num_workers=workers)
         learn = check(make(), table(7, bs=4) if kind == 'table' else None, epochs=1 if workers else 3)
         seen = [items for s, items in learn.seen if s == 'train']
-        if shuffle and kind not in ('weighted', 'partial') and len(seen) > 1: assert not np.array_equal(seen[0], seen[1])
+        if shuffle and kind not in ('weighted', 'partial') and len(seen) > 1: assert not np.array_equal(seen[0],
+            seen[1])
 
 @pytest.mark.parametrize('bs', [1, 3, 50, 64])
 @pytest.mark.parametrize('workers', [0, 2])
@@ -86,7 +90,8 @@ def test_batch_sizes(bs, workers):
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_valid_is_matched_as_well(workers):
-    check(TfmdDL(Coded(9), bs=4, num_workers=0), TfmdDL(Coded(N, SKIPS['several']), bs=4, shuffle=True, num_workers=workers))
+    check(TfmdDL(Coded(9), bs=4, num_workers=0),
+        TfmdDL(Coded(N, SKIPS['several']), bs=4, shuffle=True, num_workers=workers))
 
 def test_ten_items():
     "Eight rows as without the skip, and seven of the eight are not where one would look for them."
@@ -135,13 +140,18 @@ class Uneven(torch.utils.data.Sampler):
         order = torch.randperm(20).tolist()
         for k in range(4): yield [order.pop() for _ in range(k + 1)]
 
-TORCH = dict(plain=dict(batch_size=4), shuffle=dict(batch_size=4, shuffle=True), drop_last=dict(batch_size=4, shuffle=True, drop_last=True),
-             sampler=dict(batch_size=4, sampler=Backwards(N)), weighted=dict(batch_size=4, sampler=torch.utils.data.WeightedRandomSampler(np.arange(N) + 1., 33)),
-             batch_sampler=dict(batch_sampler=Uneven()), generator=dict(batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(3)), one=dict(batch_size=1, shuffle=True))
+TORCH = dict(plain=dict(batch_size=4), shuffle=dict(batch_size=4, shuffle=True),
+    drop_last=dict(batch_size=4, shuffle=True, drop_last=True),
+             sampler=dict(batch_size=4, sampler=Backwards(N)),
+                 weighted=dict(batch_size=4, sampler=torch.utils.data.WeightedRandomSampler(np.arange(N) + 1., 33)),
+             batch_sampler=dict(batch_sampler=Uneven()),
+                 generator=dict(batch_size=8, shuffle=True, generator=torch.Generator().manual_seed(3)),
+                 one=dict(batch_size=1, shuffle=True))
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('kind', TORCH)
-def test_torch(kind, workers): check(torch_dl(**TORCH[kind], num_workers=workers), torch_dl(9, batch_size=4), epochs=1 if workers else 3)
+def test_torch(kind, workers): check(torch_dl(**TORCH[kind], num_workers=workers), torch_dl(9, batch_size=4),
+    epochs=1 if workers else 3)
 
 def test_torch_without_batches():
     "batch_size=None: the sampler gives items, and each is a batch."
@@ -211,25 +221,39 @@ class NoLength(Coded):
     def __len__(self): raise TypeError('endless')
 
 OWN_WAY = {
-    'own __iter__': (of_class(OwnTorchIter), 'OwnTorchIter has its own `__iter__`'), 'below': (of_class(Below), 'Below has its own `__iter__`'), 'hidden by wraps': (of_class(HiddenIter), 'own `__iter__`'), 'own _get_iterator': (of_class(OwnIterator), 'own `_get_iterator`'),
-    'own _index_sampler': (of_class(OwnIndexSampler), 'own `_index_sampler`'), 'own _auto_collation': (of_class(OwnCollation), 'own `_auto_collation`'), 'own attributes': (of_class(OwnAttributes), 'own `__getattribute__`'),
-    'own samplers': (of_class(OwnSamplers), 'own `sampler`, `batch_sampler`'), 'on the instance': (given_iterator, 'own `_get_iterator`'), 'swapped': (swapped, 'OwnTorchIter has its own `__iter__`'), 'dispatcher': (dispatched, 'dispatch_batches=False'),
-    'a shard of its own': (shard_with_own_iter, 'own `__iter__`'), 'a shard around one': (shard_of_own_iter, 'own `__iter__`'), 'filled up unseen': (filled_up_unseen, 'even_batches=False'), 'no length': (lambda: TorchDL(NoLength(20), batch_sampler=[[1]]), 'without a length')}
+    'own __iter__': (of_class(OwnTorchIter), 'OwnTorchIter has its own `__iter__`'),
+        'below': (of_class(Below), 'Below has its own `__iter__`'),
+        'hidden by wraps': (of_class(HiddenIter), 'own `__iter__`'),
+        'own _get_iterator': (of_class(OwnIterator), 'own `_get_iterator`'),
+    'own _index_sampler': (of_class(OwnIndexSampler), 'own `_index_sampler`'),
+        'own _auto_collation': (of_class(OwnCollation), 'own `_auto_collation`'),
+        'own attributes': (of_class(OwnAttributes), 'own `__getattribute__`'),
+    'own samplers': (of_class(OwnSamplers), 'own `sampler`, `batch_sampler`'),
+        'on the instance': (given_iterator, 'own `_get_iterator`'),
+        'swapped': (swapped, 'OwnTorchIter has its own `__iter__`'),
+        'dispatcher': (dispatched, 'dispatch_batches=False'),
+    'a shard of its own': (shard_with_own_iter, 'own `__iter__`'),
+        'a shard around one': (shard_of_own_iter, 'own `__iter__`'),
+        'filled up unseen': (filled_up_unseen, 'even_batches=False'),
+        'no length': (lambda: TorchDL(NoLength(20), batch_sampler=[[1]]), 'without a length')}
 
 @pytest.mark.parametrize('kind', OWN_WAY)
 def test_torch_loaders_with_a_way_of_their_own(kind):
     make, word = OWN_WAY[kind]
     with pytest.raises(NoItemIdentity) as e: tap_rows(make())
-    assert word in str(e.value) and any(o in str(e.value) for o in ('followed exactly', 'distrib_ctx', 'even_batches=False', 'give it `__len__`'))
+    assert word in str(e.value) and any(o in str(e.value) for o in ('followed exactly', 'distrib_ctx',
+        'even_batches=False', 'give it `__len__`'))
 
 def test_a_torch_loader_that_reorders_is_not_recorded():
     recorder = XentRecorder()
     learn = through_learner(of_class(OwnTorchIter)(), cbs=[recorder])
     with warned() as said: learn.fit(2)
-    assert len(said) == 1 and "'train'" in said[0] and 'give a `sampler` or `batch_sampler` instead' in said[0], said
-    assert {k[1] for k in recorder.record.keys} == {'valid'}
+    assert len(said) == 1 and "'train'" in said[0] and 'with a `sampler` or `batch_sampler`' in said[0], said
+    assert set(recorder.record.to_df()['split']) == {'valid'}
 
-@pytest.mark.parametrize('where, name', [(TorchDL, '__iter__'), (TorchDL, '_get_iterator'), (torch_loaders._SingleProcessDataLoaderIter, '_next_data'), (torch_loaders._utils.fetch._MapDatasetFetcher, 'fetch'), (DataLoader, '__iter__'), (TfmdDL, 'sample')])
+@pytest.mark.parametrize('where, name', [(TorchDL, '__iter__'), (TorchDL, '_get_iterator'),
+    (torch_loaders._SingleProcessDataLoaderIter, '_next_data'),
+    (torch_loaders._utils.fetch._MapDatasetFetcher, 'fetch'), (DataLoader, '__iter__'), (TfmdDL, 'sample')])
 def test_methods_that_somebody_has_replaced(where, name, monkeypatch):
     "In the library itself, for all loaders."
     old = getattr(where, name)
@@ -238,10 +262,12 @@ def test_methods_that_somebody_has_replaced(where, name, monkeypatch):
     monkeypatch.setattr(where, name, new, raising=False)
     refused = [dl for dl in (of_class(TorchDL)(), TfmdDL(Coded(20), bs=4, num_workers=0)) if why_not(dl)]
     assert refused and all(f'{name}`' in why_not(dl) for dl in refused)
-    if where in (torch_loaders._SingleProcessDataLoaderIter, torch_loaders._utils.fetch._MapDatasetFetcher): assert len(refused) == 2
+    if where in (torch_loaders._SingleProcessDataLoaderIter,
+        torch_loaders._utils.fetch._MapDatasetFetcher): assert len(refused) == 2
 
 @pytest.mark.parametrize('when', ['before', 'during'])
-@pytest.mark.parametrize('make', [of_class(TorchDL), lambda: TfmdDL(Coded(20), bs=4, num_workers=0)], ids=['torch', 'fastai'])
+@pytest.mark.parametrize('make', [of_class(TorchDL), lambda: TfmdDL(Coded(20), bs=4, num_workers=0)],
+    ids=['torch', 'fastai'])
 def test_a_class_that_changes(make, when):
     "After the tap is on, the loader becomes another one."
     dl = make()
@@ -268,15 +294,19 @@ class GivesOdd(torch.utils.data.Sampler):
     def __len__(self): return self.n
     def __iter__(self): return (self.what(i) for i in range(self.n))
 
-GIVEN = {'pairs': (lambda i: (i, 224), '(0, 224)'), 'text': (str, "'0'"), 'fractions': (float, '0.0'), 'numpy fractions': (np.float32, 'np.float32(0.0)'), 'booleans': (lambda i: i > 3, 'False'), 'tensors of booleans': (lambda i: torch.tensor(i > 3), 'tensor(False)'),
-         'lists': (lambda i: [i], '[0]'), 'none': (lambda i: None, 'None'), 'from the end': (lambda i: i - 20, '-20'), 'beyond': (lambda i: i + 20, '20')}
+GIVEN = {'pairs': (lambda i: (i, 224), '(0, 224)'), 'text': (str, "'0'"), 'fractions': (float, '0.0'),
+    'numpy fractions': (np.float32, 'np.float32(0.0)'), 'booleans': (lambda i: i > 3, 'False'),
+    'tensors of booleans': (lambda i: torch.tensor(i > 3), 'tensor(False)'),
+         'lists': (lambda i: [i], '[0]'), 'none': (lambda i: None, 'None'),
+             'from the end': (lambda i: i - 20, '-20'), 'beyond': (lambda i: i + 20, '20')}
 
 @pytest.mark.parametrize('batched', [False, True])
 @pytest.mark.parametrize('kind', GIVEN)
 def test_samplers_of_odd_things(kind, batched):
     "Told with the first batch, once, with what came."
     what, word = GIVEN[kind]
-    dl = TorchDL(AnyKey(20), batch_sampler=[[what(i) for i in range(k, k + 4)] for k in range(0, 20, 4)]) if batched else TorchDL(AnyKey(20), batch_size=4, sampler=GivesOdd(20, what))
+    dl = TorchDL(AnyKey(20), batch_sampler=[[what(i) for i in range(k, k + 4)] for k in range(0, 20,
+        4)]) if batched else TorchDL(AnyKey(20), batch_size=4, sampler=GivesOdd(20, what))
     tap = tap_rows(dl).install()
     next(iter(dl))
     tap.freeze()
@@ -287,9 +317,10 @@ def test_samplers_of_odd_things(kind, batched):
     learn = through_learner(dl, cbs=[recorder])
     with warned() as said: learn.fit(1)
     assert len(said) == 1 and "'train'" in said[0] and f'asks its dataset for {word}' in said[0], said
-    assert {k[1] for k in recorder.record.keys} == {'valid'}
+    assert set(recorder.record.to_df()['split']) == {'valid'}
 
-@pytest.mark.parametrize('batch', [{0: 'a', 1: 'b'}, {0, 1}, 'ab', iter([0, 1])], ids=['dict', 'set', 'text', 'iterator'])
+@pytest.mark.parametrize('batch', [{0: 'a', 1: 'b'}, {0, 1}, 'ab', iter([0, 1])],
+    ids=['dict', 'set', 'text', 'iterator'])
 def test_batches_that_are_no_lists(batch):
     dl = TorchDL(AnyKey(20), batch_sampler=[batch], collate_fn=len)
     tap = tap_rows(dl).install()
@@ -327,8 +358,12 @@ class DrawsAtOnce(torch.utils.data.Sampler):
 class LazyOrder(TfmdDL):
     def get_idxs(self): return torch.utils.data.RandomSampler(self.dataset)
 
-@pytest.mark.parametrize('make', [lambda: TorchDL(Coded(N), batch_sampler=torch.utils.data.BatchSampler(DrawsAtOnce(N), 4, False)), lambda: TorchDL(Coded(N), batch_size=None, sampler=DrawsAtOnce(N), collate_fn=as_batch),
-                                  lambda: LazyOrder(Coded(N), bs=4, num_workers=0), lambda: TorchDL(Coded(N), batch_sampler=DrawsBatches())], ids=['batches', 'single', 'fastai', 'batches at once'])
+@pytest.mark.parametrize('make', [lambda: TorchDL(Coded(N),
+    batch_sampler=torch.utils.data.BatchSampler(DrawsAtOnce(N), 4, False)),
+    lambda: TorchDL(Coded(N), batch_size=None, sampler=DrawsAtOnce(N), collate_fn=as_batch),
+                                  lambda: LazyOrder(Coded(N), bs=4, num_workers=0),
+                                      lambda: TorchDL(Coded(N), batch_sampler=DrawsBatches())],
+                                      ids=['batches', 'single', 'fastai', 'batches at once'])
 def test_orders_that_are_drawn_when_read(make):
     "The training is the same to the bit, and each row has its item."
     def run(cbs):
@@ -353,19 +388,21 @@ def test_a_lazy_order_with_workers():
     recorder = XentRecorder()
     with warned() as said: through_learner(LazyOrder(Coded(N), bs=4, num_workers=2), cbs=[recorder]).fit(1)
     assert len(said) == 1 and 'return a list' in said[0]
-    assert {k[1] for k in recorder.record.keys} == {'valid'}
+    assert set(recorder.record.to_df()['split']) == {'valid'}
 
 def test_a_sampler_is_itself_while_it_is_listened_to():
     dl = TorchDL(Coded(N), sampler=(inner := DistributedSampler(range(N), 2, 0)), batch_size=4)
     sampler = dl.batch_sampler
     tap = tap_rows(dl).install()
     on = dl.batch_sampler
-    assert on is not sampler and isinstance(on, torch.utils.data.BatchSampler) and len(on) == len(sampler) and on.sampler is inner
+    assert on is not sampler and isinstance(on,
+        torch.utils.data.BatchSampler) and len(on) == len(sampler) and on.sampler is inner
     on.batch_size, on.mine = 7, 'x'
     assert sampler.batch_size == 7 and sampler.mine == 'x' and not hasattr(on, 'yours')
     del on.mine
     assert not hasattr(sampler, 'mine')
-    for copied in (copy.copy(on), copy.deepcopy(on), pickle.loads(pickle.dumps(on))): assert type(copied) is torch.utils.data.BatchSampler and copied.batch_size == 7
+    for copied in (copy.copy(on), copy.deepcopy(on),
+        pickle.loads(pickle.dumps(on))): assert type(copied) is torch.utils.data.BatchSampler and copied.batch_size == 7
     assert type(copy.deepcopy(dl).batch_sampler) is torch.utils.data.BatchSampler
     again = tap_rows(dl).install()                         # after an interrupted fit
     assert again.sampler is sampler
@@ -381,7 +418,8 @@ def test_workers_that_stay_and_serve_somebody_else(taken):
     def take(learn):
         for _ in zip(range(taken), learn.dls.train): pass
     recorder = XentRecorder()
-    learn = through_learner(dl, cbs=[recorder, At('after_batch', take, 0, lambda learn: learn.training and learn.iter == 8)])
+    learn = through_learner(dl, cbs=[recorder,
+        At('after_batch', take, 0, lambda learn: learn.training and learn.iter == 8)])
     with warned() as said: learn.fit(1)
     df = recorder.record.to_df()
     assert not wrong_rows(df).any()
@@ -397,7 +435,8 @@ def test_repeats_of_a_distributed_sampler(n, ranks, bs, shuffle):
         if drop_last and n < ranks: continue
         whole, marked = [], []
         for r in range(ranks):
-            dl = TorchDL(Coded(n), batch_size=bs, sampler=DistributedSampler(range(n), ranks, r, shuffle=shuffle, drop_last=drop_last))
+            dl = TorchDL(Coded(n), batch_size=bs,
+                sampler=DistributedSampler(range(n), ranks, r, shuffle=shuffle, drop_last=drop_last))
             items, padding = heard(dl)
             whole += items[~padding].tolist()
             marked += items[padding].tolist()
@@ -443,7 +482,8 @@ def test_loaders_that_accelerate_has_prepared(workers):
     "With seeds of their own, an epoch that is set, and one batch ahead."
     def prepared(n, **kw):
         dl = torch_dl(n, num_workers=workers, **kw)
-        return prepare_data_loader(dl, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=5, rng_types=['generator'])
+        return prepare_data_loader(dl, num_processes=1, process_index=0, use_seedable_sampler=True, data_seed=5,
+            rng_types=['generator'])
     learn = check(prepared(N, batch_size=4, shuffle=True), prepared(9, batch_size=4), epochs=2)
     seen = [o for s, o in learn.seen if s == 'train']
     assert not np.array_equal(*seen)
@@ -460,7 +500,10 @@ class NumpyDataLoader(TfmdDL):
     partial_n = weights = sampler = None
     sort = False
 
-@pytest.mark.parametrize('kw, word', [(dict(shuffle=True), ''), (dict(), ''), (dict(shuffle=True, partial_n=5), ''), (dict(sort=True), ''), (dict(shuffle=True, sort=True), 'sort=False'), (dict(sampler=[1], sort=True), 'sort=False'), (dict(partial_n=5), 'shuffle=True'), (dict(weights=[1]), 'shuffle=True')])
+@pytest.mark.parametrize('kw, word', [(dict(shuffle=True), ''), (dict(), ''), (dict(shuffle=True, partial_n=5), ''),
+    (dict(sort=True), ''), (dict(shuffle=True, sort=True), 'sort=False'),
+    (dict(sampler=[1], sort=True), 'sort=False'), (dict(partial_n=5), 'shuffle=True'),
+    (dict(weights=[1]), 'shuffle=True')])
 def test_tsai(kw, word):
     dl = NumpyDataLoader(Coded(9), bs=4, num_workers=0, shuffle=kw.pop('shuffle', False))
     for k, v in kw.items(): setattr(dl, k, v)
@@ -480,12 +523,18 @@ if __name__ == '__main__':
     if {method!r} == 'forkserver': torch.multiprocessing.set_forkserver_preload(['helpers'])
     from helpers import CHECKED, Coded, TfmdDL, check
     check(TfmdDL(Coded(50, {SKIPS['several']}), bs=4, shuffle=True, drop_last=True, num_workers=2), epochs=1)
-    if {method!r} == 'forkserver': check(torch.utils.data.DataLoader(Coded(50), batch_size=4, shuffle=True, num_workers=1), torch.utils.data.DataLoader(Coded(9), batch_size=4), epochs=1)
+    if {method!r} == 'forkserver':
+        from accelerate.data_loader import DataLoaderShard
+        valid = torch.utils.data.DataLoader(Coded(9), batch_size=4)
+        dl = torch.utils.data.DataLoader(Coded(50), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
+        check(dl, valid, epochs=2)
+        check(DataLoaderShard(Coded(50), batch_sampler=dl.batch_sampler, num_workers=1), valid, epochs=1)
     print('rows', CHECKED['rows'])
 """
     script = tmp_path / f'{method}.py'
     script.write_text(code)
-    res = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240, env={**os.environ, 'PYTHONPATH': str(Path(fastai_xent.__file__).parents[1])})
+    res = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=240,
+        env={**os.environ, 'PYTHONPATH': str(Path(fastai_xent.__file__).parents[1])})
     assert res.returncode == 0, res.stderr[-3000:]
     CHECKED['rows'] += int(res.stdout.split('rows ')[1])
 
@@ -494,7 +543,9 @@ if __name__ == '__main__':
 
 class At(Callback):
     "Do something at one event, `when` it is time."
-    def __init__(self, event, what, order=0, when=lambda learn: True): self.what, self.order, self.when, self.done = what, order, when, 0; setattr(self, event, self._do)
+    def __init__(self, event, what, order=0,
+        when=lambda learn: True): self.what, self.order, self.when, self.done = what, order, when, 0; setattr(self,
+        event, self._do)
     def _do(self):
         if not self.when(self.learn): return
         self.done += 1
@@ -509,8 +560,10 @@ def one_pass(learn):
     try: learn.dls.train._one_pass()
     except TypeError: pass                            # fastai cannot make a batch of an item that is skipped
 
-WHEN = {'before_fit': ('before_fit', 5, None), 'before_train, first': ('before_train', 5, None), 'before_train, last': ('before_train', 90, None), 'batch 0, first': ('before_batch', 5, first_batch),
-        'batch 0, last': ('before_batch', 90, first_batch), 'batch 2': ('before_batch', 5, third_batch), 'after batch 2': ('after_batch', 90, third_batch)}
+WHEN = {'before_fit': ('before_fit', 5, None), 'before_train, first': ('before_train', 5, None),
+    'before_train, last': ('before_train', 90, None), 'batch 0, first': ('before_batch', 5, first_batch),
+        'batch 0, last': ('before_batch', 90, first_batch), 'batch 2': ('before_batch', 5, third_batch),
+            'after batch 2': ('after_batch', 90, third_batch)}
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('what', [one_batch, one_pass, one_item])
@@ -518,7 +571,8 @@ def test_others_read_from_the_loader(what, workers):
     "Batches that other callbacks take for themselves are not the training's."
     for name, (event, order, when) in WHEN.items():
         cb = At(event, what, order, when or (lambda learn: True))
-        check(TfmdDL(Coded(N, SKIPS['several']), bs=4, shuffle=True, drop_last=True, num_workers=workers), cbs=[cb], epochs=2)
+        check(TfmdDL(Coded(N, SKIPS['several']), bs=4, shuffle=True, drop_last=True, num_workers=workers), cbs=[cb],
+            epochs=2)
         assert cb.done, name
 
 @pytest.mark.parametrize('workers', [0, 2])
@@ -527,7 +581,8 @@ def test_others_begin_a_pass(name, workers):
     "Somebody starts an ordinary pass and leaves it. It may be impossible to tell it from the training's; it is not confused with it."
     event, order, when = WHEN[name]
     recorder, saw = XentRecorder(), Saw()
-    learn = through_learner(TfmdDL(Coded(20, [1]), bs=4, shuffle=True, num_workers=workers), cbs=[recorder, saw, At(event, begun, order, when or (lambda learn: True))])
+    learn = through_learner(TfmdDL(Coded(20, [1]), bs=4, shuffle=True, num_workers=workers),
+        cbs=[recorder, saw, At(event, begun, order, when or (lambda learn: True))])
     with warned() as said: learn.fit(2)
     df = recorder.record.to_df()
     assert not wrong_rows(df).any()
@@ -558,11 +613,13 @@ class Shifted(Coded):
 @pytest.mark.parametrize('order', [5, 90])
 def test_another_loader_in_the_last_moment(order):
     "A callback that looks at the model in `before_train` leaves fastai with another loader than the recorder was told of."
-    looks = [(lambda learn: learn.validate(), [1]), (lambda learn: learn.get_preds(ds_idx=0, reorder=False), [1]), (lambda learn: learn.get_preds(dl=learn.dls.train, reorder=False), [1]),
+    looks = [(lambda learn: learn.validate(), [1]), (lambda learn: learn.get_preds(ds_idx=0, reorder=False), [1]),
+        (lambda learn: learn.get_preds(dl=learn.dls.train, reorder=False), [1]),
              (lambda learn: learn.get_preds(dl=learn.dls.train), [])]
     for (what, skip), drop_last, workers in product(looks, [False, True], [0, 2]):
         recorder = XentRecorder()
-        learn = through_learner(TfmdDL(Coded(10, skip), bs=4, shuffle=True, drop_last=drop_last, num_workers=workers), TfmdDL(Shifted(9), bs=4, num_workers=0), cbs=[recorder])
+        learn = through_learner(TfmdDL(Coded(10, skip), bs=4, shuffle=True, drop_last=drop_last,
+            num_workers=workers), TfmdDL(Shifted(9), bs=4, num_workers=0), cbs=[recorder])
         learn.add_cb(At('before_train', what, order))
         with warned(): learn.fit(2)
         df = recorder.record.to_df()
@@ -573,14 +630,16 @@ def test_another_loader_in_the_last_moment(order):
 
 # -- no traces
 
-def of_ours(dl): return [k for k, v in vars(dl).items() if type(getattr(v, '__self__', v)).__module__.startswith('fastai_xent')]
+def of_ours(dl): return [k for k, v in vars(dl).items() if type(getattr(v, '__self__',
+    v)).__module__.startswith('fastai_xent')]
 
 def test_no_traces(tmp_path):
     "Hooks are on a loader during its pass, and never on one that was made from it."
     made, copies = [], []
     def make(learn):
         if learn.training: assert of_ours(learn.dl)   # or this test would prove nothing
-        made.extend([learn.dls.train.new(), learn.dls.valid.new(), learn.dls.test_dl([1, 2]), learn.dls.test_dl([1, 2], with_labels=True), learn.dls.new_empty().train])
+        made.extend([learn.dls.train.new(), learn.dls.valid.new(), learn.dls.test_dl([1, 2]),
+            learn.dls.test_dl([1, 2], with_labels=True), learn.dls.new_empty().train])
     def copy(learn): copies.append(pickle.loads(pickle.dumps(learn.dls.train)))
     from fastai.data.core import Datasets
     dsets = Datasets(list(range(20)), [[int_to_x], [int_to_y]], splits=[range(12), range(12, 20)])
@@ -684,8 +743,10 @@ NO_ANSWER = {
     'own sample': (lambda: OwnSample(Coded(20), bs=4, shuffle=True, num_workers=0), '`sample`'),
     'own chunkify': (lambda: OwnChunks(Coded(20), bs=4, shuffle=True, num_workers=0), '`chunkify`'),
     'own create_batches': (lambda: OwnBatches(Coded(20), bs=4, shuffle=True, num_workers=0), '`create_batches`'),
-    'given create_batches': (lambda: TfmdDL(Coded(20), bs=4, num_workers=0, create_batches=lambda samps: (coded(torch.tensor([19 - s])) for s in samps)), '`create_batches`'),
-    'given sample': (lambda: TfmdDL(Coded(20), bs=4, num_workers=0, sample=lambda: iter(range(19, -1, -1))), '`sample`'),
+    'given create_batches': (lambda: TfmdDL(Coded(20), bs=4, num_workers=0,
+        create_batches=lambda samps: (coded(torch.tensor([19 - s])) for s in samps)), '`create_batches`'),
+    'given sample': (lambda: TfmdDL(Coded(20), bs=4, num_workers=0, sample=lambda: iter(range(19, -1, -1))),
+        '`sample`'),
     'infinite': (left_behind, 'more than'),
 }
 
@@ -696,14 +757,16 @@ def test_no_answer(kind):
     def run(cbs):
         set_seed(0)
         train = make()
-        learn = through_learner(train, cbs=[*cbs, At('after_batch', cancel_train, 0, lambda learn: learn.training and learn.iter == 8), saw := Saw()])
+        learn = through_learner(train, cbs=[*cbs,
+            At('after_batch', cancel_train, 0, lambda learn: learn.training and learn.iter == 8), saw := Saw()])
         learn.fit(2)
         return ended(learn), saw
     plain, saw_plain = run([])
     recorder = XentRecorder()
     with at_most(60), little_memory(), warned() as said: learn, saw = run([recorder])
     assert said and all(word in o and "'train'" in o for o in said), said
-    assert [s for s, e in {(k[1], k[2]) for k in recorder.record.keys}] == ['valid'] * 2
+    assert recorder.record.to_df().groupby(['split', 'epoch'],
+        observed=True).size().index.tolist() == [('valid', 0), ('valid', 1)]
     assert not wrong_rows(recorder.record.to_df()).any()
     for (s, a), (t, b) in zip(saw_plain.seen(), saw.seen()): assert s == t and np.array_equal(a, b)
     same_bits(plain.end, learn.end)
@@ -728,7 +791,8 @@ class Order(TfmdDL):
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('kind', ['fastai', 'torch'])
-@pytest.mark.parametrize('order', [[*range(19), -1], list(range(-20, 0)), [*range(19), 20], [*range(19), 2**32 + 19], [str(i) for i in range(20)], [i + .5 for i in range(20)]],
+@pytest.mark.parametrize('order', [[*range(19), -1], list(range(-20, 0)), [*range(19), 20],
+    [*range(19), 2**32 + 19], [str(i) for i in range(20)], [i + .5 for i in range(20)]],
                          ids=['one from the end', 'all from the end', 'beyond', 'far beyond', 'keys', 'fractions'])
 def test_an_order_of_something_else(order, kind, workers):
     "What is no index from 0 to n − 1 names no item: −1 is not an item of its own beside the last."
@@ -740,7 +804,7 @@ def test_an_order_of_something_else(order, kind, workers):
     learn = through_learner(dl, cbs=[recorder])
     with warned() as said: learn.fit(1)
     assert len(said) == 1 and "'train'" in said[0] and 'expected indices: whole numbers from 0 to 19' in said[0], said
-    assert {k[1] for k in recorder.record.keys} == {'valid'}
+    assert set(recorder.record.to_df()['split']) == {'valid'}
 
 class Tokens:
     def __init__(self, n): self.n = n
@@ -751,20 +815,22 @@ def test_language_model():
     def run(cbs):
         set_seed(0)
         dls = DataLoaders(*[LMDataLoader(Tokens(n), bs=4, seq_len=5, num_workers=0, shuffle=True) for n in (40, 20)])
-        learn = quiet(Learner(dls, torch.nn.Sequential(torch.nn.Embedding(7, 8), torch.nn.Linear(8, 7)), loss_func=XentLossFlat(), lr=.1, cbs=cbs))
+        learn = quiet(Learner(dls, torch.nn.Sequential(torch.nn.Embedding(7, 8), torch.nn.Linear(8, 7)),
+            loss_func=XentLossFlat(), lr=.1, cbs=cbs))
         learn.fit(2)
         return ended(learn)
     recorder = XentRecorder()
     with warned() as said: learn = run([recorder])
     assert len(said) == 2 and all('LMDataLoader' in o and 'no item of the dataset' in o for o in said)
-    assert not recorder.record.keys
+    assert not len(recorder.record.to_df())
     same_bits(run([]).end, learn.end)
 
 
 # -- batches that change on their way
 
 def drop(learn): learn.xb, learn.yb = (learn.xb[0][1:],), (learn.yb[0][1:],)
-def repeat(learn): learn.xb, learn.yb = tuple(torch.cat([o, o[:1]]) for o in learn.xb), tuple(torch.cat([o, o[:1]]) for o in learn.yb)
+def repeat(learn): learn.xb, learn.yb = tuple(torch.cat([o, o[:1]]) for o in learn.xb), tuple(torch.cat([o,
+    o[:1]]) for o in learn.yb)
 
 @pytest.mark.parametrize('event, order', [('before_batch', 5), ('before_batch', 45)])
 def test_rows_come_and_go(event, order):
@@ -774,7 +840,7 @@ def test_rows_come_and_go(event, order):
     learn.add_cbs([At(event, drop, order, third_batch), At(event, repeat, order, first_batch)])
     with warned() as said: learn.fit(2)
     assert len(said) >= 1 and all('rows, but the loader put 4 items into it' in o for o in said), said
-    assert {k[1] for k in recorder.record.keys} == {'valid'}
+    assert set(recorder.record.to_df()['split']) == {'valid'}
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('where', ['list', 'batch'])
@@ -784,7 +850,7 @@ def test_a_loader_that_drops_rows(where, workers):
     learn = through_learner(TfmdDL(Coded(20), bs=4, shuffle=True, num_workers=workers, **tfm), cbs=[recorder])
     with warned() as said: learn.fit(2)
     assert said and all('3 rows, but the loader put 4 items into it' in o for o in said), said
-    assert {k[1] for k in recorder.record.keys} == {'valid'}
+    assert set(recorder.record.to_df()['split']) == {'valid'}
 
 def lose_last(b): return b[:-1]
 def lose_row(x): return x[1:]                         # fastai applies it to inputs and targets
@@ -798,13 +864,14 @@ def test_items_that_are_batches():
     learn = through_learner(TfmdDL(Four(6), bs=None, num_workers=0), cbs=[recorder])
     with warned() as said: learn.fit(1)
     assert len(said) == 1 and '4 rows, but the loader put 1 items into it' in said[0]
-    assert {k[1] for k in recorder.record.keys} == {'valid'}
+    assert set(recorder.record.to_df()['split']) == {'valid'}
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_rows_that_change_places(workers):
     "A transform that reorders a batch leaves no trace but labels that change from epoch to epoch; these are told."
     recorder = XentRecorder()
-    learn = through_learner(TfmdDL(Coded(20), bs=4, shuffle=True, num_workers=workers, before_batch=[turn_round]), cbs=[recorder])
+    learn = through_learner(TfmdDL(Coded(20), bs=4, shuffle=True, num_workers=workers, before_batch=[turn_round]),
+        cbs=[recorder])
     with warned() as said: learn.fit(3)
     assert said and all("have other labels than before" in o and "'train'" in o for o in said)
 

@@ -4,7 +4,6 @@ from functools import wraps
 from types import MethodType
 
 import numpy as np
-import pytest
 import torch
 from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
 from fastai.callback.data import PartialDL, WeightedDL
@@ -38,17 +37,28 @@ class Uneven:
 # -- kinds of loader; each makes one of the class that it is given, if it is given one
 
 FASTAI = dict(
-    base=lambda cls=DataLoader, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, **kw), tfmd=lambda cls=TfmdDL, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, **kw),
-    weighted=lambda cls=WeightedDL, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, wgts=np.arange(N) + 1., **kw), partial=lambda cls=PartialDL, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, partial_n=17, **kw),
-    sorted=lambda cls=SortedDL, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, res=[i * 7 % 11 for i in range(N)], **kw))
+    base=lambda cls=DataLoader, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, **kw), tfmd=lambda cls=TfmdDL,
+        **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, **kw),
+    weighted=lambda cls=WeightedDL, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, wgts=np.arange(N) + 1., **kw),
+        partial=lambda cls=PartialDL, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS, partial_n=17, **kw),
+    sorted=lambda cls=SortedDL, **kw: cls(Listable(N, kw.pop('skip', ())), bs=BS,
+        res=[i * 7 % 11 for i in range(N)], **kw))
 BASES = dict(base=DataLoader, tfmd=TfmdDL, weighted=WeightedDL, partial=PartialDL, sorted=SortedDL)
 
 SAMPLERS = dict(
-    plain=lambda: dict(batch_size=BS), shuffle=lambda: dict(batch_size=BS, shuffle=True), drop=lambda: dict(batch_size=BS, shuffle=True, drop_last=True), generator=lambda: dict(batch_size=BS, shuffle=True, generator=torch.Generator().manual_seed(3)),
-    weighted=lambda: dict(batch_size=BS, sampler=WeightedRandomSampler(np.arange(N) + 1., 19)), subset=lambda: dict(batch_size=BS, sampler=SubsetRandomSampler([3, 8, 1, 20, 7, 9, 11])), repeats=lambda: dict(batch_size=BS, sampler=RandomSampler(range(N), replacement=True, num_samples=31)),
-    listed=lambda: dict(batch_size=BS, sampler=[5, 3, 3, 8, 1]), uneven=lambda: dict(batch_sampler=Uneven()), batches=lambda: dict(batch_sampler=[[0, 3], (4,), np.array([1, 2]), torch.tensor([5, 9]), range(3)]),
-    once=lambda: dict(batch_size=BS, sampler=(i for i in (4, 2, 9, 1, 0, 3))), nested=lambda: dict(batch_size=None, sampler=BatchSampler(RandomSampler(range(N)), BS, False)), nested_twice=lambda: dict(batch_sampler=BatchSampler(SubsetRandomSampler(range(3, 18)), 3, True)),
-    distributed=lambda: dict(batch_size=BS, sampler=DistributedSampler(range(N), 3, 1, shuffle=True)), shard=lambda: dict(batch_sampler=BatchSamplerShard(BatchSampler(SequentialSampler(range(N)), 2, False), 3, 2)))
+    plain=lambda: dict(batch_size=BS), shuffle=lambda: dict(batch_size=BS, shuffle=True),
+        drop=lambda: dict(batch_size=BS, shuffle=True, drop_last=True),
+        generator=lambda: dict(batch_size=BS, shuffle=True, generator=torch.Generator().manual_seed(3)),
+    weighted=lambda: dict(batch_size=BS, sampler=WeightedRandomSampler(np.arange(N) + 1., 19)),
+        subset=lambda: dict(batch_size=BS, sampler=SubsetRandomSampler([3, 8, 1, 20, 7, 9, 11])),
+        repeats=lambda: dict(batch_size=BS, sampler=RandomSampler(range(N), replacement=True, num_samples=31)),
+    listed=lambda: dict(batch_size=BS, sampler=[5, 3, 3, 8, 1]), uneven=lambda: dict(batch_sampler=Uneven()),
+        batches=lambda: dict(batch_sampler=[[0, 3], (4,), np.array([1, 2]), torch.tensor([5, 9]), range(3)]),
+    once=lambda: dict(batch_size=BS, sampler=(i for i in (4, 2, 9, 1, 0, 3))),
+        nested=lambda: dict(batch_size=None, sampler=BatchSampler(RandomSampler(range(N)), BS, False)),
+        nested_twice=lambda: dict(batch_sampler=BatchSampler(SubsetRandomSampler(range(3, 18)), 3, True)),
+    distributed=lambda: dict(batch_size=BS, sampler=DistributedSampler(range(N), 3, 1, shuffle=True)),
+        shard=lambda: dict(batch_sampler=BatchSamplerShard(BatchSampler(SequentialSampler(range(N)), 2, False), 3, 2)))
 
 # -- what breaks the link
 
@@ -75,7 +85,9 @@ class Odd:
     def __init__(self, what): self.what = what
     def __len__(self): return 8
     def __iter__(self): return (self.what(i) for i in range(8))
-ODD = [lambda i: (i, 224), lambda i: str(i), lambda i: float(i), lambda i: i > 3, lambda i: i - 4, lambda i: np.float32(i), lambda i: torch.tensor(i > 3), lambda i: [i], lambda i: i + N, lambda i: np.int16(i), lambda i: torch.tensor(i), lambda i: np.array(i), lambda i: None]
+ODD = [lambda i: (i, 224), lambda i: str(i), lambda i: float(i), lambda i: i > 3, lambda i: i - 4,
+    lambda i: np.float32(i), lambda i: torch.tensor(i > 3), lambda i: [i], lambda i: i + N, lambda i: np.int16(i),
+    lambda i: torch.tensor(i), lambda i: np.array(i), lambda i: None]
 
 def short(b): return b[:-1] if len(b) > 1 else b
 def collate_less(b): return torch.utils.data.default_collate(short(b))
@@ -83,7 +95,8 @@ def collate_list(b): return b
 
 class Walk:
     "What a training would see: batches, and somebody who meddles at one of them."
-    def __init__(self, dl, meddle=None, at=2, before=None): self.dl, self.meddle, self.at, self.before = dl, meddle, at, before
+    def __init__(self, dl, meddle=None, at=2,
+        before=None): self.dl, self.meddle, self.at, self.before = dl, meddle, at, before
     def __call__(self, tap=None):
         if self.before: self.before(self.dl)
         seen = []
@@ -108,7 +121,8 @@ def right_or_refused(make, meddle=None, at=2, before=None, seed=0):
         tap = tap_rows(dl).install()
         try:
             seen = Walk(dl, meddle, at, before)()       # all of it, whatever is known by then
-            for a, b in zip(plain, seen, strict=True): np.testing.assert_array_equal(a, b, 'the tap has changed the batches')
+            for a, b in zip(plain, seen, strict=True): np.testing.assert_array_equal(a, b,
+                'the tap has changed the batches')
         finally: tap.remove()
         dl = seeded()
         tap = tap_rows(dl).install()
@@ -145,13 +159,16 @@ def patch_sample(dl):
     if not isinstance(dl, TorchDL): dl.sample = lambda: iter(range(N - 1, -1, -1))
 def shuffle_left(dl):
     if not isinstance(dl, TorchDL): dl.fake_l.in_order = False
-MEDDLES = [None, one_more, all_more, begins, one_batch, epoch, other_sampler, other_bs, other_size, swap, patch, patch_batches, patch_chunks, patch_sample, shuffle_left]
+MEDDLES = [None, one_more, all_more, begins, one_batch, epoch, other_sampler, other_bs, other_size, swap, patch,
+    patch_batches, patch_chunks, patch_sample, shuffle_left]
 
 meddling = st.tuples(st.sampled_from(MEDDLES), st.integers(0, 5), st.sampled_from(MEDDLES[:1] * 6 + MEDDLES))
 workers_of = st.sampled_from([0] * 14 + [2])
 
 @settings(max_examples=150)
-@given(st.sampled_from(sorted(FASTAI)), st.booleans(), st.booleans(), st.sampled_from([(), (1,), (0, 3, 4, 5, 6, 7, 12)]), workers_of, st.sampled_from([None, *REORDERS]), st.booleans(), st.sampled_from([None, short, collate_list]), meddling)
+@given(st.sampled_from(sorted(FASTAI)), st.booleans(), st.booleans(),
+    st.sampled_from([(), (1,), (0, 3, 4, 5, 6, 7, 12)]), workers_of, st.sampled_from([None, *REORDERS]),
+    st.booleans(), st.sampled_from([None, short, collate_list]), meddling)
 def test_fastai(kind, shuffle, drop_last, skip, workers, how, hidden, before_batch, meddle):
     cls = BASES[kind] if how is None else with_iter(BASES[kind], how, hidden)
     kw = dict(shuffle=shuffle, drop_last=drop_last, skip=skip, num_workers=workers)
@@ -164,29 +181,39 @@ class Order(TfmdDL):
     def get_idxs(self): return self.order(super().get_idxs())
 
 ORDERS = dict(
-    list=lambda o: o, tuple=tuple, array=np.array, tensor=torch.tensor, iterator=iter, array_iterator=lambda o: iter(np.array(o)), range=lambda o: range(5, 20), reversed=lambda o: o[::-1], twice=lambda o: o * 2, few=lambda o: o[:7], none=lambda o: [],
-    generator=lambda o: (i for i in o), map=lambda o: map(int, o), sampler=lambda o: RandomSampler(o), weighted=lambda o: WeightedRandomSampler(np.arange(N) + 1., N), backwards=reversed, odd=lambda o: [(i, 1) for i in o], text=lambda o: map(str, o), negative=lambda o: [-1, *o[1:]],
-    drawn=lambda o: (random.randrange(N) for _ in o), drawn_by_torch=lambda o: (int(torch.randint(N, ())) for _ in o), too_many=lambda o: (i % N for i in range(3 * N)))
+    list=lambda o: o, tuple=tuple, array=np.array, tensor=torch.tensor, iterator=iter,
+        array_iterator=lambda o: iter(np.array(o)), range=lambda o: range(5, 20), reversed=lambda o: o[::-1],
+        twice=lambda o: o * 2, few=lambda o: o[:7], none=lambda o: [],
+    generator=lambda o: (i for i in o), map=lambda o: map(int, o), sampler=lambda o: RandomSampler(o),
+        weighted=lambda o: WeightedRandomSampler(np.arange(N) + 1., N), backwards=reversed,
+        odd=lambda o: [(i, 1) for i in o], text=lambda o: map(str, o), negative=lambda o: [-1, *o[1:]],
+    drawn=lambda o: (random.randrange(N) for _ in o),
+        drawn_by_torch=lambda o: (int(torch.randint(N, ())) for _ in o),
+        too_many=lambda o: (i % N for i in range(3 * N)))
 
 @settings(max_examples=120)
-@given(st.sampled_from(sorted(ORDERS)), st.booleans(), st.booleans(), st.sampled_from([(), (1,), (0, 3, 4, 5)]), workers_of, meddling)
+@given(st.sampled_from(sorted(ORDERS)), st.booleans(), st.booleans(), st.sampled_from([(), (1,), (0, 3, 4, 5)]),
+    workers_of, meddling)
 def test_orders(order, shuffle, drop_last, skip, workers, meddle):
     def make():
         dl = Order(Listable(N, skip), bs=BS, shuffle=shuffle, drop_last=drop_last, num_workers=workers)
         dl.order = ORDERS[order]
         return dl
-    lazy = order in ('generator', 'map', 'sampler', 'weighted', 'backwards', 'text', 'drawn', 'drawn_by_torch', 'too_many')
+    lazy = order in ('generator', 'map', 'sampler', 'weighted', 'backwards', 'text', 'drawn', 'drawn_by_torch',
+        'too_many')
     if lazy and workers: return                           # a generator cannot go to a worker that is spawned; each forked one has its own
     ok = right_or_refused(make, *meddle)
     if meddle[0] is meddle[2] is None: assert ok == (order not in ('odd', 'text', 'negative', 'too_many'))
 
 @settings(max_examples=150)
-@given(st.sampled_from(sorted(SAMPLERS)), workers_of, st.booleans(), st.sampled_from([None] * 5 + REORDERS), st.booleans(), st.sampled_from([None, collate_less]), meddling)
+@given(st.sampled_from(sorted(SAMPLERS)), workers_of, st.booleans(), st.sampled_from([None] * 5 + REORDERS),
+    st.booleans(), st.sampled_from([None, collate_less]), meddling)
 def test_torch(kind, workers, persistent, how, hidden, collate, meddle):
     if kind == 'once' and workers: workers = 0            # a generator gives its items once
     if kind == 'nested' and collate: collate = None
     cls = TorchDL if how is None else with_iter(TorchDL, how, hidden)
-    ok = right_or_refused(lambda: cls(Listable(N), num_workers=workers, persistent_workers=persistent and workers > 0, collate_fn=collate, **SAMPLERS[kind]()), *meddle)
+    ok = right_or_refused(lambda: cls(Listable(N), num_workers=workers,
+        persistent_workers=persistent and workers > 0, collate_fn=collate, **SAMPLERS[kind]()), *meddle)
     if how is None and collate is None and meddle[0] is meddle[2] is None: assert ok
     if how is not None: assert not ok
 
@@ -198,7 +225,8 @@ def test_odd_samplers(what, batched, workers, shard):
             while isinstance(o, (tuple, list)): o = o[0]
             return coded(torch.tensor(int(o or 0) % N))
     def make():
-        if batched: dl = TorchDL(Any(N), batch_sampler=[[what(i), what(i + 1)] for i in range(0, 8, 2)], num_workers=workers)
+        if batched: dl = TorchDL(Any(N), batch_sampler=[[what(i), what(i + 1)] for i in range(0, 8, 2)],
+            num_workers=workers)
         else: dl = TorchDL(Any(N), batch_size=BS, sampler=Odd(what), num_workers=workers)
         return DataLoaderShard(dl.dataset, batch_sampler=dl.batch_sampler, num_workers=workers) if shard else dl
     assert right_or_refused(make) == (what in ODD[9:12])
@@ -208,6 +236,7 @@ def test_odd_samplers(what, batched, workers, shard):
 def test_accelerate(kind, workers, skip, meddle):
     kw = SAMPLERS[kind]
     if kind in ('nested', 'once'): return
-    def make(): return DataLoaderShard(Listable(N), batch_sampler=TorchDL(Listable(N), **kw()).batch_sampler, num_workers=workers, skip_batches=skip)
+    def make(): return DataLoaderShard(Listable(N), batch_sampler=TorchDL(Listable(N), **kw()).batch_sampler,
+        num_workers=workers, skip_batches=skip)
     ok = right_or_refused(make, *meddle)
     if meddle[0] is meddle[2] is None: assert ok
