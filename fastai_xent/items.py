@@ -24,7 +24,7 @@ from fastai.tabular.core import Tabular
 from fastai.torch_core import no_random
 from torch.utils.data import ConcatDataset, Subset
 
-# %% ../nbs/03_items.ipynb #e9944d0f
+# %% ../nbs/03_items.ipynb #fd111d6e
 _LONGEST, _START = 500, 460 # Characters of a name that is kept whole; of the start of a longer one
 
 def _text(o) -> str:
@@ -53,7 +53,7 @@ def _named(names) -> pd.Series: # Whole numbers, or text; null where there is no
     return pd.Series([None if o is None else _text(o) for o in names], dtype=object)
 _WHOLE = pd.ArrowDtype(pa.int64())
 
-# %% ../nbs/03_items.ipynb #616ad540
+# %% ../nbs/03_items.ipynb #11fb81c0
 def _chosen(subset) -> np.ndarray: # int64
     "The positions that a torch `Subset` has of the dataset below."
     at = np.asarray(subset.indices)
@@ -124,7 +124,7 @@ def item_names(
     names, _ = _tried(_names, ds, key_fn)
     return None if names is None else _plain(names)
 
-# %% ../nbs/03_items.ipynb #055fcbdc
+# %% ../nbs/03_items.ipynb #9b06d5de
 def _split(ds):
     "The positions of the items in the source, as the dataset keeps them; None if it does not."
     splits, idx = getattr(ds, 'splits', None), getattr(ds, 'split_idx', None)
@@ -151,7 +151,7 @@ def item_source(
     "Where the items stood before fastai's splitter divided them, or before a torch `Subset` chose some."
     return _tried(_source, ds)[0]
 
-# %% ../nbs/03_items.ipynb #d3c571f4
+# %% ../nbs/03_items.ipynb #77f15870
 def items_frame(
     ds, # A dataset, usually `dls.train_ds`
     key_fn=None, # As for `item_names`
@@ -190,7 +190,7 @@ def fingerprint(items: pd.DataFrame) -> str:
             h.update(('\x1f' * (at > 0) + piece).encode(errors='surrogatepass'))
     return h.hexdigest()[:16]
 
-# %% ../nbs/03_items.ipynb #070a2d09
+# %% ../nbs/03_items.ipynb #f9de6888
 def _shown(a, b) -> str:
     "`a` in a few words, from where it begins to differ from `b`."
     if a is None: return 'none'
@@ -221,7 +221,7 @@ def difference(
                 f"{what} {_shown(a[i], b[i])} {when[0]} and {_shown(b[i], a[i])} {when[1]}")
     return ''
 
-# %% ../nbs/03_items.ipynb #c041fa5e
+# %% ../nbs/03_items.ipynb #e6e6687a
 def _label(y) -> int|None:
     if isinstance(y, (list, tuple)) and len(y) == 1: y = y[0]
     if isinstance(y, torch.Tensor): y = y.detach().cpu().numpy()
@@ -249,7 +249,7 @@ def labels_of(
         return _label(item[-1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
     with no_random(): return [read(i) for i in at]
 
-# %% ../nbs/03_items.ipynb #7afba663
+# %% ../nbs/03_items.ipynb #a065e57e
 def _copied(o):
     "A list as it is now."
     if o is None or isinstance(o, (tuple, range, pd.Index)): return o

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/taps.html.md"""
 # %% auto #0
 __all__ = ['NoItemIdentity', 'item_numbers', 'n_items', 'RowTap', 'why_not', 'tap_rows']
 
-# %% ../nbs/03a_taps.ipynb #d06eb373
+# %% ../nbs/03a_taps.ipynb #32148fa0
 import reprlib
 from collections.abc import Sequence
 from copy import copy
@@ -21,7 +21,7 @@ from fastcore.basics import noop
 from fastcore.foundation import L
 from torch.utils.data import BatchSampler, DistributedSampler, IterableDataset
 
-# %% ../nbs/03a_taps.ipynb #d2b84433
+# %% ../nbs/03a_taps.ipynb #b1411313
 class NoItemIdentity(Exception):
     "It is not known which item each row is; the message says why, and what to do."
 
@@ -52,7 +52,7 @@ def n_items(ds) -> int:
     try: return len(ds) or 2**31
     except (TypeError, AttributeError, NotImplementedError): return 2**31
 
-# %% ../nbs/03a_taps.ipynb #59327c25
+# %% ../nbs/03a_taps.ipynb #214682a6
 class _Pass:
     "One walk over a fastai loader: the items it asked for, and which of them came through."
     def __init__(self,
@@ -80,7 +80,7 @@ class _Pass:
 
     def __getstate__(self): return {**vars(self), 'idxs': ()}     # a worker needs no order
 
-# %% ../nbs/03a_taps.ipynb #c69ab52d
+# %% ../nbs/03a_taps.ipynb #320df821
 class RowTap:
     "Listens to a loader for one pass; `rows` then names the item of each row."
     def __init__(self, dl):
@@ -128,7 +128,7 @@ class RowTap:
         self.padding = self._padding(running, at)
         return np.concatenate([given[i] for i in at])
 
-# %% ../nbs/03a_taps.ipynb #c4f2f373
+# %% ../nbs/03a_taps.ipynb #71dac792
 def _author(f) -> str:
     "The package in which a method or property was written, whatever its wrappers say."
     return getattr(getattr(f, 'fget', f), '__globals__', {}).get('__name__', '').partition('.')[0]
@@ -158,7 +158,7 @@ def _own_way(dl, theirs, instead) -> str:
     return (f"{type(dl).__name__} has its own {', '.join(f'`{o}`' for o in theirs)}, "
             f"which may reorder, merge or leave out items unseen; {instead}")
 
-# %% ../nbs/03a_taps.ipynb #4cc6d6a8
+# %% ../nbs/03a_taps.ipynb #6afafbd7
 def _inner(dl):
     "The loader that reads the items: a DistributedDL leaves that to the one it wraps."
     return dl.dl if _is_a(dl, 'fastai', 'DistributedDL') else dl
@@ -186,7 +186,7 @@ def _why_not_tsai(dl) -> str:
                 "use shuffle=True, or leave out `partial_n` and `weights`")
     return ''
 
-# %% ../nbs/03a_taps.ipynb #39de48be
+# %% ../nbs/03a_taps.ipynb #2c88e51f
 def _base(dl):
     "The torch loader that reads the items: accelerate's leave that to the one they hold."
     return vars(dl).get('base_dataloader', dl)
@@ -221,7 +221,7 @@ def why_not(
     if isinstance(dl, DataLoader): return _why_not_fastai(dl)
     return f"{type(dl).__name__} is neither fastai's nor torch's DataLoader: how it orders its items is not known"
 
-# %% ../nbs/03a_taps.ipynb #b5d30d00
+# %% ../nbs/03a_taps.ipynb #edf29dc7
 _PLAIN = (list, tuple, range, L)
 _ITERATORS = tuple(type(iter(o)) for o in ([], (), range(0), np.empty(0)))
 
@@ -330,7 +330,7 @@ class _FastaiTap(RowTap):
     def __getstate__(self):
         return {**vars(self), 'passes': self.passes[-1:], 'started': None, 'error': None, 'read': None}
 
-# %% ../nbs/03a_taps.ipynb #db004cc8
+# %% ../nbs/03a_taps.ipynb #baa6bfd5
 class _Listened:
     "Stands in for a sampler: the same in all, but that a tap hears what it gives."
     def __init__(self, sampler, tap): vars(self).update(_sampler=sampler, _tap=tap)
@@ -343,7 +343,7 @@ class _Listened:
     def __reduce_ex__(self, protocol): return noop, (self._sampler,)    # a copy is free of the tap
     __class__ = property(lambda self: type(self._sampler))
 
-# %% ../nbs/03a_taps.ipynb #a5cb42e0
+# %% ../nbs/03a_taps.ipynb #7c05171c
 def _places(sampler) -> tuple|None: # a, b, c, and the length of the common order; None: it has no repeats
     "Where a process's rows stand in an order that several share: row j of batch k at a + b·k + c·j."
     if _is_a(sampler, 'accelerate', 'SkipBatchSampler'):
@@ -363,7 +363,7 @@ def _shard_places(shard):
     if shard.split_batches: return shard.process_index * (bs // ranks), bs, 1, len(inner.sampler)
     return shard.process_index * bs, ranks * bs, 1, len(inner.sampler)
 
-# %% ../nbs/03a_taps.ipynb #c3eb1ab2
+# %% ../nbs/03a_taps.ipynb #f81d9834
 class _Given(list):
     "What a sampler gave in one walk: the items of each batch."
     error = None

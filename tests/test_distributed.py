@@ -166,8 +166,6 @@ def test_probabilities_of_two_ranks(folder):
     for split, n in (('train', N), ('valid', 8)):
         z = torch.zeros(n, C)
         z[:, 0] = torch.arange(n) / 8
-        for epoch in range(2 * EPOCHS): np.testing.assert_allclose(record.probs(split, epoch), z.softmax(1),
-            rtol=2.**-11, atol=1e-6)
-    parts = [pq.read_table(folder / f'plain/probs/fit=0/split=train/epoch=0/part-{r}.parquet',
-        partitioning=None)['item'].to_pylist() for r in (0, 1)]
+        for epoch in range(2 * EPOCHS): np.testing.assert_allclose(record.probs(split, epoch), z.softmax(1), rtol=2.**-11, atol=1e-6)
+    parts = [pq.read_table(folder / f'plain/probs/fit=0/split=train/epoch=0/part-{r}.parquet', partitioning=None)['item'].to_pylist() for r in (0, 1)]
     assert sorted(sum(parts, [])) == list(range(N)) and all(parts)
