@@ -45,7 +45,7 @@ def _named(names) -> pd.Series: # Whole numbers, or text; null where there is no
     if isinstance(names, pd.Index) and isinstance(names.dtype, np.dtype) and names.dtype.kind == 'i':
         return pd.Series(names.to_numpy(), dtype=_WHOLE)
     names = names.tolist() if isinstance(names, pd.Index) else list(names)
-    if {*map(type, names)} <= {str} and all(map(str.isascii, names)) and max(map(len, names), default=0) <= _LONGEST:
+    if {*map(type, names)} <= {str} and all(o.isascii() and len(o) <= _LONGEST for o in names):
         return pd.Series(names, dtype=object)
     names = [None if _missing(o) else o for o in names]
     kinds = {type(o) for o in names if o is not None}
@@ -101,7 +101,8 @@ def _names(ds, key_fn) -> tuple: # A series or None, and what somebody should he
     items = getattr(ds, 'items', None)
     if not hasattr(items, '__len__'):
         return None, "`key_fn` has nothing to name: the dataset has no list `items`" if key_fn else ''
-    if _placeless(items): return None, f"`items` is a {type(items).__name__}, which has no item by place; make it a list"
+    if _placeless(items):
+        return None, f"`items` is a {type(items).__name__}, which has no item by place; make it a list"
     frame = isinstance(items, (pd.DataFrame, pd.Series))
     if not (key_fn or frame or _speaks(items)): return None, ''
     if len(items) != len(ds): return None, f"`items` has {len(items):,} entries, the dataset {len(ds):,}"
@@ -130,7 +131,7 @@ def _split(ds):
     "The positions of the items in the source, as the dataset keeps them; None if it does not."
     splits, idx = getattr(ds, 'splits', None), getattr(ds, 'split_idx', None)
     split = None if splits is None or idx is None or idx >= len(splits) else splits[idx]
-    if hasattr(ds, 'split_idxs') and len(ds.items) != len(ds): split = ds.split_idxs    # tsai: `items` is all of the source
+    if hasattr(ds, 'split_idxs') and len(ds.items) != len(ds): split = ds.split_idxs    # tsai: `items` is the source
     return split if hasattr(split, '__len__') and len(split) == len(ds) else None
 
 def _root(ds): return _root(ds.dataset) if isinstance(ds, Subset) else ds
@@ -206,7 +207,7 @@ def difference(
     old: pd.DataFrame, # As of `items_frame`
     new: pd.DataFrame,
     when: tuple = ('then', 'now'), # What to call the two
-    labels: tuple|None = None, # The classes of the items in the two, −1 where unknown, to compare where there are no names
+    labels: tuple|None = None, # Classes of the items in the two, −1 where unknown, for items without names
 ) -> str: # Empty if they are the same
     "How two lists of items differ, in words."
     if len(old) != len(new): return f"{len(old):,} items {when[0]}, {len(new):,} {when[1]}"

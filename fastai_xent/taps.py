@@ -142,7 +142,8 @@ def _theirs(o, package, names) -> list:
     def foreign(name):
         f = getattr_static(type(o), name, None)
         return f is not None and f is not getattr(object, name, None) and _author(f) != package
-    def given(name): return name in vars(o) and not isinstance(getattr(vars(o)[name], '__self__', None), RowTap)
+    own = getattr(o, '__dict__', {})
+    def given(name): return name in own and not isinstance(getattr(own[name], '__self__', None), RowTap)
     return [name for name in names if foreign(name) or given(name)]
 
 def _patched_torch() -> list:
@@ -211,7 +212,7 @@ def _why_not_torch(dl) -> str:
     running = vars(base).get('_iterator')                 # of workers that stay
     if running is not None: theirs += _theirs(running, 'torch', _STEPS)
     return _own_way(dl, [*theirs, *_patched_torch()],
-                    "give a `sampler` or `batch_sampler` instead, which are followed exactly")
+                    "use torch's own with a `sampler` or `batch_sampler`, which are followed exactly")
 
 def why_not(
     dl, # A loader, of any kind

@@ -1,6 +1,7 @@
 "Two ranks under gloo: each writes its own part, padding is told apart, and rank 0 reads the whole."
 import os
 import socket
+from contextlib import nullcontext
 from pathlib import Path
 
 import fsspec
@@ -20,7 +21,8 @@ N, C, EPOCHS = 21, 5, 2
 class Bucket(DirFileSystem):
     "An object store: a directory that only fsspec can reach, and in which nothing is renamed."
     protocol = 'bucket'
-    def __init__(self, **kw): super().__init__(path=os.environ['XENT_TEST_BUCKET'], fs=LocalFileSystem(auto_mkdir=True), **kw)
+    def __init__(self, **kw): super().__init__(path=os.environ['XENT_TEST_BUCKET'],
+        fs=LocalFileSystem(auto_mkdir=True), **kw)
     def mv(self, *args, **kw): raise NotImplementedError('an object store has no rename')
 
 
@@ -44,12 +46,23 @@ class PassOn(torch.nn.Module):
 
 
 SKIP = (0, 7)
-SCENARIOS = [('plain', {}), ('plain', dict(resume=True)), ('skips', dict(skip=SKIP)), ('bucket://runs/shared', {}), ('own', dict(own=True))]
+SCENARIOS = [('plain', {}), ('plain', dict(resume=True)), ('skips', dict(skip=SKIP)), ('bucket://runs/shared', {}),
+    ('own', dict(own=True)),
+             ('sampler', dict(shared=True)), ('shard', dict(shared=True))]
+
+
+def shared(name, ds, rank):
+    "torch's loader over the share that torch's sampler, or accelerate, gives this rank."
+    from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
+    from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
+    if name == 'sampler': return DataLoader(ds, batch_size=4, sampler=DistributedSampler(ds, 2, rank))
+    return DataLoaderShard(ds, batch_sampler=BatchSamplerShard(BatchSampler(range(len(ds)), 4, False), 2, rank))
 
 
 def train(rank, port, folder):
     "One rank: it trains for two epochs in each scenario, one after the other."
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1', MASTER_PORT=str(port), XENT_TEST_BUCKET=folder)
+    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE='2', MASTER_ADDR='127.0.0.1',
+        MASTER_PORT=str(port), XENT_TEST_BUCKET=folder)
     fsspec.register_implementation('bucket', Bucket, clobber=True)
     torch.set_num_threads(1)
     import fastai.distributed as fd
@@ -67,10 +80,13 @@ def train(rank, port, folder):
     torch.manual_seed(rank)
     for name, how in SCENARIOS:
         path = name if '://' in name else f"{folder}/{name}{f'-{rank}' if 'own' in how else ''}"
-        dls = DataLoaders(TfmdDL(Encoded(N, how.get('skip', ())), bs=4, shuffle=True, num_workers=0), TfmdDL(Encoded(8), bs=4, num_workers=0), device='cpu')
+        dls = DataLoaders(TfmdDL(Encoded(N, how.get('skip', ())), bs=4, shuffle=True, num_workers=0),
+            TfmdDL(Encoded(8), bs=4, num_workers=0), device='cpu')
+        if 'shared' in how: dls = DataLoaders(shared(name, Encoded(N), rank), shared(name, Encoded(8), rank))
         recorder = XentRecorder(path, resume='resume' in how, check=True, keep_probs=True)
         learn = Learner(dls, PassOn(), loss_func=XentLossFlat(), cbs=recorder)
-        with learn.no_bar(), learn.no_logging(), learn.distrib_ctx(sync_bn=False, cpu=True): learn.fit(EPOCHS)
+        ctx = nullcontext() if 'shared' in how else learn.distrib_ctx(sync_bn=False, cpu=True)
+        with learn.no_bar(), learn.no_logging(), ctx: learn.fit(EPOCHS)
         torch.distributed.barrier()
         if rank == 0: recorder.record.top(3)
     torch.distributed.destroy_process_group()
@@ -124,6 +140,18 @@ def test_two_ranks_that_share_only_an_object_store(folder, monkeypatch):
     monkeypatch.setenv('XENT_TEST_BUCKET', str(folder))
     fsspec.register_implementation('bucket', Bucket, clobber=True)
     check(XentRecord('bucket://runs/shared').to_df())
+
+
+@pytest.mark.parametrize('name, repeats', [('sampler', 1), ('shard', 3)])
+def test_two_ranks_that_share_an_order(folder, name, repeats):
+    "21 items: torch's sampler repeats one; accelerate fills up the last batch, which has 1 of 4 rows."
+    df = XentRecord(folder / name).to_df()
+    rows = df[df['split'] == 'train']
+    for _, e in rows.groupby('epoch'):
+        own = e[e['occurrence'] >= 0]
+        assert sorted(own['item']) == list(range(N)) and len(e) - len(own) == repeats
+    np.testing.assert_array_equal(df['targ'], df['item'] % C)
+    assert (df[df['split'] == 'valid'].groupby('epoch')['item'].nunique() == 8).all()
 
 
 def test_two_ranks_with_a_path_each(folder):

@@ -46,7 +46,8 @@ def test_names_that_share_their_beginning():
         assert len(set(names)) == 4 and max(map(len, names)) <= 500
     assert item_names(Listed(['a' * 500])) == ['a' * 500]
 
-@pytest.mark.parametrize('name', [NOT_UTF8, '\ud83d', 'a\udce9' * 300, Path(NOT_UTF8)], ids=['file', 'half an emoji', 'long', 'path'])
+@pytest.mark.parametrize('name', [NOT_UTF8, '\ud83d', 'a\udce9' * 300, Path(NOT_UTF8)],
+    ids=['file', 'half an emoji', 'long', 'path'])
 def test_names_that_are_no_text(name):
     "They can be stored, stay readable, and are told from the text that looks like them."
     got, = item_names(Listed([name]))
@@ -56,18 +57,27 @@ def test_names_that_are_no_text(name):
     assert len(set(item_names(Listed([NOT_UTF8, os.fsdecode(b'caf\xe8.png'), 'caf\\udce9.png'])))) == 3
 
 @settings(max_examples=300)
-@given(st.lists(st.text(alphabet=st.characters(codec=None, exclude_categories=()), max_size=8).map(lambda s: s + 'é' * 250) | st.text(max_size=9), unique=True))
+@given(st.lists(st.text(alphabet=st.characters(codec=None, exclude_categories=()),
+    max_size=8).map(lambda s: s + 'é' * 250) | st.text(max_size=9), unique=True))
 def test_different_texts_have_different_names(texts):
     names = item_names(Listed(texts)) if texts else []
     for o in names or []: o.encode()
     assert names is None or len(set(names)) == len(texts)
 
 @pytest.mark.parametrize('index, want', {
-    'default': (None, [0, 1, 2]), 'whole': ([30, 10, 20], [30, 10, 20]), 'negative': ([-1, 0, 1], [-1, 0, 1]), 'small': (np.array([3, 1, 2], np.int8), [3, 1, 2]), 'unsigned': (np.array([3, 1, 2], np.uint64), [3, 1, 2]),
-    'too large': (np.array([2**63, 1, 2], np.uint64), [str(2**63), '1', '2']), 'huge': ([2**80, 1, 2], [str(2**80), '1', '2']), 'nullable': (pd.array([3, None, 1], 'Int64'), [3, None, 1]), 'repeated': ([1, 1, 2], [1, 1, 2]),
-    'text': (['a', 'b', 'c'], ['a', 'b', 'c']), 'fractions': ([.5, 1., 2.], ['0.5', '1.0', '2.0']), 'booleans': ([True, False, True], ['True', 'False', 'True']), 'mixed': ([1, 'b', 2.], ['1', 'b', '2.0']),
-    'dates': (pd.date_range('2024-01-01', periods=3), ['2024-01-01 00:00:00', '2024-01-02 00:00:00', '2024-01-03 00:00:00']), 'missing': (['a', None, np.nan], ['a', None, None]),
-    'levels': (pd.MultiIndex.from_tuples([('a', 1), ('a', 2), ('b', 1)]), ["('a', 1)", "('a', 2)", "('b', 1)"]), 'categories': (pd.CategoricalIndex(['a', 'b', 'a']), ['a', 'b', 'a']), 'range': (pd.RangeIndex(5, 11, 2), [5, 7, 9])}.values())
+    'default': (None, [0, 1, 2]), 'whole': ([30, 10, 20], [30, 10, 20]), 'negative': ([-1, 0, 1], [-1, 0, 1]),
+        'small': (np.array([3, 1, 2], np.int8), [3, 1, 2]), 'unsigned': (np.array([3, 1, 2], np.uint64), [3, 1, 2]),
+    'too large': (np.array([2**63, 1, 2], np.uint64), [str(2**63), '1', '2']),
+        'huge': ([2**80, 1, 2], [str(2**80), '1', '2']),
+        'nullable': (pd.array([3, None, 1], 'Int64'), [3, None, 1]), 'repeated': ([1, 1, 2], [1, 1, 2]),
+    'text': (['a', 'b', 'c'], ['a', 'b', 'c']), 'fractions': ([.5, 1., 2.], ['0.5', '1.0', '2.0']),
+        'booleans': ([True, False, True], ['True', 'False', 'True']), 'mixed': ([1, 'b', 2.], ['1', 'b', '2.0']),
+    'dates': (pd.date_range('2024-01-01', periods=3),
+        ['2024-01-01 00:00:00', '2024-01-02 00:00:00', '2024-01-03 00:00:00']),
+        'missing': (['a', None, np.nan], ['a', None, None]),
+    'levels': (pd.MultiIndex.from_tuples([('a', 1), ('a', 2), ('b', 1)]), ["('a', 1)", "('a', 2)", "('b', 1)"]),
+        'categories': (pd.CategoricalIndex(['a', 'b', 'a']), ['a', 'b', 'a']),
+        'range': (pd.RangeIndex(5, 11, 2), [5, 7, 9])}.values())
 def test_labels_of_a_frame(index, want):
     for items in (pd.DataFrame({'x': [1, 2, 3]}, index=index), pd.Series([1, 2, 3], index=index)):
         got = item_names(Listed(items))
@@ -83,14 +93,18 @@ def test_names_find_the_rows_of_their_frame(index):
 
 # -- what an item is called
 
-@pytest.mark.parametrize('items', [['a', 'b'], ('a', 'b'), L('a', 'b'), np.array(['a', 'b']), np.array(['a', 'b'], dtype=object), pd.Index(['a', 'b']), deque('ab'), UserList('ab'), [Path('a'), 'b'], [Path('a'), Path('b')]], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('items', [['a', 'b'], ('a', 'b'), L('a', 'b'), np.array(['a', 'b']),
+    np.array(['a', 'b'], dtype=object), pd.Index(['a', 'b']), deque('ab'), UserList('ab'), [Path('a'), 'b'],
+    [Path('a'), Path('b')]], ids=lambda o: type(o).__name__)
 def test_items_that_name_themselves(items):
     ds = Listed(items)
     assert item_names(ds) == ['a', 'b'] and all(type(o) is str for o in item_names(ds)) and not why(ds)
     assert item_names(ds, lambda o: f'{o}!') == ['a!', 'b!']
     assert KnownItems(ds).still(ds)
 
-@pytest.mark.parametrize('items', [None, [1, 2], [{'a': 1}] * 2, [('a', 1)] * 2, [b'a', b'b'], np.zeros((2, 3)), torch.zeros(2, 3), torch.zeros(2), (o for o in 'ab'), [np.zeros(2)] * 2, [None] * 2, range(2)], ids=lambda o: type(o).__name__)
+@pytest.mark.parametrize('items', [None, [1, 2], [{'a': 1}] * 2, [('a', 1)] * 2, [b'a', b'b'], np.zeros((2, 3)),
+    torch.zeros(2, 3), torch.zeros(2), (o for o in 'ab'), [np.zeros(2)] * 2, [None] * 2, range(2)],
+    ids=lambda o: type(o).__name__)
 def test_items_without_names(items):
     "Nobody needs to hear of it."
     ds = Listed(items, 2)
@@ -111,13 +125,24 @@ class Mapped(dict):
 def fails(o): raise KeyError('id')
 
 @pytest.mark.parametrize('ds, key_fn, word', {
-    'dict': (Listed({'a': 0, 'b': 1}), None, '`items` is a dict'), 'set': (Listed({'a', 'b'}), None, '`items` is a set'), 'views': (Listed({'a': 0}.keys()), None, '`items` is a dict_keys'),
-    'shorter': (Listed(['a'], 2), None, '`items` has 1 entries, the dataset 2'), 'mixed': (Listed(['a', 'b', 3.5]), None, 'item 2 is a float, expected a text or path'), 'text and dict': (Listed(['a', {}]), None, 'item 1 is a dict'),
-    'unreadable': (Listed(Angry()), None, 'the disk is gone'), 'hidden': (Hidden(n=2), None, 'not yet'), 'frame of other length': (Listed(pd.DataFrame({'x': [1]}), 2), None, '1 entries, the dataset 2'),
-    'no items': (Listed(n=2), str, '`key_fn` has nothing to name'), 'a dict itself': (Mapped(a=0), str, '`key_fn` has nothing to name'), 'a dict for key_fn': (Listed({'a': 0}), str, '`items` is a dict'),
-    'raises': (Listed(['a', 'b']), fails, "`key_fn` failed for item 0, 'a': KeyError('id')"), 'raises late': (Listed([1, 0]), lambda o: 1 // o, '`key_fn` failed for item 1, 0: ZeroDivisionError'),
-    'only None': (Listed(['a', 'b']), lambda o: None, '`key_fn` gives a name to no item'), 'subset': (Subset(Listed({'a': 0, 'b': 1}), [1]), None, '`items` is a dict'), 'keys of a subset': (Subset(Listed(['a', 'b']), ['b']), None, 'expected whole numbers'),
-    'beyond': (Subset(Listed(['a', 'b']), [5]), None, 'IndexError'), 'concat': (ConcatDataset([Listed(['a']), Listed({'b': 0})]), None, '`items` is a dict')}.values())
+    'dict': (Listed({'a': 0, 'b': 1}), None, '`items` is a dict'),
+        'set': (Listed({'a', 'b'}), None, '`items` is a set'),
+        'views': (Listed({'a': 0}.keys()), None, '`items` is a dict_keys'),
+    'shorter': (Listed(['a'], 2), None, '`items` has 1 entries, the dataset 2'),
+        'mixed': (Listed(['a', 'b', 3.5]), None, 'item 2 is a float, expected a text or path'),
+        'text and dict': (Listed(['a', {}]), None, 'item 1 is a dict'),
+    'unreadable': (Listed(Angry()), None, 'the disk is gone'), 'hidden': (Hidden(n=2), None, 'not yet'),
+        'frame of other length': (Listed(pd.DataFrame({'x': [1]}), 2), None, '1 entries, the dataset 2'),
+    'no items': (Listed(n=2), str, '`key_fn` has nothing to name'),
+        'a dict itself': (Mapped(a=0), str, '`key_fn` has nothing to name'),
+        'a dict for key_fn': (Listed({'a': 0}), str, '`items` is a dict'),
+    'raises': (Listed(['a', 'b']), fails, "`key_fn` failed for item 0, 'a': KeyError('id')"),
+        'raises late': (Listed([1, 0]), lambda o: 1 // o, '`key_fn` failed for item 1, 0: ZeroDivisionError'),
+    'only None': (Listed(['a', 'b']), lambda o: None, '`key_fn` gives a name to no item'),
+        'subset': (Subset(Listed({'a': 0, 'b': 1}), [1]), None, '`items` is a dict'),
+        'keys of a subset': (Subset(Listed(['a', 'b']), ['b']), None, 'expected whole numbers'),
+    'beyond': (Subset(Listed(['a', 'b']), [5]), None, 'IndexError'),
+        'concat': (ConcatDataset([Listed(['a']), Listed({'b': 0})]), None, '`items` is a dict')}.values())
 def test_names_that_cannot_be_had(ds, key_fn, word):
     "There are none, and the reason is given; nothing is raised."
     frame = items_frame(ds, key_fn)
@@ -154,7 +179,8 @@ def test_subsets_of_subsets():
         sub = Subset(Subset(base.train, range(4)), at)
         assert item_names(sub) == ['a', 'e'] and item_source(sub).tolist() == [0, 4]
         frame = items_frame(sub)
-        assert frame['item'].tolist() == [0, 1] and frame['name'].tolist() == ['a', 'e'] and frame['source'].tolist() == [0, 4]
+        assert frame['item'].tolist() == [0, 1] and frame['name'].tolist() == ['a',
+            'e'] and frame['source'].tolist() == [0, 4]
     whole = Listed(list('abcdefg'))
     assert item_source(Subset(Subset(whole, [6, 4, 2]), [2, 0])).tolist() == [2, 6]
 
@@ -168,9 +194,12 @@ def test_datasets_one_after_the_other():
     assert item_names(ConcatDataset([Listed(pd.DataFrame({'x': [0, 1]})), Listed(['a'])])) == ['0', '1', 'a']
     assert item_names(Subset(both, [2, 0])) == ['a', 'd'] and item_source(Subset(both, [2, 0])).tolist() == [0, 3]
 
-@pytest.mark.parametrize('splits', [None, RandomSplitter(seed=3)(range(9)), ([4, 2], [1]), (np.array([4, 2]), np.array([1])), (range(4), range(4, 9)), ([True] * 4 + [False] * 5, [False] * 4 + [True] * 5)], ids=['none', 'random', 'some', 'arrays', 'ranges', 'masks'])
+@pytest.mark.parametrize('splits', [None, RandomSplitter(seed=3)(range(9)), ([4, 2], [1]),
+    (np.array([4, 2]), np.array([1])), (range(4), range(4, 9)),
+    ([True] * 4 + [False] * 5, [False] * 4 + [True] * 5)], ids=['none', 'random', 'some', 'arrays', 'ranges', 'masks'])
 def test_splits(splits):
-    for dsets in (Datasets(list('abcdefghi'), [[str.upper]], splits=splits), TfmdLists(list('abcdefghi'), [str.upper], splits=splits)):
+    for dsets in (Datasets(list('abcdefghi'), [[str.upper]], splits=splits),
+        TfmdLists(list('abcdefghi'), [str.upper], splits=splits)):
         for ds in (dsets.train, dsets.valid):
             frame = items_frame(ds)
             assert not frame.attrs['why'] and KnownItems(ds).still(ds)
@@ -190,7 +219,8 @@ def table(index, splits):
     df = pd.DataFrame({'x': np.arange(12.), 'y': list('abc') * 4}, index=index)
     return df, TabularPandas(df, cont_names=['x'], y_names='y', y_block=CategoryBlock(), splits=splits)
 
-@pytest.mark.parametrize('index', [None, np.arange(12)[::-1] * 7, [f'row {i}' for i in range(12)], np.random.default_rng(0).permutation(12)], ids=['default', 'falling', 'text', 'shuffled'])
+@pytest.mark.parametrize('index', [None, np.arange(12)[::-1] * 7, [f'row {i}' for i in range(12)],
+    np.random.default_rng(0).permutation(12)], ids=['default', 'falling', 'text', 'shuffled'])
 def test_rows_of_a_table(index):
     "A row is called by its label, so the label finds it; fastai does not keep where it stood."
     df, to = table(index, RandomSplitter(seed=1)(range(12)))
@@ -207,24 +237,30 @@ def test_a_table_keeps_nothing_but_labels():
     "The same part, cut from two frames in which its rows stand elsewhere, looks the same."
     df = pd.DataFrame({'x': np.arange(4.), 'y': list('abab')})
     moved = df.iloc[[2, 3, 0, 1]]
-    a, b = (TabularPandas(o, cont_names=['x'], y_names='y', y_block=CategoryBlock(), splits=s).train.items for o, s in ((df, ([0, 1], [2, 3])), (moved, ([2, 3], [0, 1]))))
+    a, b = (TabularPandas(o, cont_names=['x'], y_names='y', y_block=CategoryBlock(), splits=s).train.items for o,
+        s in ((df, ([0, 1], [2, 3])), (moved, ([2, 3], [0, 1]))))
     pd.testing.assert_frame_equal(a, b)
 
 
 # -- the same items?
 
 def test_a_fingerprint_tells_lists_apart():
-    lists = [['a', 'b'], ['b', 'a'], ['a'], ['a', 'b', 'c'], ['a\x1fb', 'c'], ['a', 'b\x1fc'], ['a', '\x1eb'], ['a', '\x1e\x1eb'], ['a', '\x1e0b'], ['None', 'b'], [None, 'b'], ['a', None], ['a', 'None'], ['a', '\x1eNone'], ['', 'a'], ['a', ''], ['', ''],
-             [None, None], ['<NA>', 'b'], ['x' * 500 + 'a', 'b'], ['x' * 500 + 'b', 'b'], [NOT_UTF8, 'b'], ['caf\\udce9.png', 'b']]
+    lists = [['a', 'b'], ['b', 'a'], ['a'], ['a', 'b', 'c'], ['a\x1fb', 'c'], ['a', 'b\x1fc'], ['a', '\x1eb'],
+        ['a', '\x1e\x1eb'], ['a', '\x1e0b'], ['None', 'b'], [None, 'b'], ['a', None], ['a', 'None'],
+        ['a', '\x1eNone'], ['', 'a'], ['a', ''], ['', ''],
+             [None, None], ['<NA>', 'b'], ['x' * 500 + 'a', 'b'], ['x' * 500 + 'b', 'b'], [NOT_UTF8, 'b'],
+                 ['caf\\udce9.png', 'b']]
     frames = [items_frame(Listed(o + ['z'])).iloc[:-1] for o in lists]
     marks = [fingerprint(o) for o in frames]
     assert len(set(marks)) == len(marks)
     for i, a in enumerate(frames):
         for j, b in enumerate(frames): assert (difference(a, b) == '') == (i == j), (lists[i], lists[j])
 
-@given(st.lists(st.lists(st.none() | st.text(alphabet='aN\x1e\x1f01', max_size=3) | st.just('None'), min_size=2, max_size=3), min_size=2, max_size=2, unique_by=tuple))
+@given(st.lists(st.lists(st.none() | st.text(alphabet='aN\x1e\x1f01', max_size=3) | st.just('None'), min_size=2,
+    max_size=3), min_size=2, max_size=2, unique_by=tuple))
 def test_no_two_lists_have_one_fingerprint(lists):
-    a, b = (pd.DataFrame({'item': range(len(o)), 'name': pd.Series(o, dtype=object), 'source': pd.array([None] * len(o), 'Int64')}) for o in lists)
+    a, b = (pd.DataFrame({'item': range(len(o)), 'name': pd.Series(o, dtype=object),
+        'source': pd.array([None] * len(o), 'Int64')}) for o in lists)
     assert fingerprint(a) != fingerprint(b) and difference(a, b)
 
 def test_fingerprints_of_older_records_hold():
@@ -240,10 +276,13 @@ def test_differences_in_words():
     a = frame_of(['a.png', 'b.png', 'c.png'])
     assert difference(a, a.copy()) == '' and difference(a, a.astype({'name': 'string'})) == ''
     assert difference(a, frame_of('ab')) == '3 items then, 2 now'
-    assert difference(a, frame_of(['a.png', 'c.png', 'b.png'])) == "2 of 3 items differ, the first is item 1: name 'b.png' then and 'c.png' now"
-    assert difference(a, items_frame(Listed(n=3)), ('in a', 'in b')) == "3 of 3 items differ, the first is item 0: name 'a.png' in a and none in b"
+    assert difference(a, frame_of(['a.png', 'c.png',
+        'b.png'])) == "2 of 3 items differ, the first is item 1: name 'b.png' then and 'c.png' now"
+    assert difference(a, items_frame(Listed(n=3)),
+        ('in a', 'in b')) == "3 of 3 items differ, the first is item 0: name 'a.png' in a and none in b"
     moved = a.assign(source=pd.array([7, 8, None], 'Int64'))
-    assert difference(moved, moved.assign(source=pd.array([7, 9, None], 'Int64'))) == '1 of 3 items differ, the first is item 1: source 8 then and 9 now'
+    assert difference(moved, moved.assign(source=pd.array([7, 9, None],
+        'Int64'))) == '1 of 3 items differ, the first is item 1: source 8 then and 9 now'
     assert 'source none then and 7 now' in difference(a, moved)
 
 def test_a_difference_deep_in_long_names():
@@ -261,7 +300,8 @@ def test_whole_numbers_and_the_same_as_text():
 def test_labels_stand_in_for_names():
     a = items_frame(Listed(n=4))
     assert difference(a, a, labels=([0, 1, 2, -1], [0, 1, 2, 5])) == ''
-    assert difference(a, a, labels=(np.array([0, 1, 2, 3]), np.array([0, 5, 9, 3]))) == '2 of 4 items differ, the first is item 1: label 1 then and 5 now'
+    assert difference(a, a, labels=(np.array([0, 1, 2, 3]),
+        np.array([0, 5, 9, 3]))) == '2 of 4 items differ, the first is item 1: label 1 then and 5 now'
     named = frame_of('abcd')
     assert difference(named, named, labels=([0, 1, 2, 3], [3, 2, 1, 0])) == ''
 
@@ -271,7 +311,8 @@ class Drawing(Listed):
     def __getitem__(self, i):
         random.random(), np.random.rand(), torch.rand(1)
         if i == 2: raise SkipItemException
-        return torch.tensor(i), [torch.tensor(1), torch.tensor([2]), 0, np.int64(3), np.array([4]), 5, True, [6], .5, 'cat', {'a': 1}, torch.zeros(2, 2), None][i]
+        return torch.tensor(i), [torch.tensor(1), torch.tensor([2]), 0, np.int64(3), np.array([4]), 5, True, [6],
+            .5, 'cat', {'a': 1}, torch.zeros(2, 2), None][i]
 
 def test_labels_of_all_kinds():
     before = rng_state()
@@ -280,9 +321,11 @@ def test_labels_of_all_kinds():
     same_bits(rng_state(), before)
 
 def test_labels_of_datasets():
-    dsets, n = Datasets(list('abcab'), [[str.upper, counted], [Categorize()]], splits=[[4, 2, 0], [1, 3]]), READ['items']
+    dsets, n = Datasets(list('abcab'), [[str.upper, counted], [Categorize()]],
+        splits=[[4, 2, 0], [1, 3]]), READ['items']
     for whole in (False, True):
-        assert labels_of(dsets.train, range(3), whole) == [1, 2, 0] and labels_of(Subset(dsets.train, [2, 1]), [0, 1], whole) == [0, 2]
+        assert labels_of(dsets.train, range(3), whole) == [1, 2, 0] and labels_of(Subset(dsets.train, [2, 1]),
+            [0, 1], whole) == [0, 2]
     assert READ['items'] == n                          # only the labels were
     assert labels_of(Datasets([3, 4], [[counted]]), [0], whole=False) == [None]      # an input, not a label
     assert labels_of([{'x': 1, 'y': 2}, (torch.tensor(1),)], [0, 1]) == [None, None]
@@ -298,11 +341,14 @@ def counted(o):
 # -- still the same?
 
 EXCHANGES = {
-    'another list': lambda ds: setattr(ds, 'items', ['new', *ds.items[1:]]), 'one entry': lambda ds: ds.items.__setitem__(3, 'new'), 'order': lambda ds: ds.items.reverse(),
-    'longer': lambda ds: ds.items.append('new'), 'shorter': lambda ds: ds.items.pop(), 'removed': lambda ds: delattr(ds, 'items'), 'a dict': lambda ds: setattr(ds, 'items', dict.fromkeys(ds.items))}
+    'another list': lambda ds: setattr(ds, 'items', ['new', *ds.items[1:]]),
+        'one entry': lambda ds: ds.items.__setitem__(3, 'new'), 'order': lambda ds: ds.items.reverse(),
+    'longer': lambda ds: ds.items.append('new'), 'shorter': lambda ds: ds.items.pop(),
+        'removed': lambda ds: delattr(ds, 'items'), 'a dict': lambda ds: setattr(ds, 'items', dict.fromkeys(ds.items))}
 
 @pytest.mark.parametrize('how', EXCHANGES)
-@pytest.mark.parametrize('around', [lambda ds: ds, lambda ds: Subset(ds, [5, 3, 0]), lambda ds: ConcatDataset([Listed(['z']), ds])], ids=['itself', 'subset', 'concat'])
+@pytest.mark.parametrize('around', [lambda ds: ds, lambda ds: Subset(ds, [5, 3, 0]),
+    lambda ds: ConcatDataset([Listed(['z']), ds])], ids=['itself', 'subset', 'concat'])
 def test_an_exchange_is_noticed(around, how):
     class Open(Listed):
         def __len__(self): return len(getattr(self, 'items', 'abcdef'))
@@ -316,7 +362,8 @@ def test_an_exchange_is_noticed(around, how):
     assert again.fingerprint != known.fingerprint or (how == 'longer' and isinstance(ds, (Subset, ConcatDataset)))
     assert again.still(ds) or how == 'a dict'
 
-@pytest.mark.parametrize('change', [lambda ds: ds.items.__setitem__(1, 'new'), lambda ds: setattr(ds, 'items', ds.items[::-1].copy())])
+@pytest.mark.parametrize('change', [lambda ds: ds.items.__setitem__(1, 'new'),
+    lambda ds: setattr(ds, 'items', ds.items[::-1].copy())])
 def test_an_exchange_in_an_array(change):
     for dtype in ('U9', object):
         ds = Listed(np.array(['a', 'b', 'c'], dtype=dtype))
@@ -331,7 +378,8 @@ def test_an_exchange_in_a_frame():
     plain, keyed = KnownItems(ds), KnownItems(ds, lambda row: row.id)
     assert plain.still(ds)
     df.loc['b', 'id'] = 9                              # with a `key_fn` the rows matter
-    assert plain.still(ds) and not keyed.still(ds) and KnownItems(ds, lambda row: row.id).frame['name'].tolist() == [5, 9, 7]
+    assert plain.still(ds) and not keyed.still(ds) and KnownItems(ds,
+        lambda row: row.id).frame['name'].tolist() == [5, 9, 7]
     df.index = list('abx')
     assert not plain.still(ds)
     df.index = list('abc')

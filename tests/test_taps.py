@@ -206,6 +206,10 @@ def swapped():
     dl = of_class(TorchDL)()
     dl.__class__ = OwnTorchIter
     return dl
+def foreign_iterator():
+    dl = of_class(TorchDL, num_workers=1, persistent_workers=True)()
+    dl._iterator = iter([])
+    return dl
 def dispatched(): return DataLoaderDispatcher(Coded(20), batch_sampler=of_class(TorchDL)().batch_sampler)
 def shard_with_own_iter():
     class Own(DataLoaderShard):
@@ -230,7 +234,8 @@ OWN_WAY = {
         'own attributes': (of_class(OwnAttributes), 'own `__getattribute__`'),
     'own samplers': (of_class(OwnSamplers), 'own `sampler`, `batch_sampler`'),
         'on the instance': (given_iterator, 'own `_get_iterator`'),
-        'swapped': (swapped, 'OwnTorchIter has its own `__iter__`'),
+        'kept iterator': (foreign_iterator, 'own `__next__`'),
+            'swapped': (swapped, 'OwnTorchIter has its own `__iter__`'),
         'dispatcher': (dispatched, 'dispatch_batches=False'),
     'a shard of its own': (shard_with_own_iter, 'own `__iter__`'),
         'a shard around one': (shard_of_own_iter, 'own `__iter__`'),
