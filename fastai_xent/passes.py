@@ -42,6 +42,7 @@ class Pass:
     def before_batch(self) -> None:
         "A batch begins. The order of the walk is fixed when its first batch is here."
         self.tap.freeze()
+        self.tap.check()
         if self.head is not None: self.head.seen.clear()
 
     def stop(self) -> None:

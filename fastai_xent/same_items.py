@@ -61,9 +61,10 @@ def look(self: SameItems,
         if now.why: self.tell(f"on the names of the items: {now.why}")
     (was, _), self.seen[split] = self.seen.get(split, (None, None)), (dataset, n)
     alike = before is not None and before.fingerprint == now.fingerprint
-    if alike and (was is dataset or now.frame['name'].notna().any()): return    # of another object without names, the labels tell
-    self.lists.pop(split, None)
-    self._compare(split, now, epoch)
+    known = alike and (was is dataset or now.frame['name'].notna().any()) # of another object without names, the labels tell
+    if not known:
+        self.lists.pop(split, None)
+        self._compare(split, now, epoch)
     self.now[split] = now
 
 @patch
