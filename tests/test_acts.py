@@ -12,10 +12,10 @@ import pytest
 import torch
 from fastai.callback.data import PartialDL, WeightedDL
 from fastai.data.core import DataLoaders, Datasets, TfmdDL, TfmdLists
-from fastai.data.transforms import Categorize, Category, ToTensor
+from fastai.data.transforms import Categorize, Category, IndexSplitter, ToTensor
 from fastai.learner import Learner
 from fastai.tabular.core import TabDataLoader, TabularPandas
-from fastai.data.block import CategoryBlock
+from fastai.data.block import CategoryBlock, DataBlock, TransformBlock
 from fastai.text.data import SortedDL
 from fastai.torch_core import TensorCategory, set_seed
 from helpers import C, MIDDLE, Coded, Points, Through, coded, learner, quiet, rng_state, wrong_rows
@@ -60,16 +60,20 @@ def tab_dls(cls=TabDataLoader): return DataLoaders(cls(table(), bs=4, shuffle=Tr
 def of(dl): return DataLoaders(dl, TfmdDL(Coded(7), bs=4, num_workers=0))
 
 DLS = {
-    'Datasets': lambda: Datasets(FILES, [[Logits()], [Label(), Categorize()]], splits=SPLITS).dataloaders(bs=4, after_item=ToTensor, num_workers=0, drop_last=False),
+    'Datasets': lambda: Datasets(FILES, [[Logits()], [Label(), Categorize()]], splits=SPLITS).dataloaders(bs=4,
+            after_item=ToTensor, num_workers=0, drop_last=False),
     'TfmdLists': lambda: TfmdLists(FILES, [Pair()], splits=SPLITS).dataloaders(bs=4, num_workers=0, drop_last=False),
-    'unsplit': lambda: of(TfmdDL(Datasets(FILES[:N], [[Logits()], [Label(), Categorize()]]), bs=4, shuffle=True, num_workers=0, after_item=ToTensor())),
+    'unsplit': lambda: of(TfmdDL(Datasets(FILES[:N], [[Logits()], [Label(), Categorize()]]), bs=4, shuffle=True,
+                                 num_workers=0, after_item=ToTensor())),
     'plain': lambda: of(TfmdDL(Coded(N), bs=4, shuffle=True, num_workers=0)),
     'workers': lambda: of(TfmdDL(Coded(N), bs=4, shuffle=True, num_workers=2)),
     'Subset': lambda: of(TfmdDL(torch.utils.data.Subset(Coded(2 * N), range(N)), bs=4, shuffle=True, num_workers=0)),
     'WeightedDL': lambda: of(WeightedDL(Coded(N), wgts=np.arange(N) + 1., bs=4, shuffle=True, num_workers=0)),
     'PartialDL': lambda: of(PartialDL(Coded(N), partial_n=30, bs=4, shuffle=True, num_workers=0)),
-    'SortedDL': lambda: of(SortedDL(Coded(N), res=[i * 7919 % 101 for i in range(N)], bs=4, shuffle=True, num_workers=0)),
-    'torch': lambda: DataLoaders(torch.utils.data.DataLoader(Coded(N), batch_size=4, shuffle=True), torch.utils.data.DataLoader(Coded(7), batch_size=4)),
+    'SortedDL': lambda: of(SortedDL(Coded(N), res=[i * 7919 % 101 for i in range(N)], bs=4, shuffle=True,
+                                    num_workers=0)),
+    'torch': lambda: DataLoaders(torch.utils.data.DataLoader(Coded(N), batch_size=4, shuffle=True),
+                                 torch.utils.data.DataLoader(Coded(7), batch_size=4)),
     'table': tab_dls}
 
 CHANGES = ['item', 'name', 'source', 'what', 'old', 'new', 'weight', 'score', 'p_wrong', 'why']
@@ -254,36 +258,55 @@ def test_frames_masks_and_functions(ranked):
     assert not items_named([], record).any()
 
 @pytest.mark.parametrize('kw, error, words', [
-    (dict(), ValueError, 'give one of'), (dict(keep=.5, drop=.1), ValueError, 'give one of'), (dict(keep=1.5), ValueError, 'the share is 1.5'),
-    (dict(keep=0.), ValueError, 'no training item would be left'), (dict(keep=[N]), IndexError, 'item 40 does not exist'), (dict(keep=[-1]), IndexError, 'item -1 does not exist'),
-    (dict(keep=1), TypeError, 'keep is 1, expected a share such as 0.7 or 1.0, or the items; a number of items is `n_keep=1`'),
-    (dict(drop=0), TypeError, 'a number of items is `n_drop=0`'), (dict(n_drop=.5), TypeError, r'n_drop is 0\.5, expected a whole number of items; .* is `drop=`'),
-    (dict(n_keep=[1]), TypeError, r'n_keep is \[1\]'), (dict(n_drop=True), TypeError, 'n_drop is True'), (dict(n_drop=41), ValueError, 'the number is 41, expected 0 to 40'),
-    (dict(n_keep=-1), ValueError, 'the number is -1'), (dict(n_keep=4, balanced=True), ValueError, 'needs a share'), (dict(n_keep=4, drop=.5), ValueError, 'got drop, n_keep'),
-    (dict(keep=True), TypeError, 'items are named by'), (dict(keep=np.ones(3, dtype=bool)), ValueError, r'shape \[3\]'),
+    (dict(), ValueError, 'give one of'), (dict(keep=.5, drop=.1), ValueError, 'give one of'),
+    (dict(keep=1.5), ValueError, 'the share is 1.5'),
+    (dict(keep=0.), ValueError, 'no training item would be left'),
+    (dict(keep=[N]), IndexError, 'item 40 does not exist'), (dict(keep=[-1]), IndexError, 'item -1 does not exist'),
+    (dict(keep=1), TypeError,
+     'keep is 1, expected a share such as 0.7 or 1.0, or the items; a number of items is `n_keep=1`'),
+    (dict(drop=0), TypeError, 'a number of items is `n_drop=0`'),
+    (dict(n_drop=.5), TypeError, r'n_drop is 0\.5, expected a whole number of items; .* is `drop=`'),
+    (dict(n_keep=[1]), TypeError, r'n_keep is \[1\]'), (dict(n_drop=True), TypeError, 'n_drop is True'),
+    (dict(n_drop=41), ValueError, 'the number is 41, expected 0 to 40'),
+    (dict(n_keep=-1), ValueError, 'the number is -1'), (dict(n_keep=4, balanced=True), ValueError, 'needs a share'),
+    (dict(n_keep=4, drop=.5), ValueError, 'got drop, n_keep'),
+    (dict(keep=True), TypeError, 'items are named by'),
+    (dict(keep=np.ones(3, dtype=bool)), ValueError, r'shape \[3\]'),
     (dict(keep=pd.DataFrame({'name': ['a']})), KeyError, 'no column `item`'),
-    (dict(keep=pd.DataFrame({'item': [1, None]})), TypeError, 'got nan'), (dict(keep=np.ones(3, dtype=bool)), ValueError, r'shape \[3\], expected \[40\]'), (dict(keep=[.5, .7]), TypeError, 'expected whole numbers'),
-    (dict(keep=pd.Series([True] * N)), TypeError, 'does not say which items'), (dict(keep=[1], balanced=True), ValueError, 'needs a share'),
+    (dict(keep=pd.DataFrame({'item': [1, None]})), TypeError, 'got nan'),
+    (dict(keep=np.ones(3, dtype=bool)), ValueError, r'shape \[3\], expected \[40\]'),
+    (dict(keep=[.5, .7]), TypeError, 'expected whole numbers'),
+    (dict(keep=pd.Series([True] * N)), TypeError, 'does not say which items'),
+    (dict(keep=[1], balanced=True), ValueError, 'needs a share'),
     (dict(keep=.5, by='beauty'), KeyError, "no score is called 'beauty'")])
 def test_prune_refuses(ranked, kw, error, words):
     with pytest.raises(error, match=words): prune(*ranked, **kw)
 
 @pytest.mark.parametrize('weights, error, words', [
-    (np.ones(3), ValueError, r'shape \[3\], expected \[40\]'), (-np.ones(N), ValueError, 'not negative'), (np.zeros(N), ValueError, 'not all zero'),
+    (np.ones(3), ValueError, r'shape \[3\], expected \[40\]'), (-np.ones(N), ValueError, 'not negative'),
+    (np.zeros(N), ValueError, 'not all zero'),
     (np.full(N, np.nan), ValueError, 'finite'),
-    (pd.DataFrame({'item': [1]}), KeyError, 'no column `weight` or `p_wrong`'), (pd.Series(np.ones(N)), TypeError, 'a Series does not say which items its weights are for'),
-    ({1: .5}, TypeError, 'a dict does not say'), (pd.DataFrame({'item': [-1], 'weight': [.5]}), IndexError, 'item -1 does not exist'),
-    (pd.DataFrame({'item': [N], 'p_wrong': [.5]}), IndexError, 'item 40'), (pd.DataFrame({'item': [1, 1], 'weight': [.5, 1]}), ValueError, 'item 1 is named twice'),
-    (pd.DataFrame({'item': [1], 'p_wrong': [1.5]}), ValueError, 'not negative'), (pd.DataFrame({'item': [1], 'weight': [np.nan]}), ValueError, 'finite')])
+    (pd.DataFrame({'item': [1]}), KeyError, 'no column `weight` or `p_wrong`'),
+    (pd.Series(np.ones(N)), TypeError, 'a Series does not say which items its weights are for'),
+    ({1: .5}, TypeError, 'a dict does not say'), (pd.DataFrame({'item': [-1], 'weight': [.5]}), IndexError,
+            'item -1 does not exist'),
+    (pd.DataFrame({'item': [N], 'p_wrong': [.5]}), IndexError, 'item 40'),
+    (pd.DataFrame({'item': [1, 1], 'weight': [.5, 1]}), ValueError, 'item 1 is named twice'),
+    (pd.DataFrame({'item': [1], 'p_wrong': [1.5]}), ValueError, 'not negative'),
+    (pd.DataFrame({'item': [1], 'weight': [np.nan]}), ValueError, 'finite')])
 def test_reweight_refuses(ranked, weights, error, words):
     with pytest.raises(error, match=words): reweight(*ranked, weights)
 
 @pytest.mark.parametrize('issues, error, words', [
-    ({1: 3}, ValueError, 'item 1 cannot get this label: 3 is no class; expected one of 0, 1, 2'), ({1: 'a'}, ValueError, "'a' is no class"), ({1: 1.5}, ValueError, '1.5 is no class'),
-    ({-1: 1}, IndexError, 'item -1 does not exist'), ({'a': 1}, TypeError, "expected whole numbers, got 'a'"), ({1.5: 1}, TypeError, 'got 1.5'), ({'1': 0, 1: 1}, ValueError, 'item 1 is named twice'),
-    (pd.DataFrame({'item': [1], 'new': [0], 'is_issue': [None]}), ValueError, 'the column `is_issue` must be true or false in each row: a missing value'),
+    ({1: 3}, ValueError, 'item 1 cannot get this label: 3 is no class; expected one of 0, 1, 2'),
+    ({1: 'a'}, ValueError, "'a' is no class"), ({1: 1.5}, ValueError, '1.5 is no class'),
+    ({-1: 1}, IndexError, 'item -1 does not exist'), ({'a': 1}, TypeError, "expected whole numbers, got 'a'"),
+    ({1.5: 1}, TypeError, 'got 1.5'), ({'1': 0, 1: 1}, ValueError, 'item 1 is named twice'),
+    (pd.DataFrame({'item': [1], 'new': [0], 'is_issue': [None]}), ValueError,
+     'the column `is_issue` must be true or false in each row: a missing value'),
     (pd.DataFrame({'new': [1]}), KeyError, 'no column `item`'),
-    ({N: 1}, IndexError, 'item 40 does not exist'), (pd.DataFrame({'item': [1]}), KeyError, 'no column `new` or `likely`'),
+    ({N: 1}, IndexError, 'item 40 does not exist'),
+    (pd.DataFrame({'item': [1]}), KeyError, 'no column `new` or `likely`'),
     (pd.DataFrame({'item': [1, 1], 'new': [0, 1]}), ValueError, 'item 1 is named twice')])
 def test_relabel_refuses(ranked, issues, error, words):
     with pytest.raises(error, match=words): relabel(*ranked, issues)
@@ -484,9 +507,13 @@ class Odd(dynamics.MeanColumn):
 
 @pytest.mark.parametrize('kw, words', [
     (dict(drop=.01), "all 40 training items stay: none is among the first 0.01 of 40 items with the score 'margin_loss'"), (dict(drop=0.), 'none is among the first 0.0 of 40 items'),
-    (dict(n_drop=0), 'none is among the first 0 of 40 items'), (dict(keep=1.), 'all are among the first 1.0 of 40 items'), (dict(keep=.99), 'all are among the first 0.99'), (dict(n_keep=40), 'all are among'),
-    (dict(drop=[]), 'none is named by `drop`'), (dict(keep=range(N)), 'all are named by `keep`'), (dict(drop=np.zeros(N, dtype=bool)), 'none is named'),
-    (dict(drop=pd.DataFrame({'item': [1], 'is_issue': [False]})), 'none is named'), (dict(drop=lambda df: df[df['score'] > 1e9]), 'none is named'),
+    (dict(n_drop=0), 'none is among the first 0 of 40 items'),
+    (dict(keep=1.), 'all are among the first 1.0 of 40 items'), (dict(keep=.99), 'all are among the first 0.99'),
+    (dict(n_keep=40), 'all are among'),
+    (dict(drop=[]), 'none is named by `drop`'), (dict(keep=range(N)), 'all are named by `keep`'),
+    (dict(drop=np.zeros(N, dtype=bool)), 'none is named'),
+    (dict(drop=pd.DataFrame({'item': [1], 'is_issue': [False]})), 'none is named'),
+    (dict(drop=lambda df: df[df['score'] > 1e9]), 'none is named'),
     (dict(drop=.02, balanced=True), 'none is among the first 0.02 of 40')])
 def test_pruning_nothing_is_told(ranked, told, kw, words):
     assert left(prune(*ranked, **kw)) == list(range(N))
@@ -502,7 +529,9 @@ def test_classes_too_small_for_their_share_are_told(told):
     assert len(left(prune(dls, record, drop=.15, balanced=True))) == N - 4 - 1
     assert told() == ['prune: no item of class 2 is dropped: the share of so few comes to none']
 
-@pytest.mark.parametrize('weights', [np.ones(N), np.full(N, 3), pd.DataFrame({'item': range(N), 'weight': 2.}), pd.DataFrame({'item': [3, 5], 'p_wrong': [np.nan, 0]}), pd.DataFrame({'item': [], 'weight': []})],
+@pytest.mark.parametrize('weights', [np.ones(N), np.full(N, 3), pd.DataFrame({'item': range(N), 'weight': 2.}),
+                                     pd.DataFrame({'item': [3, 5], 'p_wrong': [np.nan, 0]}),
+                                     pd.DataFrame({'item': [], 'weight': []})],
                          ids=['ones', 'threes', 'frame', 'never seen', 'empty'])
 def test_weights_that_change_nothing_are_told(ranked, told, weights):
     reweight(*ranked, weights)
@@ -514,8 +543,10 @@ def test_weights_that_change_nothing_are_told(ranked, told, weights):
     assert told() == ['reweight: no item is drawn more often or less often than before']
 
 @pytest.mark.parametrize('issues, words', [
-    ({}, '0 items are named, of which 0 are given none'), ({1: 1, 2: 2}, '2 items are named, of which 0'), ({1: None, 2: 2}, '2 items are named, of which 1 are given none'),
-    (pd.DataFrame({'item': [3], 'likely': [None]}), 'of which 1'), (pd.DataFrame({'item': [3], 'new': [np.nan]}), 'of which 1')])
+    ({}, '0 items are named, of which 0 are given none'), ({1: 1, 2: 2}, '2 items are named, of which 0'),
+    ({1: None, 2: 2}, '2 items are named, of which 1 are given none'),
+    (pd.DataFrame({'item': [3], 'likely': [None]}), 'of which 1'),
+    (pd.DataFrame({'item': [3], 'new': [np.nan]}), 'of which 1')])
 def test_relabelling_nothing_is_told(ranked, told, issues, words):
     assert contents(relabel(*ranked, issues).train_ds) == contents(ranked[0].train_ds)
     message, = told()
@@ -548,7 +579,8 @@ FILES_OF = {
     'csv': lambda df, p: (df.to_csv(p, index=False), pd.read_csv(p))[1],
     'csv as text': lambda df, p: (df.to_csv(p, index=False), pd.read_csv(p, dtype=str))[1],
     'json': lambda df, p: (df.to_json(p), pd.read_json(p))[1],
-    'json lines': lambda df, p: (df.to_json(p, orient='records', lines=True), pd.read_json(p, orient='records', lines=True))[1],
+    'json lines': lambda df, p: (df.to_json(p, orient='records', lines=True),
+                                 pd.read_json(p, orient='records', lines=True))[1],
     'parquet': lambda df, p: (df.to_parquet(p), pd.read_parquet(p))[1],
     'floats': lambda df, p: df.assign(likely=[float(o) if str(o).isdigit() else o for o in df['likely']]),
     'dict of json': lambda df, p: json.loads(json.dumps({str(k): str(v) for k, v in zip(df['item'], df['likely'])}))}
@@ -603,8 +635,11 @@ class Data:
 
 ITEMS = {'tuple': lambda x, y: (x, y), 'list': lambda x, y: [x, y], 'namedtuple': Sample, 'dict': lambda x, y: {'input_ids': x, 'labels': y}, 'dataclass': Data}
 KINDS = {
-    'tensor': torch.tensor, 'int8': lambda c: torch.tensor(c, dtype=torch.int8), 'column': lambda c: torch.tensor([c]), 'array': np.array, 'array column': lambda c: np.array([c]), 'np.int64': np.int64,
-    'np.uint8': np.uint8, 'int': int, 'text': lambda c: 'abc'[c], 'TensorCategory': TensorCategory, 'Category': lambda c: Category('abc'[c])}
+    'tensor': torch.tensor, 'int8': lambda c: torch.tensor(c, dtype=torch.int8),
+    'column': lambda c: torch.tensor([c]), 'array': np.array, 'array column': lambda c: np.array([c]),
+    'np.int64': np.int64,
+    'np.uint8': np.uint8, 'int': int, 'text': lambda c: 'abc'[c], 'TensorCategory': TensorCategory,
+    'Category': lambda c: Category('abc'[c])}
 
 class Kinds(Coded):
     "Items of any container with labels of any kind."
@@ -768,3 +803,51 @@ def test_a_record_made_by_hand_need_not_say_its_classes(ranked):
 
 def test_acts_need_no_recorder():
     for module in (acts, chosen, datasets, classes): assert 'recorder import' not in Path(module.__file__).read_text(encoding='utf-8')
+
+
+# -- as a person makes them: a DataBlock, a table
+
+class Third:
+    "The label of item i, one of `names`."
+    def __init__(self, names): self.names = names
+    def __call__(self, i): return self.names[i % len(self.names)]
+class Margins:
+    def __call__(self, i): return coded(int(i))[0]
+class First(Through):
+    "The first of the logits, as many as there are classes."
+    def __init__(self, c):
+        super().__init__()
+        self.c = c
+    def forward(self, *xs): return super().forward(*xs)[:, :self.c]
+
+def block(names):
+    dblock = DataBlock((TransformBlock, CategoryBlock), get_items=lambda n: list(range(n)), get_x=Margins(),
+                       get_y=Third(names), splitter=IndexSplitter(range(N, N + 8)))
+    return dblock.dataloaders(N + 8, bs=4, num_workers=0)
+
+def rows(names):
+    df = pd.concat([frame()] * 2)[:N + 8].assign(label=[names[i % len(names)] for i in range(N + 8)])
+    table = TabularPandas(df, cont_names=[f'x{k}' for k in range(C)], y_names='label', y_block=CategoryBlock(),
+                          splits=(list(range(N)), list(range(N, N + 8))))
+    return table.dataloaders(bs=4, num_workers=0)
+
+NAMES = [[10, 20, 700], [1, 2, 3], ['1', '2', '3'], ['01', '02', '10'], [True, False], ['x', 'y', 'z'], [1.5, 2.5, 3.]]
+
+@pytest.mark.parametrize('names', NAMES, ids=str)
+@pytest.mark.parametrize('make', [block, rows])
+def test_from_labels_to_a_review_and_back(make, names, tmp_path):
+    "Labels of every type keep their type in the record, and come back from a file as those they were."
+    set_seed(0)
+    dls, epochs = make(names), 2 if make is block else 14     # a table's loader of fastai draws with repeats
+    record = record_of(dls, epochs, model=First(len(names)))
+    own = [o if isinstance(o, (int, str)) else str(o) for o in names]
+    was = record.top(N)
+    assert was['targ'].tolist() == [own[i % len(own)] for i in was['item']]
+    assert set(record.meta['vocab']) == set(own) and {type(o) for o in record.meta['vocab']} == {type(own[0])}
+    issues = was[:6][['item']].assign(new=[own[(i + 1) % len(own)] for i in was[:6]['item']])
+    issues.to_csv(tmp_path / 'review.csv', index=False)
+    relabelled = relabel(dls, record, pd.read_csv(tmp_path / 'review.csv'))
+    assert relabelled.xent_changes['new'].tolist() == issues['new'].tolist()
+    now = record_of(relabelled, epochs, model=First(len(names))).top(N).set_index('item')['targ']
+    assert now[issues['item']].tolist() == issues['new'].tolist()
+    assert (now.sort_index() != pd.Series([own[i % len(own)] for i in range(N)])).sum() == 6
