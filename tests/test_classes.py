@@ -43,12 +43,14 @@ ROADS = {
     'json frame': json_frame,
     'parquet': lambda o: pd.read_parquet(parquet(o))['label'].tolist(),
     'object of NumPy': lambda o: [np.asarray(v)[()] for v in o],
-    'Excel, numbers as floats': lambda o: [as_float(v) if isinstance(v, int) and not isinstance(v, bool) else v for v in o],
+    'Excel, numbers as floats': lambda o: [as_float(v) if isinstance(v, int) and not isinstance(v, bool) else v
+                                           for v in o],
     'a spreadsheet that guesses': lambda o: [as_float(v) if isinstance(v, str) else v for v in o],
     'spaces around': lambda o: [f' {v}\t' if isinstance(v, str) else v for v in o],
     'spaces cut off': lambda o: [v.strip() if isinstance(v, str) else v for v in o],
     'other accents': lambda o: [unicodedata.normalize('NFD', v) if isinstance(v, str) else v for v in o],
-    'all capitals of true': lambda o: [v.upper() if isinstance(v, str) and v.lower() in ('true', 'false') else v for v in o]}
+    'all capitals of true': lambda o: [v.upper() if isinstance(v, str) and v.lower() in ('true', 'false') else v
+                                       for v in o]}
 
 def parquet(labels):
     f = io.BytesIO()
@@ -78,12 +80,14 @@ def test_names_come_back(vocab, road):
     assert [class_index(names, o, is_name=True) for o in labels] == list(range(len(names)))
 
 ODD = ['1', '01', '1.0', '1e0', '+1', '10', '1e1', '2', '02', ' 2', '2 ', '-0', '0', '0.0', 'True', 'true', 'TRUE', 'False', 'nan', 'None', 'NA', '', 'null', 'inf', 'Infinity',
-       'a', ' a', 'a ', 'é', 'e\u0301', 'ﬁ', 'fi', '1_0', '１', '0x1', '1,5', '1.5', '1.50', '.5', '0.5', '1e400', '9007199254740993', '9007199254740992', '1.1', '1.10', '2020-01-01', '\u00a01']
+       'a', ' a', 'a ', 'é', 'e\u0301', 'ﬁ', 'fi', '1_0', '１', '0x1', '1,5', '1.5', '1.50', '.5', '0.5', '1e400',
+       '9007199254740993', '9007199254740992', '1.1', '1.10', '2020-01-01', '\u00a01']
 text_vocabs = st.lists(st.sampled_from(ODD) | st.text(alphabet='01.eE+- aé', max_size=4), min_size=1, max_size=8, unique=True)
 int_vocabs = st.lists(st.integers(-3, 14) | st.integers(2**53 - 2, 2**53 + 2), min_size=1, max_size=8, unique=True)
 LOSES = {'spaces cut off', 'other accents', 'all capitals of true'} # Text that is another name now cannot be told from that name
 
-@given(names=text_vocabs | int_vocabs | st.permutations([True, False]), road=st.sampled_from(sorted(set(ROADS) - LOSES)))
+@given(names=text_vocabs | int_vocabs | st.permutations([True, False]),
+       road=st.sampled_from(sorted(set(ROADS) - LOSES)))
 @example(['07', '7'], 'csv').via('zeros')
 @example(['1.1', '1.10'], 'csv').via('decimals')
 @example(['None', 'a'], 'csv').via('missing')
@@ -97,7 +101,8 @@ def test_never_another_class(names, road):
         except ValueError: continue
         assert found == k, f"{names[k]!r} became {value!r}, and that was taken for {names[found]!r}"
 
-@given(names=text_vocabs | int_vocabs, at=st.integers(0, 9), kind=st.sampled_from([int, float, np.int64, np.float32, np.uint8, torch.tensor, TensorCategory, np.array]))
+@given(names=text_vocabs | int_vocabs, at=st.integers(0, 9),
+       kind=st.sampled_from([int, float, np.int64, np.float32, np.uint8, torch.tensor, TensorCategory, np.array]))
 def test_a_number_has_one_meaning(names, at, kind):
     "A name and another's place: refused. A name alone, or a place alone among names that are no numbers: taken."
     value = kind(at)
@@ -114,12 +119,17 @@ def test_a_number_has_one_meaning(names, at, kind):
 
 @pytest.mark.parametrize('vocab, value, words', [
     ('1 to 12', 2, "2 may be two classes: the one called '2', or the one at place 2, called '3'; write its name as text, '2' or '3'"),
-    ('numbers 1 to 12', 2, "2 may be two classes: the one called 2, or the one at place 2, called 3; write its name as text, '2' or '3'"),
-    ('1 to 12', 2., r"2\.0 may be two classes"), ('1 to 12', torch.tensor(2), '2 may be two classes'), ('1 to 12', 0, '0 is no class; expected one of 1, 2, .*, 10, …'),
+    ('numbers 1 to 12', 2,
+     "2 may be two classes: the one called 2, or the one at place 2, called 3; write its name as text, '2' or '3'"),
+    ('1 to 12', 2., r"2\.0 may be two classes"), ('1 to 12', torch.tensor(2), '2 may be two classes'),
+    ('1 to 12', 0, '0 is no class; expected one of 1, 2, .*, 10, …'),
     ('booleans, turned', 1, '1 may be two classes: the one called True, or the one at place 1, called False'),
-    ('words', 'dgo', "'dgo' is no class; expected one of cat, dog, café, ﬁn, Cat"), ('words', '1', "'1' is no class"), ('words', 5, '5 is no class'), ('words', -1, '-1 is no class'),
-    ('words', 1.5, r'1\.5 is no class'), ('words', True, 'True is no class'), ('words', None, 'a missing value is no class$'), ('words', np.nan, 'a missing value is no class$'),
-    ('words', pd.NA, 'a missing value is no class$'), ('words', ['cat'], 'is no class'), ('words', np.inf, 'inf is no class'), ('digits', 10, '10 is no class'), ('digits', True, 'True is no class'),
+    ('words', 'dgo', "'dgo' is no class; expected one of cat, dog, café, ﬁn, Cat"),
+    ('words', '1', "'1' is no class"), ('words', 5, '5 is no class'), ('words', -1, '-1 is no class'),
+    ('words', 1.5, r'1\.5 is no class'), ('words', True, 'True is no class'),
+    ('words', None, 'a missing value is no class$'), ('words', np.nan, 'a missing value is no class$'),
+    ('words', pd.NA, 'a missing value is no class$'), ('words', ['cat'], 'is no class'),
+    ('words', np.inf, 'inf is no class'), ('digits', 10, '10 is no class'), ('digits', True, 'True is no class'),
     ('zeros before', 1, '1 is no class')])
 def test_refusals(vocab, value, words):
     with pytest.raises(ValueError, match=words): class_index(VOCABS[vocab], value)
@@ -150,9 +160,12 @@ class Odd:
     def __str__(self): return 'odd'
 
 @pytest.mark.parametrize('vocab, names', [
-    (np.array([3, 1]), [3, 1]), (CategoryMap(pd.Series([2, 1, 2])), [1, 2]), ([True, False], [True, False]), (np.array([False, True]), [False, True]), (['b', 'a'], ['b', 'a']),
-    (CategoryMap([1, 2], add_na=True), ['#na#', '1', '2']), ([1., 2.5], ['1.0', '2.5']), ([Odd(), Odd()], ['odd', 'odd']), ([True, 2], ['True', '2']), ((np.str_('a'), 'b'), ['a', 'b']),
-    (pd.Categorical(['x', 'y']).categories, ['x', 'y']), (['a\udce9', 'b'], ['a\\udce9', 'b']), ([pd.Timestamp('2020-01-01'), pd.Timestamp('2021-01-01')], ['2020-01-01 00:00:00', '2021-01-01 00:00:00'])])
+    (np.array([3, 1]), [3, 1]), (CategoryMap(pd.Series([2, 1, 2])), [1, 2]), ([True, False], [True, False]),
+    (np.array([False, True]), [False, True]), (['b', 'a'], ['b', 'a']),
+    (CategoryMap([1, 2], add_na=True), ['#na#', '1', '2']), ([1., 2.5], ['1.0', '2.5']),
+    ([Odd(), Odd()], ['odd', 'odd']), ([True, 2], ['True', '2']), ((np.str_('a'), 'b'), ['a', 'b']),
+    (pd.Categorical(['x', 'y']).categories, ['x', 'y']), (['a\udce9', 'b'], ['a\\udce9', 'b']),
+    ([pd.Timestamp('2020-01-01'), pd.Timestamp('2021-01-01')], ['2020-01-01 00:00:00', '2021-01-01 00:00:00'])])
 def test_names_keep_their_type(vocab, names, tmp_path):
     dls = DataLoaders(TfmdDL(Coded(9), bs=3, num_workers=0))
     dls.vocab = vocab

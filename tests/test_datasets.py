@@ -38,14 +38,19 @@ class Frozen:
     y: object
 
 CONTAINERS = {
-    'tuple': lambda x, y: (x, y), 'list': lambda x, y: [x, y], 'namedtuple': Named, 'subclass of tuple': lambda x, y: Pair((x, y)), 'subclass of list': lambda x, y: Listed((x, y)),
-    'three parts': lambda x, y: (x, x + 1, y), 'label before weight': lambda x, y: (x, y, 'weight'), 'dict': lambda x, y: dict(x=x, y=y), 'OrderedDict': lambda x, y: OrderedDict(x=x, y=y),
+    'tuple': lambda x, y: (x, y), 'list': lambda x, y: [x, y], 'namedtuple': Named,
+    'subclass of tuple': lambda x, y: Pair((x, y)), 'subclass of list': lambda x, y: Listed((x, y)),
+    'three parts': lambda x, y: (x, x + 1, y), 'label before weight': lambda x, y: (x, y, 'weight'),
+    'dict': lambda x, y: dict(x=x, y=y), 'OrderedDict': lambda x, y: OrderedDict(x=x, y=y),
     'UserDict': lambda x, y: UserDict(x=x, y=y), 'dataclass': Plain, 'frozen dataclass': Frozen}
 LABELS = {
-    'int': int, 'bool': lambda c: c > 0, 'float': float, 'text': lambda c: NAMES[c], 'Category': lambda c: Category(NAMES[c]), 'np.str_': lambda c: np.str_(NAMES[c]), 'IntEnum': Animal,
+    'int': int, 'bool': lambda c: c > 0, 'float': float, 'text': lambda c: NAMES[c],
+    'Category': lambda c: Category(NAMES[c]), 'np.str_': lambda c: np.str_(NAMES[c]), 'IntEnum': Animal,
     **{f'np.{o}': (lambda o: lambda c: np.dtype(o).type(c))(o) for o in ('int64', 'int8', 'uint8', 'float32')},
-    **{f'array {o} {s}': (lambda o, s: lambda c: np.full(s, c, dtype=o))(o, s) for o in ('int64', 'uint8', 'bool') for s in ((), (1,), (1, 1)) if o != 'bool' or not s},
-    **{f'tensor {o} {s}': (lambda o, s: lambda c: torch.full(s, c, dtype=getattr(torch, o)))(o, s) for o in ('int64', 'int8', 'bfloat16') for s in ((), (1,), (1, 1))},
+    **{f'array {o} {s}': (lambda o, s: lambda c: np.full(s, c, dtype=o))(o, s) for o in ('int64', 'uint8', 'bool')
+       for s in ((), (1,), (1, 1)) if o != 'bool' or not s},
+    **{f'tensor {o} {s}': (lambda o, s: lambda c: torch.full(s, c, dtype=getattr(torch, o)))(o, s)
+       for o in ('int64', 'int8', 'bfloat16') for s in ((), (1,), (1, 1))},
     'TensorCategory': TensorCategory}
 
 class Items:
@@ -84,22 +89,33 @@ def test_a_label_holds_its_class_or_is_refused(label, c, old):
         return
     assert class_of(new, names) == c and label_kind(new) == label_kind(y) and class_of(y, names) == old
 
-@pytest.mark.parametrize('label', [None, [1], (1,), {}, 1.5, np.nan, np.inf, -1, 3, '1', 'cow', 1j, b'cat', np.array('cat'), np.array([1, 2]), np.array([]), torch.tensor([0, 1]), torch.zeros(0), torch.tensor(-100),
+@pytest.mark.parametrize('label', [None, [1], (1,), {}, 1.5, np.nan, np.inf, -1, 3, '1', 'cow', 1j, b'cat',
+                                   np.array('cat'), np.array([1, 2]), np.array([]), torch.tensor([0, 1]),
+                                   torch.zeros(0), torch.tensor(-100),
                                    torch.tensor(1.5), np.array([None])], ids=repr)
 def test_no_single_class(label): assert class_of(label, NAMES) is None
 
 def test_two_classes_of_one_name(): assert class_of('a', ['a', 'b', 'a']) is None and class_of('b', ['a', 'b', 'a']) == 1
 
 @pytest.mark.parametrize('item, kw, error, words', [
-    (dict(x=1, labels=2), {}, TypeError, r"of type dict and have x, labels; say which is the label, such as `key='labels'`"), (Plain(1, 2), {}, TypeError, 'of type Plain and have x, y'),
-    (dict(x=1), dict(key='y'), KeyError, "no 'y'; they have x"), (Plain(1, 2), dict(key='z'), KeyError, "no 'z'; they have x, y"), ((1,), {}, TypeError, '1 long, expected an input and a label'),
-    ((), {}, TypeError, '0 long'), ((1, 2), dict(key=5), KeyError, 'no part 5; they have 0, 1'), (Named(1, 2), dict(key='z'), KeyError, "no part 'z'; they have x, y"),
-    (torch.zeros(3), {}, TypeError, 'of type Tensor, expected tuples'), (5, {}, TypeError, 'of type int'), (None, {}, TypeError, 'of type NoneType')])
+    (dict(x=1, labels=2), {}, TypeError,
+     r"of type dict and have x, labels; say which is the label, such as `key='labels'`"),
+     (Plain(1, 2), {}, TypeError, 'of type Plain and have x, y'),
+    (dict(x=1), dict(key='y'), KeyError, "no 'y'; they have x"),
+    (Plain(1, 2), dict(key='z'), KeyError, "no 'z'; they have x, y"),
+    ((1,), {}, TypeError, '1 long, expected an input and a label'),
+    ((), {}, TypeError, '0 long'), ((1, 2), dict(key=5), KeyError, 'no part 5; they have 0, 1'),
+    (Named(1, 2), dict(key='z'), KeyError, "no part 'z'; they have x, y"),
+    (torch.zeros(3), {}, TypeError, 'of type Tensor, expected tuples'), (5, {}, TypeError, 'of type int'),
+    (None, {}, TypeError, 'of type NoneType')])
 def test_where_is_the_label(item, kw, error, words):
     with pytest.raises(error, match=words): label_field(item, **kw)
 
-@pytest.mark.parametrize('item, kw, want', [((1, 2), {}, 1), ([1, 2, 3], {}, 2), ((1, 2, 3), dict(n_inp=1), 1), ((1, 2), dict(n_inp=2), 1), (Named(1, 2), {}, 1), (Named(1, 2), dict(key='x'), 0), ((1, 2), dict(key=0), 0),
-                                            (dict(a=1, b=2), dict(key='a'), 'a'), (Frozen(1, 2), dict(key='y'), 'y'), ({5: 1}, dict(key=5), 5)])
+@pytest.mark.parametrize('item, kw, want', [((1, 2), {}, 1), ([1, 2, 3], {}, 2), ((1, 2, 3), dict(n_inp=1), 1),
+                                            ((1, 2), dict(n_inp=2), 1), (Named(1, 2), {}, 1),
+                                            (Named(1, 2), dict(key='x'), 0), ((1, 2), dict(key=0), 0),
+                                            (dict(a=1, b=2), dict(key='a'), 'a'),
+                                            (Frozen(1, 2), dict(key='y'), 'y'), ({5: 1}, dict(key=5), 5)])
 def test_the_place_of_the_label(item, kw, want): assert label_field(item, **kw) == want
 
 def test_a_mapping_that_cannot_be_copied_is_refused():
@@ -129,11 +145,17 @@ class Arrays(Letters):
     def __getitem__(self, i): return self.x[i], self.y[i]
 
 OVER = {
-    'plain': Letters, 'read at once': lambda: Letters(at_once=True), 'Subset': lambda: Subset(Letters(2 * N), range(N)), 'Subset of Subset': lambda: Subset(Subset(Letters(30), range(20)), range(N)),
-    'ConcatDataset': lambda: ConcatDataset([Letters(5), Shifted(5, 7)]), 'Kept': lambda: Kept(Letters(20), range(N)), 'Kept of Subset': lambda: Kept(Subset(Letters(30), range(20)), range(N)),
-    'Relabelled': lambda: Relabelled(Letters(), {}, 1, NAMES), 'tensors': Arrays, 'arrays': lambda: Arrays(kind='array'), 'columns': lambda: Arrays(shape=(1,)),
+    'plain': Letters, 'read at once': lambda: Letters(at_once=True),
+    'Subset': lambda: Subset(Letters(2 * N), range(N)),
+    'Subset of Subset': lambda: Subset(Subset(Letters(30), range(20)), range(N)),
+    'ConcatDataset': lambda: ConcatDataset([Letters(5), Shifted(5, 7)]),
+    'Kept': lambda: Kept(Letters(20), range(N)), 'Kept of Subset': lambda: Kept(Subset(Letters(30), range(20)),
+            range(N)),
+    'Relabelled': lambda: Relabelled(Letters(), {}, 1, NAMES), 'tensors': Arrays,
+    'arrays': lambda: Arrays(kind='array'), 'columns': lambda: Arrays(shape=(1,)),
     'Datasets': lambda: Datasets(list(range(N)), [[Number()], [Third(), Categorize()]]),
-    'Datasets, split': lambda: Datasets(list(range(N + 3)), [[Number()], [Third(), Categorize()]], splits=[list(range(N)), list(range(N, N + 3))]).train}
+    'Datasets, split': lambda: Datasets(list(range(N + 3)), [[Number()], [Third(), Categorize()]],
+                                        splits=[list(range(N)), list(range(N, N + 3))]).train}
 class Number:
     def __call__(self, i): return torch.tensor(int(i))
 class Third:
@@ -167,7 +189,8 @@ def test_views_of_every_dataset(kind):
     assert read(ds, N) == plain
 
 @pytest.mark.parametrize('kind', ['tensors', 'arrays', 'columns', 'Datasets', 'Datasets, split'])
-@pytest.mark.parametrize('index', [slice(2, 9), slice(None), [0, 4, 7], [-1, 0], np.array([11, 4]), torch.tensor([4]), L(0, 11), np.arange(N) % 4 == 0, []], ids=repr)
+@pytest.mark.parametrize('index', [slice(2, 9), slice(None), [0, 4, 7], [-1, 0], np.array([11, 4]),
+                                   torch.tensor([4]), L(0, 11), np.arange(N) % 4 == 0, []], ids=repr)
 def test_several_items_at_once(kind, index):
     "In the form in which the dataset gives them."
     ds, new = OVER[kind](), {0: 2, 4: 0, 11: 1}
@@ -229,7 +252,8 @@ def test_a_dataset_of_ones_own_keeps_what_it_needs():
 
 # -- tables
 
-@pytest.mark.parametrize('labels, kw', [([0, 1, 2] * 4, dict(y_block=CategoryBlock())), (['a', 'b', 'c'] * 4, {}), ([10, 20, 700] * 4, dict(y_block=CategoryBlock())), ([True, False] * 6, {})])
+@pytest.mark.parametrize('labels, kw', [([0, 1, 2] * 4, dict(y_block=CategoryBlock())), (['a', 'b', 'c'] * 4, {}),
+                                        ([10, 20, 700] * 4, dict(y_block=CategoryBlock())), ([True, False] * 6, {})])
 def test_tables(labels, kw):
     table = TabularPandas(pd.DataFrame({'x': np.arange(12.), 'label': labels}), cont_names=['x'], y_names='label', **kw)
     y, names = table.items['label'].copy(), list(table.procs.vocab)

@@ -43,7 +43,8 @@ def said():
 
 # -- the draw
 
-@given(easy=st.lists(st.booleans(), min_size=1, max_size=200), r=st.floats(0, .99), bs=st.sampled_from([None, 1, 2, 3, 8, 64]), drop_last=st.booleans(), seed=st.integers(0, 99))
+@given(easy=st.lists(st.booleans(), min_size=1, max_size=200), r=st.floats(0, .99),
+       bs=st.sampled_from([None, 1, 2, 3, 8, 64]), drop_last=st.booleans(), seed=st.integers(0, 99))
 def test_thin(easy, r, bs, drop_last, seed):
     easy = np.array(easy)
     if bs is None: drop_last = False                  # fastai forbids it
@@ -142,8 +143,10 @@ class Strips(Points):
 @pytest.mark.parametrize('loss_func, rows, kw', [
     (XentLossFlat(), lambda z, y: F.cross_entropy(z, y, reduction='none'), {}),
     (CrossEntropyLossFlat(), lambda z, y: F.cross_entropy(z, y, reduction='none'), {}),
-    (nn.CrossEntropyLoss(label_smoothing=.2), lambda z, y: F.cross_entropy(z, y, reduction='none', label_smoothing=.2), {}),
-    (XentLossFlat(axis=1), lambda z, y: F.cross_entropy(z, y, reduction='none'), dict(model=Strip(), train=Strips(36), valid=Strips(9)))], ids=['ours', 'fastai', 'torch', 'dense'])
+    (nn.CrossEntropyLoss(label_smoothing=.2), lambda z, y: F.cross_entropy(z, y, reduction='none',
+            label_smoothing=.2), {}),
+    (XentLossFlat(axis=1), lambda z, y: F.cross_entropy(z, y, reduction='none'),
+     dict(model=Strip(), train=Strips(36), valid=Strips(9)))], ids=['ours', 'fastai', 'torch', 'dense'])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_each_step_by_hand(loss_func, rows, kw, workers):
     hand = ByHand(rows)
@@ -204,7 +207,8 @@ def test_every_item_is_seen_again_and_again():
     assert all(len(o) < 60 for o in seen[1:-4])
     assert set.union(*seen[1:-4]) == set(range(60))
 
-@pytest.mark.parametrize('anneal, n, complete', [(.125, 16, 2), (.125, 10, 2), (.1, 10, 1), (0, 5, 0), (1, 5, 5), (.3, 10, 3)])
+@pytest.mark.parametrize('anneal, n, complete', [(.125, 16, 2), (.125, 10, 2), (.1, 10, 1), (0, 5, 0), (1, 5, 5),
+        (.3, 10, 3)])
 def test_annealing(anneal, n, complete):
     follows = Follows()
     learn = through_learner(TfmdDL(Coded(60), bs=4, shuffle=True, num_workers=0), cbs=[XentSampler(anneal=anneal), follows])
@@ -246,9 +250,12 @@ def run(cbs, epochs=3, **kw):
     learn.fit_one_cycle(epochs)
     return state(ended(learn))
 
-@pytest.mark.parametrize('make', [None, lambda: WeightedDL(Points(), bs=8, shuffle=True, num_workers=0, wgts=np.arange(36) % 5 + .1),
-                                  lambda: PartialDL(Points(), bs=8, shuffle=True, num_workers=0, partial_n=30)], ids=['plain', 'weighted', 'partial'])
-@pytest.mark.parametrize('sampler', [lambda: XentSampler(r=0), lambda: XentSampler(anneal=1)], ids=['r=0', 'anneal=1'])
+@pytest.mark.parametrize('make', [None, lambda: WeightedDL(Points(), bs=8, shuffle=True, num_workers=0,
+        wgts=np.arange(36) % 5 + .1),
+                                  lambda: PartialDL(Points(), bs=8, shuffle=True, num_workers=0, partial_n=30)],
+                                  ids=['plain', 'weighted', 'partial'])
+@pytest.mark.parametrize('sampler', [lambda: XentSampler(r=0), lambda: XentSampler(anneal=1)],
+                         ids=['r=0', 'anneal=1'])
 @pytest.mark.parametrize('workers', [0, 2])
 def test_training_on_all_is_the_same_to_the_bit(make, sampler, workers):
     def go(cbs):
@@ -368,7 +375,8 @@ class Same(Points):
         super().__init__(n)
         self.x, self.y = self.x[:1].repeat(n, 1), self.y[:1].repeat(n)
 
-@pytest.mark.parametrize('kw, r', [(dict(train=Same()), .5), (dict(), .01)], ids=['equal losses', 'a share of less than one'])
+@pytest.mark.parametrize('kw, r', [(dict(train=Same()), .5), (dict(), .01)],
+                         ids=['equal losses', 'a share of less than one'])
 def test_a_share_of_nothing_is_told(said, kw, r):
     learn = learner([XentSampler(r, anneal=0)], model=Frozen(), **kw)
     assert trained(learn) == [5] * 4
@@ -381,7 +389,8 @@ class Frozen(nn.Module):
         self.w = nn.Parameter(torch.zeros(1))
     def forward(self, x): return x[:, :3] + 0 * self.w
 
-@pytest.mark.parametrize('kw, fits', [(dict(anneal=.125), [4]), (dict(anneal=0), [2]), (dict(r=0), [3, 3]), (dict(anneal=1), [3]), (dict(anneal=0), [3, 1])])
+@pytest.mark.parametrize('kw, fits', [(dict(anneal=.125), [4]), (dict(anneal=0), [2]), (dict(r=0), [3, 3]),
+                                      (dict(anneal=1), [3]), (dict(anneal=0), [3, 1])])
 def test_what_was_asked_for_is_not_told(said, kw, fits):
     "Nothing is said where rows were skipped, or where none should be."
     learn = learner([XentSampler(**kw)])
@@ -490,6 +499,7 @@ def test_our_own_error_does_not_end_the_training(said, monkeypatch):
     assert trained(learner([XentSampler()])) == [5] * 4
     assert len(said()) == 1 and 'broken' in said()[0]
 
-@pytest.mark.parametrize('kw, words', [(dict(r=1), 'r is 1'), (dict(r=-.1), 'r is -0.1'), (dict(anneal=1.5), 'anneal is 1.5')])
+@pytest.mark.parametrize('kw, words', [(dict(r=1), 'r is 1'), (dict(r=-.1), 'r is -0.1'),
+                                       (dict(anneal=1.5), 'anneal is 1.5')])
 def test_settings_are_checked(kw, words):
     with pytest.raises(ValueError, match=words): XentSampler(**kw)
