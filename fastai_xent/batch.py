@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/batch.html.md"""
 # %% auto #0
 __all__ = ['NotRecordable', 'MixTap', 'put_back', 'Batch', 'check_sums', 'read_batch']
 
-# %% ../nbs/02b_batch.ipynb #4106a4f3
+# %% ../nbs/02b_batch.ipynb #94bcf5ae
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from .losses import XentLoss
 from .numerics import XentStats, _plain, _rows
 from .rowloss import XentSettings, xent_settings
 
-# %% ../nbs/02b_batch.ipynb #a866a7b6
+# %% ../nbs/02b_batch.ipynb #2dbdd5bc
 class NotRecordable(Exception):
     "These predictions and targets are not class logits and classes; the message says what they are."
 
@@ -99,7 +99,7 @@ def _last_call(b: Batch):
     if last is None or last.pred.data_ptr() != b.pred.data_ptr() or last.pred.shape != b.pred.shape: return None
     return last if last.targ.data_ptr() == b.targ.data_ptr() and last.targ.numel() == b.targ.numel() else None
 
-# %% ../nbs/02b_batch.ipynb #943f3184
+# %% ../nbs/02b_batch.ipynb #0fe78cf4
 def _one_tensor(pred) -> Tensor:
     "The model's output, if it is a tensor."
     if isinstance(pred, Tensor): return pred
@@ -142,7 +142,7 @@ def _fitting(targ, pred, axis, loss_func, settings) -> Tensor:
     if targ.shape == pred.shape: refuse(f": several labels an item; expected one class an item, in shape {rows}")
     refuse(f"; expected targets of shape {rows}")
 
-# %% ../nbs/02b_batch.ipynb #d9b0c13c
+# %% ../nbs/02b_batch.ipynb #d0a5a31c
 def _sums(p: Tensor, axis: int) -> Tensor: # How many rows are wrong; the first one's place, sum and smallest share
     "Which rows are no probabilities that add up to one?"
     total, least = p.sum(axis, dtype=torch.float64 if p.is_cpu else torch.float32).flatten(), p.amin(axis).flatten()

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/ledger.html.md"""
 # %% auto #0
 __all__ = ['Scalars', 'divisor', 'Balance', 'Ledger']
 
-# %% ../nbs/02c_ledger.ipynb #5607813c
+# %% ../nbs/02c_ledger.ipynb #b2374107
 import math
 from typing import NamedTuple
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from .asking import Asked
 from .batch import Batch
 
-# %% ../nbs/02c_ledger.ipynb #3b5059ae
+# %% ../nbs/02c_ledger.ipynb #5bf24b2c
 _ROOM = 1024 # numbers that get room on a device at once
 
 class Scalars:
@@ -26,13 +26,16 @@ class Scalars:
     def __init__(self): self.values, self.places, self.rooms = [], [], []
     def add(self, x: float|Tensor) -> None:
         "Keep one more; a tensor may change afterwards."
-        if isinstance(x, Tensor) and not x.is_cpu:
-            at = len(self.places) % _ROOM
-            if not at: self.rooms.append(x.new_empty(_ROOM, dtype=torch.float32))
-            self.rooms[-1][at] = x.detach()
-            self.places.append(len(self.values))
-            x = math.nan
-        self.values.append(float(x))
+        if isinstance(x, Tensor): x = x.item() if x.is_cpu else self._leave(x.detach())
+        self.values.append(x)
+
+    def _leave(self, x):
+        "Keep a number on its device, and a nan in its place here."
+        at = len(self.places) % _ROOM
+        if not at: self.rooms.append(x.new_empty(_ROOM, dtype=torch.float32))
+        self.rooms[-1][at] = x
+        self.places.append(len(self.values))
+        return math.nan
 
     def numpy(self) -> np.ndarray: # float64
         "All of them, brought to the host at once."
@@ -40,7 +43,7 @@ class Scalars:
         if self.places: res[self.places] = torch.cat(self.rooms)[:len(self.places)].cpu().numpy()
         return res
 
-# %% ../nbs/02c_ledger.ipynb #d7d4dc98
+# %% ../nbs/02c_ledger.ipynb #2f38f8fa
 def _reduction(batch, asked) -> str|None:
     if batch.settings is not None: return batch.settings.reduction
     if batch.mix is not None: return getattr(batch.loss_func, 'reduction', 'mean')   # fastai reduces what it has mixed
@@ -65,7 +68,7 @@ def divisor(
     ok = (y >= 0) & (y < batch.n_classes) & (y != s.ignore_index)
     return (s.weight.to(y.device)[y * ok] * ok).sum()
 
-# %% ../nbs/02c_ledger.ipynb #9fdf28fc
+# %% ../nbs/02c_ledger.ipynb #52d2e2b1
 class Balance(NamedTuple):
     "The losses of a pass, as the Learner had them and as the rows give them; batches that can be compared."
     batches: np.ndarray # Number of each batch in its pass
@@ -95,7 +98,7 @@ def _by_how_much(learner, rows) -> str:
     if np.ptp(ratio) < 1e-3 * abs(ratio).max(): return f"; it is {np.median(ratio):.4g} times theirs, each time"
     return f"; it differs by {more.min():+.3g} to {more.max():+.3g}"
 
-# %% ../nbs/02c_ledger.ipynb #15bc2fad
+# %% ../nbs/02c_ledger.ipynb #b55d6ddc
 class Ledger:
     "The loss of each batch of a pass, and what its rows are to be divided by."
     def __init__(self): self.at, self.losses, self.divisors, self.all, self.eps = [], Scalars(), Scalars(), [], 0.

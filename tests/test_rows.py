@@ -1,10 +1,13 @@
-"The rows of a pass: their memory, their shape, and whether anyone waits for a device."
+"The rows of a pass: what is read and refused, their memory, their shape, and whether anyone waits for a device."
 import tracemalloc
+from collections import OrderedDict
 from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from fastai.losses import CrossEntropyLossFlat
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
@@ -13,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fastai_xent import losses, rows as rows_module
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_stats
-from fastai_xent.batch import Batch, read_batch
+from fastai_xent.batch import Batch, NotRecordable, _sums, read_batch
 from fastai_xent.rows import RowBuffer
 
 LOSSES = {'ours': XentLoss(), 'stock': nn.CrossEntropyLoss()}
@@ -95,22 +98,88 @@ def test_the_watch_sees_who_waits():
             with pytest.raises(Exception): wait()
     assert watch.waits == ['_to_copy', 'copy_', *['_local_scalar_dense'] * 3, 'nonzero']
 
+WITHOUT_WAITING = {
+    'ours': lambda axis: XentLossFlat(axis=axis), 'stock': lambda axis: nn.CrossEntropyLoss(), 'smooth': lambda axis: XentLossFlat(axis=axis, label_smoothing=.1),
+    'weights': lambda axis: XentLossFlat(torch.ones(5, device='cuda'), axis=axis), 'stock weights': lambda axis: nn.CrossEntropyLoss(torch.ones(5, device='cuda')),
+    'nll': lambda axis: nn.NLLLoss(), 'sum': lambda axis: nn.CrossEntropyLoss(reduction='sum')}
+
+@pytest.mark.parametrize('soft', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', [(8, 5), (8, 5, 4)])
-@pytest.mark.parametrize('make', [XentLossFlat, lambda axis: nn.CrossEntropyLoss(), lambda axis: XentLossFlat(axis=axis, label_smoothing=.1), lambda axis: XentLossFlat(torch.ones(5, device="cuda"), axis=axis)])
-def test_no_batch_on_a_device_waits_for_it(monkeypatch, make, shape, dtype):
+@pytest.mark.parametrize('make', WITHOUT_WAITING)
+def test_no_batch_on_a_device_waits_for_it(monkeypatch, make, shape, dtype, soft):
+    if soft and make == 'nll': pytest.skip('nll_loss takes no probabilities')
     monkeypatch.setattr(losses, 'WAY', 'torch')
     monkeypatch.setattr(torch.cuda, 'Event', lambda: SimpleNamespace(record=lambda: None, query=lambda: False))
     with FakeTensorMode():
-        loss_func, rows = make(axis=1), RowBuffer(100)
-        z, y = torch.zeros(shape, device='cuda', dtype=dtype), torch.zeros(8, *shape[2:], device='cuda', dtype=torch.long)
+        loss_func, rows = WITHOUT_WAITING[make](axis=1), RowBuffer(100)
+        z = torch.zeros(shape, device='cuda', dtype=dtype)
+        y = torch.zeros(shape, device='cuda', dtype=dtype) if soft else torch.zeros(8, *shape[2:], device='cuda', dtype=torch.long)
         with Watch() as watch:
             for i in range(30):
-                loss_func(z, y)
-                rows.add(i, read_batch(SimpleNamespace(pred=z, yb=(y,), loss_func=loss_func)), i, extra=dict(grand=z.detach().flatten(1).sum(1)))
-            assert watch.waits == [] and rows.n == 240
-            rows.cols()
+                loss = loss_func(z, y)
+                batch = read_batch(SimpleNamespace(pred=z, yb=(y,), loss_func=loss_func, loss=loss))
+                rows.add(i, batch, i, extra=dict(grand=z.detach().flatten(1).sum(1)))
+            assert watch.waits == [] and rows.n == 240 and len(rows.ledger.at) == 30
+            assert len(rows.doubts) == 30 * (soft or make == 'nll')
+            rows._flush()
+            rows._fetch()
         assert set(watch.waits) == {'_to_copy'}       # the one wait, at the end of the pass
+
+def test_what_a_device_finds_is_told_at_the_end():
+    "Targets that are no probabilities: that epoch has no rows."
+    z, soft = torch.zeros(3, 4), torch.tensor([[1., 0, 0, 0], [0, 1, 1, 0], [.5, .5, .5, .5]])
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
+        good = Batch(z, torch.full((3, 4), .25), nn.CrossEntropyLoss(), 1, doubts=((_sums(torch.full((3, 4), .25, dtype=dtype), 1), 'rows'),))
+        bad = Batch(z, soft, nn.CrossEntropyLoss(), 1, doubts=((_sums(soft.to(dtype), 1), 'rows of targets'),))
+        rows = RowBuffer(9)
+        rows.add(0, good)
+        assert len(rows.cols()['loss']) == 3
+        rows.add(1, bad)
+        for _ in range(2):
+            with pytest.raises(NotRecordable, match='2 rows of targets. Row 1 of the batch adds up to 2, its smallest is 0'): rows.cols()
+
+# -- what cannot be read
+
+Z, SEVERAL = torch.zeros(3, 4), torch.tensor([[1., 0, 0, 0], [0, 1, 1, 0], [0, 0, 0, 0]])
+
+class ModelOutput(OrderedDict):
+    "As Hugging Face's models give it."
+    def __getattr__(self, k): return self[k]
+
+REFUSED = {
+    'multi-hot': (Z, SEVERAL, nn.CrossEntropyLoss(), ['2 rows of targets are no probabilities', 'Row 1 of the batch adds up to 2', 'BCEWithLogitsLossFlat', 'divided by their sum']),
+    'multi-hot, ours': (Z, SEVERAL, XentLossFlat(), ['Row 1 of the batch adds up to 2']), 'multi-hot, half': (Z.bfloat16(), SEVERAL.bfloat16(), XentLossFlat(), ['adds up to 2']),
+    'multi-hot of integers': (Z, SEVERAL.long(), XentLossFlat(), ['several labels an item', 'expected one class an item, in shape [3]']),
+    'multi-hot of bytes': (Z, SEVERAL.byte(), CrossEntropyLossFlat(), ['several labels an item']), 'multi-hot of booleans': (Z, SEVERAL.bool(), XentLossFlat(), ['several labels an item']),
+    'multi-hot made floats by the loss': (Z, SEVERAL.long(), XentLossFlat(floatify=True), ['Row 1 of the batch adds up to 2']),
+    'one item of several labels': (Z[:1], SEVERAL[1:2].long(), XentLossFlat(), ['several labels an item']), 'as many items as classes': (torch.zeros(4, 4), torch.ones(4, 4).long(), XentLossFlat(), ['several labels an item']),
+    'shares': (Z, SEVERAL * .4, nn.CrossEntropyLoss(), ['3 rows', 'Row 0 of the batch adds up to 0.4']), 'negative shares': (Z, torch.tensor([[1.5, -.5, 0, 0]] * 3), nn.CrossEntropyLoss(), ['its smallest is -0.5']),
+    'nan': (Z, torch.full((3, 4), torch.nan), nn.CrossEntropyLoss(), ['3 rows']), 'several labels a pixel': (torch.zeros(2, 4, 3), torch.ones(2, 4, 3), nn.CrossEntropyLoss(), ['6 rows of targets', 'adds up to 4']),
+    'logits for nll_loss': (Z, torch.tensor([0, 1, 2]), nn.NLLLoss(), ['3 rows of predictions are no log-probabilities', 'End the model with `log_softmax`']),
+    'a tuple': ((Z, Z), torch.tensor([0, 1, 2]), XentLossFlat(), ['the model gives a tuple of 2 (Tensor, Tensor)', 'self.learn.pred = self.pred[0]', '`RNNCallback`', 'rnn_cbs()']),
+    'a list': ([Z], torch.tensor([0, 1, 2]), XentLossFlat(), ['the model gives a list of 1 (Tensor)', 'self.pred[0]']),
+    'a ModelOutput': (ModelOutput(loss=Z, logits=Z), torch.tensor([0, 1, 2]), XentLossFlat(), ["the model gives a ModelOutput with 'loss', 'logits'", "self.learn.pred = self.pred['logits']"]),
+    'a dict': (dict(out=Z, aux=Z), torch.tensor([0, 1, 2]), XentLossFlat(), ["the model gives a dict with 'out', 'aux'", 'let the model give that']),
+    'numpy': (Z.numpy(), torch.tensor([0, 1, 2]), XentLossFlat(), ['the model gives a ndarray of float32', 'expected a tensor of class logits']), 'nothing': (None, torch.tensor([0, 1, 2]), XentLossFlat(), ['the model gives a NoneType']),
+    'whole numbers': (Z.long(), torch.tensor([0, 1, 2]), XentLossFlat(), ['predictions are torch.int64', 'expected class logits'])}
+
+@pytest.mark.parametrize('name', REFUSED)
+def test_what_cannot_be_read_is_refused_in_words(name):
+    pred, targ, loss_func, words = REFUSED[name]
+    with pytest.raises(NotRecordable) as e: read_batch(SimpleNamespace(pred=pred, yb=(targ,), loss_func=loss_func))
+    assert all(o in str(e.value) for o in words), str(e.value)
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16])
+def test_probabilities_are_taken(dtype):
+    "Also rounded ones, of many classes."
+    soft = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)).mul(3).softmax(1).to(dtype)
+    batch = read_batch(SimpleNamespace(pred=torch.zeros(50, 1000), yb=(soft,), loss_func=nn.CrossEntropyLoss()))
+    assert batch.doubts == () and batch.targ.shape == (50, 1000)
+    log_probs = torch.randn(50, 1000, generator=torch.Generator().manual_seed(0)).mul(3).log_softmax(1).to(dtype)
+    assert read_batch(SimpleNamespace(pred=log_probs, yb=(torch.zeros(50, dtype=torch.long),), loss_func=nn.NLLLoss())).settings.log_probs
+    hot = F.one_hot(torch.arange(50) % 1000, 1000)
+    assert read_batch(SimpleNamespace(pred=torch.zeros(50, 1000), yb=(hot,), loss_func=XentLossFlat(floatify=True))).targ.is_floating_point()
 
 class OnDevice(RowBuffer):
     "A buffer that takes a CPU for a device: rows wait there until the pass is over."
