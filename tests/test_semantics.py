@@ -1374,6 +1374,10 @@ class Switch(Points):
     def __getitem__(self, i): return self.x[i], (self.y[i, None] > 0).long()
 class Labels(Points):
     def __getitem__(self, i): return self.x[i], F.one_hot(self.y[i], 3).float()
+class Several(Points):
+    def __getitem__(self, i): return self.x[i], F.one_hot(self.y[i], 3).float() + (i % 3 == 0) * F.one_hot((self.y[i] + 1) % 3, 3)
+class Shares(Points):
+    def __getitem__(self, i): return self.x[i], F.one_hot(self.y[i], 3).float() * .5
 class TwoTargets(Points):
     n_inp = 1
     def __getitem__(self, i): return self.x[i], self.y[i], self.y[i]
@@ -1399,8 +1403,13 @@ BAD = {
     'regression of whole numbers': (dict(data=Rating, loss=MSELossFlat, model=lambda: Net(out=1)), ['a regression']),
     'one logit': (dict(data=Switch, loss=BCEWithLogitsLossFlat, model=lambda: Net(out=1)), ['a regression, or one logit for two classes', 'expected a logit for each class']),
     'several labels': (dict(data=Labels, loss=BCEWithLogitsLossFlat), ['a regression, or several labels an item', 'expected classes']),
+    'several labels for a cross-entropy': (dict(data=Several), ['rows of targets are no probabilities', 'adds up to 2', 'BCEWithLogitsLossFlat']),
+    'several labels for torch': (dict(data=Several, loss=nn.CrossEntropyLoss), ['rows of targets are no probabilities', 'adds up to 2']),
+    'several labels, mixed': (dict(data=Several, cbs=[MixUp]), ['rows of targets are no probabilities', 'adds up to 2']),
+    'shares that are none': (dict(data=Shares), ['8 rows of targets are no probabilities', 'adds up to 0.5']),
+    'logits for nll_loss': (dict(loss=nn.NLLLoss), ['8 rows of predictions are no log-probabilities', '`log_softmax`']),
     'two targets': (dict(data=TwoTargets, loss=lambda: two), ['a batch has 2 targets', 'expected one tensor of classes']),
-    'a model that gives a tuple': (dict(model=Tuple, loss=lambda: first_only), ['the model gives a tuple', 'expected a tensor of class logits']),
+    'a model that gives a tuple': (dict(model=Tuple, loss=lambda: first_only), ['the model gives a tuple of 2 (Tensor, int)', 'expected a tensor of class logits', 'self.learn.pred = self.pred[0]']),
 }
 
 @pytest.mark.parametrize('where', ['memory', 'disk'])
