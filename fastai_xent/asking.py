@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from fastai.layers import NoneReduce
 from fastai.losses import BaseLoss
+from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .losses import XentLoss
@@ -92,7 +93,7 @@ def copied(
     res = FunctionType(f.__code__, {**f.__globals__, **own}, f.__name__, deepcopy(f.__defaults__), cells)
     res.__kwdefaults__ = deepcopy(f.__kwdefaults__)
     res.__dict__.update(deepcopy(f.__dict__))
-    if f.__globals__.get(f.__name__) is f: res.__globals__[f.__name__] = res     # a function that keeps something in itself
+    if f.__globals__.get(f.__name__) is f: res.__globals__[f.__name__] = res     # it may keep something in itself
     return res
 
 # %% ../nbs/02_asking.ipynb #78f6c2f0
@@ -156,23 +157,14 @@ def _ways(loss, targ: Tensor, axis: int) -> list:
 # %% ../nbs/02_asking.ipynb #f3815610
 def _compiled_from(loss_func):
     "A loss as it was before `torch.compile` wrapped it: other shapes would make it compile again."
-    return getattr(loss_func, '_orig_mod', None) or getattr(loss_func, '_torchdynamo_orig_callable', loss_func)
+    for name in ('_orig_mod', '_torchdynamo_orig_callable'): loss_func = getattr(loss_func, name, loss_func)
+    return loss_func
 
-def _reduced_by(rows: Tensor, ok: Tensor, whole: Tensor, rtol: float) -> str|None:
-    "How `rows` make up the loss `whole`: by their 'mean' or 'sum'; None if by neither."
-    if whole.numel() != 1: return None
-    reduced = torch.stack([rows.sum() / len(rows.flatten()), rows[ok].mean(), rows.sum()]).double()
-    same = torch.isclose(reduced, whole.double().reshape(1), rtol=rtol, atol=1e-6, equal_nan=True).tolist()
-    return 'mean' if same[0] or same[1] else 'sum' if same[2] else None
-
-def _varied(pred: Tensor, targ: Tensor, axis: int, ignore_index: int) -> tuple:
-    "Logits and classes made from those of a batch, as different from row to row as can be."
-    n, c = targ.numel(), pred.shape[axis]
-    k = torch.arange(n, device=targ.device).view(targ.shape)
-    scale = torch.linspace(.1, 4, n, device=pred.device, dtype=pred.dtype).view(targ.shape).unsqueeze(axis)
-    return pred.detach() * scale, torch.where(targ == ignore_index, targ, (targ + k) % c)
-
-def _start(e: Exception) -> str: return str(e).split('. ')[0].strip().split('\n')[0]
+def _reason(e: Exception) -> str:
+    "Why a loss is not asked."
+    if isinstance(e, NotAsked): return str(e)
+    first, *_ = str(e).strip().split('. ')[0].splitlines() or ['']
+    return f"{type(e).__name__} when it is asked: {first}"
 
 class Asked:
     "A loss that can be asked for the loss of each row; or not, and `why`."
@@ -181,80 +173,31 @@ class Asked:
         pred: Tensor, # Logits of a first batch, `n c d…`
         targ: Tensor, # Classes, `n d…`
     ):
-        self.loss_func, self.device = loss_func, pred.device
-        self.loss, self.axis, self.moved = _compiled_from(loss_func), getattr(loss_func, 'axis', 1) % pred.ndim, False
-        if isinstance(self.loss, BaseLoss) and type(self.loss).__call__ is BaseLoss.__call__:   # what it calls has the classes in axis 1, and does not flatten
-            self.loss, self.moved = self.loss.func, True
-        ignore_index = getattr(self.loss, 'ignore_index', -100)
+        self.loss_func, self.loss, self.moved = loss_func, _compiled_from(loss_func), False
+        self.axis = getattr(self.loss, 'axis', 1) % pred.ndim
+        if isinstance(self.loss, BaseLoss) and type(self.loss).__call__ is BaseLoss.__call__:
+            self.loss, self.moved = self.loss.func, True       # this has the classes in axis 1, and does not flatten
+        ignore_index = getattr(self.loss, 'ignore_index', None)
         self.ignore_index = ignore_index if isinstance(ignore_index, int) else -100
         self.is_known = type(self.loss).__module__.startswith(('torch.', 'fastai.'))
-        self.way = self.reduction = None
-        self.why = ''
+        self.way, self.reduction, self.why = None, None, ''
         try: self._try(pred, targ)
         except Exception as e: self._give_up(e)
 
-    def _give_up(self, e):
-        self.way, self.why = None, str(e) if isinstance(e, NotAsked) else f"{type(e).__name__} when it is called: {_start(e)}"
-
-    def _try(self, pred, targ):
-        "Find a way to ask that gives the truth and leaves no trace."
-        if not _is_small(self.loss): raise NotAsked("only a copy may be asked, and it leads to too much to copy: a model, or a Learner?")
-        before, loss = _random_states(pred.device), copied(self.loss)
-        pred, targ = _varied(pred, targ, self.axis, self.ignore_index)
-        with random_kept(pred.device):
-            whole = self._call(lambda loss, z, y: _called(loss)(z, y), loss, pred, targ).detach()
-            self._look_for_traces(before, loss)
-            rows = self._first_answer(loss, pred, targ)
-            self._look_for_traces(before, loss)
-        eps = max(torch.finfo(o.dtype).eps for o in (pred, whole))
-        self.reduction = _reduced_by(rows, targ != self.ignore_index, whole, max(1e-4, 4 * eps))
-        if self.reduction is None and not self.is_known:
-            raise NotAsked(f"the loss of the batch is {whole.mean().item():.4g}, but the losses of its rows have the mean {rows.mean().item():.4g} "
-                           f"and the sum {rows.sum().item():.4g}: does it choose rows, or weigh classes?")
-
-    def _look_for_traces(self, before, loss):
-        "Raise if the copy that was called is not what it was, or has drawn random numbers."
-        if not alike(list(before), list(_random_states(self.device))): raise NotAsked("it draws random numbers: each call gives another loss")
-        if not alike(loss, self.loss): raise NotAsked("it keeps something from call to call, so asking would change it")
-
-    def _first_answer(self, loss, pred, targ) -> Tensor:
-        "The losses of the rows, by the first way that gives one each."
-        why = NotAsked("it has no `reduction` that could be 'none', and a batch of one item has many targets")
-        for self.way in _ways(loss, targ, self.axis):
-            try: return self._independent(loss, pred, targ)
-            except NotAsked as e: why = e
-            except Exception as e: why = NotAsked(f"{type(e).__name__} when it is called row by row: {_start(e)}")
-        raise why
-
-    def _independent(self, loss, pred, targ) -> Tensor:
-        "The losses of the rows, which must be the same if other rows are left out."
-        rows, some = self._answer(loss, pred, targ).detach(), slice(len(targ) // 2)
-        if self.way is not _at_once or len(targ) < 2: return rows
-        alone = self._answer(loss, pred[some], targ[some]).detach()
-        if torch.allclose(alone, rows[some], rtol=1e-4, atol=1e-6, equal_nan=True): return rows
-        raise NotAsked("with `reduction='none'` a row's loss depends on the other rows of its batch")
-
-    def _call(self, way, loss, z, y) -> Tensor:
-        if self.moved: z, y = z.movedim(self.axis, 1), y.long()
-        return _plain(way(loss, z, y))
-
-    def _answer(self, loss, z, y) -> Tensor: # In the shape of `y`
-        rows = self._call(self.way, loss, z, y)
-        if rows.shape == y.shape or (rows.numel() == y.numel() and y.ndim == 1): return rows.reshape(y.shape)
-        raise NotAsked(f"it gives losses of shape {list(rows.shape)} for targets of shape {list(y.shape)}")
+    def _give_up(self, e): self.way, self.why = None, _reason(e)
 
     def __call__(self,
         pred: Tensor, # Logits, `n c d…`
         targ: Tensor, # Classes, `n d…`
         mix: tuple|None = None, # For mixed rows: the other items' classes, and the share of the row's own
-    ) -> tuple: # The loss of each row, and its gradient's length in the logits, in the shape of `targ`; nan where it is not asked
+    ) -> tuple: # In the shape of `targ`: losses, and lengths of their gradients in the logits; nan if it is not asked
         "Ask for this batch."
-        nothing = torch.full(targ.shape, torch.nan, device=pred.device)
-        if self.way is None: return nothing, nothing
         try:
-            if self.is_known: return self._ask(self.loss, pred, targ, mix)
-            with random_kept(pred.device): return self._ask(copied(self.loss), pred, targ, mix)
+            if self.is_known and self.way: return self._ask(self.loss, pred, targ, mix)
+            if self.way:
+                with random_kept(pred.device): return self._ask(copied(self.loss), pred, targ, mix)
         except Exception as e: self._give_up(e)
+        nothing = torch.full(targ.shape, torch.nan, device=pred.device)
         return nothing, nothing
 
     def _ask(self, loss, pred, targ, mix):
@@ -265,7 +208,75 @@ class Asked:
                 own = mix[1].to(rows).view(-1, *[1] * (rows.ndim - 1))
                 rows = torch.lerp(self._answer(loss, z, mix[0]), rows, own)
             grad, = torch.autograd.grad(rows.sum(), z)
-        norm = torch.linalg.vector_norm(grad, dim=self.axis)
-        if mix is not None: return rows.detach(), norm
+        rows, norm = rows.detach(), torch.linalg.vector_norm(grad, dim=self.axis)
+        if mix is not None: return rows, norm
         ignored = targ == self.ignore_index
-        return rows.detach().masked_fill(ignored, torch.nan), norm.masked_fill(ignored, torch.nan)
+        return rows.masked_fill(ignored, torch.nan), norm.masked_fill(ignored, torch.nan)
+
+    def _answer(self, loss, z, y) -> Tensor: # In the shape of `y`
+        rows = self._call(self.way, loss, z, y)
+        if rows.shape == y.shape or (rows.numel() == y.numel() and y.ndim == 1): return rows.reshape(y.shape)
+        raise NotAsked(f"it gives losses of shape {list(rows.shape)} for targets of shape {list(y.shape)}")
+
+    def _call(self, way, loss, z, y) -> Tensor:
+        if self.moved: z, y = z.movedim(self.axis, 1), y.long()
+        return _plain(way(loss, z, y))
+
+# %% ../nbs/02_asking.ipynb #6ceca14d
+def _reduced_by(rows: Tensor, ok: Tensor, whole: Tensor, rtol: float) -> str|None:
+    "How `rows` make up the loss `whole`: by their 'mean' or 'sum'; None if by neither."
+    if whole.numel() != 1: return None
+    reduced = torch.stack([rows.mean(), rows[ok].mean(), rows.sum()]).double()
+    same = torch.isclose(reduced, whole.double().reshape(1), rtol=rtol, atol=1e-6, equal_nan=True).tolist()
+    return 'mean' if same[0] or same[1] else 'sum' if same[2] else None
+
+def _varied(pred: Tensor, targ: Tensor, axis: int, ignore_index: int) -> tuple:
+    "Logits and classes made from those of a batch, as different from row to row as can be."
+    n, c = targ.numel(), pred.shape[axis]
+    k = torch.arange(n, device=targ.device).view(targ.shape)
+    scale = torch.linspace(.1, 4, n, device=pred.device, dtype=pred.dtype).view(targ.shape).unsqueeze(axis)
+    return pred.detach() * scale, torch.where(targ == ignore_index, targ, (targ + k) % c)
+
+@patch
+def _try(self: Asked, pred, targ):
+    "Find a way to ask that gives the truth and leaves no trace."
+    if not _is_small(self.loss):
+        raise NotAsked("only a copy may be asked, and it leads to too much to copy: a model, or a Learner?")
+    before, loss = _random_states(pred.device), copied(self.loss)
+    pred, targ = _varied(pred, targ, self.axis, self.ignore_index)
+    with random_kept(pred.device):
+        whole = self._call(lambda loss, z, y: _called(loss)(z, y), loss, pred, targ).detach()
+        self._look_for_traces(loss, before, pred.device)
+        rows = self._first_answer(loss, pred, targ)
+        self._look_for_traces(loss, before, pred.device)
+    eps = max(torch.finfo(o.dtype).eps for o in (pred, whole))
+    self.reduction = _reduced_by(rows, targ != self.ignore_index, whole, max(1e-4, 4 * eps))
+    if self.reduction is None and not self.is_known:
+        batch, mean, total = (o.item() for o in (whole.mean(), rows.mean(), rows.sum()))
+        raise NotAsked(f"the loss of a batch is {batch:.4g}, but the losses of its rows have the mean {mean:.4g} "
+                       f"and the sum {total:.4g}: does it choose rows, or weigh classes?")
+
+@patch
+def _look_for_traces(self: Asked, loss, before, device):
+    "Raise if the copy that was called is not what it was, or has drawn random numbers."
+    drawn = not alike(before, _random_states(device))
+    if drawn: raise NotAsked("it draws random numbers: each call gives another loss")
+    if not alike(loss, self.loss): raise NotAsked("it keeps something from call to call, so asking would change it")
+
+@patch
+def _first_answer(self: Asked, loss, pred, targ) -> Tensor:
+    "The losses of the rows, by the first way that gives one each."
+    why = NotAsked("it has no `reduction` that could be 'none', and a batch of one item has many targets")
+    for self.way in _ways(loss, targ, self.axis):
+        try: return self._independent(loss, pred, targ)
+        except Exception as e: why = e
+    raise why
+
+@patch
+def _independent(self: Asked, loss, pred, targ) -> Tensor:
+    "The losses of the rows, which must be the same if other rows are left out."
+    rows, some = self._answer(loss, pred, targ).detach(), slice(len(targ) // 2)
+    if self.way is not _at_once or len(targ) < 2: return rows
+    alone = self._answer(loss, pred[some], targ[some]).detach()
+    if torch.allclose(alone, rows[some], rtol=1e-4, atol=1e-6, equal_nan=True): return rows
+    raise NotAsked("with `reduction='none'` a row's loss depends on the other rows of its batch")

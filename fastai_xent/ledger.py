@@ -61,7 +61,8 @@ def divisor(
     s, reduction = batch.settings, _reduction(batch, asked)
     if reduction is None: return None
     if reduction == 'sum': return 1.
-    if reduction == 'none' or s is None or batch.mix is not None or batch.targ.is_floating_point(): return float(_positions(batch))
+    soft = batch.mix is not None or batch.targ.is_floating_point()
+    if reduction == 'none' or s is None or soft: return float(_positions(batch))
     if s.weight is None: return math.nan
     if hasattr(batch.came, 'total'): return batch.came.total
     y = batch.targ.long()
@@ -82,13 +83,14 @@ class Balance(NamedTuple):
         return ~np.isclose(self.rows, self.learner, rtol=self.rtol, atol=self.rtol / 50, equal_nan=True)
 
     def __str__(self):
-        differ = self.differ
-        if not differ.any(): return f"the losses of the rows add up to the Learner's in all of {len(differ):,} batches"
+        differ, n = self.differ, f'{len(self.rows):,}'
+        if not differ.any(): return f"the losses of the rows add up to the Learner's in all of {n} batches"
         k = differ.argmax()
-        return (f"the losses of the rows do not add up to the Learner's in {differ.sum():,} of {len(differ):,} batches; the first is batch {self.batches[k]}, "
-                f"where the Learner has {self.learner[k]:.6g} and the rows give {self.rows[k]:.6g}{_by_how_much(self.learner[differ], self.rows[differ])}. "
-                "If a callback multiplies the loss or adds a penalty, the rows are recorded without that, and are right. "
-                "If rows are mixed or targets exchanged by other means than fastai's MixUp and CutMix, "
+        return (f"the losses of the rows do not add up to the Learner's in {differ.sum():,} of {n} batches; "
+                f"the first is batch {self.batches[k]}, where the Learner has {self.learner[k]:.6g} "
+                f"and the rows give {self.rows[k]:.6g}{_by_how_much(self.learner[differ], self.rows[differ])}. "
+                "If a callback multiplies the loss or adds a penalty, the rows are recorded without that, "
+                "and are right. If rows are mixed or targets exchanged by other means than fastai's MixUp and CutMix, "
                 "they were trained on other targets than the recorded ones")
 
 def _by_how_much(learner, rows) -> str:
@@ -115,7 +117,8 @@ class Ledger:
         self.losses.add(loss.mean() if loss.ndim else loss)
         self.divisors.add(by)
         self.all.append(_positions(batch) if asked is not None or (batch.dense and batch.mix is not None) else 0)
-        self.eps = max(self.eps, torch.finfo(loss.dtype).eps, 0. if asked is None else torch.finfo(batch.pred.dtype).eps)
+        types = [loss.dtype] if asked is None else [loss.dtype, batch.pred.dtype]
+        self.eps = max(self.eps, *(torch.finfo(o).eps for o in types))
 
     def balance(self,
         cols: dict, # The rows' columns, arrays by name
@@ -131,7 +134,8 @@ class Ledger:
         by, alike = self.divisors.numpy(), np.array(self.all)
         by = np.where(np.isnan(by), count, by)
         ok = (by != 0) & ((alike == 0) | (alike == count))
-        return Balance(np.array(numbers)[self.at][ok], self.losses.numpy()[ok], total[ok] / by[ok], max(1e-4, 4 * self.eps))
+        rtol = max(1e-4, 4 * self.eps)
+        return Balance(np.array(numbers)[self.at][ok], self.losses.numpy()[ok], total[ok] / by[ok], rtol)
 
 def _counts(cols) -> tuple: # How many positions of each row count; how often its loss is in the sum
     counts = (cols['pred'] >= 0).astype(np.int32)

@@ -154,7 +154,7 @@ def test_code_that_vmap_does_not_follow():
     def loss_func(z, y): return ce(z, y)[y >= 0].mean() if y.min().item() >= 0 else None
     for got, want in zip(Asked(loss_func, PRED[:8], TARG[:8])(PRED[:8], TARG[:8]), truth(ce, PRED[:8], TARG[:8])): assert_close(got, want)
     asked = Asked(loss_func, PRED, TARG)
-    assert asked.way is None and 'row by row' in asked.why
+    assert asked.way is None and 'when it is asked' in asked.why
 
 
 # -- losses that are not asked
@@ -221,7 +221,7 @@ class Vector(nn.Module):
     def forward(self, z, y): return ce(z, y)
 
 NOT_ASKED = {
-    'hardest': (hardest, 'row by row'), 'above': (above, 'row by row'), 'class weights': (weighted, 'weigh classes'),
+    'hardest': (hardest, 'when it is asked'), 'above': (above, 'when it is asked'), 'class weights': (weighted, 'weigh classes'),
     'row weights': (functools.partial(with_row_weights, w=torch.rand(N)), 'weigh classes'), 'the batch as a whole': (contrast, 'does it choose rows'),
     'noise': (noisy, 'draws random numbers'), 'luck': (by_luck, 'draws random numbers'), 'numpy': (by_numpy, 'draws random numbers'), 'dropout': (Dropped(), 'draws random numbers'),
     'count': (Counts(), 'keeps something'), 'average in place': (Averages(True), 'keeps something'), 'average': (Averages(False), 'keeps something'), 'memory': (Remembers(), 'keeps something'),

@@ -160,7 +160,7 @@ REFUSED = {
     'a tuple': ((Z, Z), torch.tensor([0, 1, 2]), XentLossFlat(), ['the model gives a tuple of 2 (Tensor, Tensor)', 'self.learn.pred = self.pred[0]', '`RNNCallback`', 'rnn_cbs()']),
     'a list': ([Z], torch.tensor([0, 1, 2]), XentLossFlat(), ['the model gives a list of 1 (Tensor)', 'self.pred[0]']),
     'a ModelOutput': (ModelOutput(loss=Z, logits=Z), torch.tensor([0, 1, 2]), XentLossFlat(), ["the model gives a ModelOutput with 'loss', 'logits'", "self.learn.pred = self.pred['logits']"]),
-    'a dict': (dict(out=Z, aux=Z), torch.tensor([0, 1, 2]), XentLossFlat(), ["the model gives a dict with 'out', 'aux'", 'let the model give that']),
+    'a dict': (dict(out=Z, aux=Z), torch.tensor([0, 1, 2]), XentLossFlat(), ["the model gives a dict with 'out', 'aux'", 'let it give that']),
     'numpy': (Z.numpy(), torch.tensor([0, 1, 2]), XentLossFlat(), ['the model gives a ndarray of float32', 'expected a tensor of class logits']), 'nothing': (None, torch.tensor([0, 1, 2]), XentLossFlat(), ['the model gives a NoneType']),
     'whole numbers': (Z.long(), torch.tensor([0, 1, 2]), XentLossFlat(), ['predictions are torch.int64', 'expected class logits'])}
 
