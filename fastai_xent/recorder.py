@@ -9,7 +9,6 @@ __all__ = ['XentRecorder']
 
 # %% ../nbs/05_recorder.ipynb #fcb936c5
 import random
-import re
 import time
 import traceback
 import warnings
@@ -258,9 +257,7 @@ def _leave(self: XentRecorder, why):
     "This pass cannot be recorded."
     split = self._now.split
     self._drop()
-    self._tell(f"XentRecorder records nothing of {split!r}: {why}", once=_without_numbers(f'{split} {why}'))
-
-def _without_numbers(message) -> str: return re.sub(r'-?[\d.]+', '', message)     # the same of another batch is not told again
+    self._tell(f"XentRecorder records nothing of {split!r}: {why}")
 
 @patch
 def before_batch(self: XentRecorder):
@@ -298,7 +295,7 @@ def _close(self: XentRecorder):
     rows, now.rows = now.rows, None
     self._settle(room=rows.n)                             # before the rows are there twice
     try: cols, balance, at, sizes = rows.cols(), rows.balance(), rows.at, rows.sizes
-    except NotRecordable as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now.split!r}: {e}", once=_without_numbers(f'{now.split} {e}'))
+    except NotRecordable as e: return self._tell(f"XentRecorder did not record epoch {self._epoch} of {now.split!r}: {e}")
     del rows                                              # a million rows are some 30 MB
     if not cols: return
     self._compare(now.split, balance)
