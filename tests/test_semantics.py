@@ -1446,7 +1446,7 @@ def test_what_does_not_add_up_to_one_is_refused(name):
     with warned() as said: end = run([rec])
     assert all(w in said[0] for w in words) and "nothing of 'train'" in said[0] and not any('error of its own' in o for o in said), said
     same_bits(end, run([]))
-    assert not rec.record.keys
+    assert not rec.record.n_epochs
 
 def test_no_labels():
     "A Learner whose batches have no targets."
