@@ -115,7 +115,7 @@ class Recorded:
             self.rows = RowBuffer(ROWS)
         self.z.grad = None
         loss = self.loss_func(self.z, self.y)
-        self.rows.add(self.i, Batch(self.z.detach(), self.y, self.loss_func, 1), self.i)
+        self.rows.add(self.i, Batch(self.z.detach(), self.y, self.loss_func, 1, loss=loss), self.i)
         loss.backward()
         self.i += 1
 

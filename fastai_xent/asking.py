@@ -222,12 +222,12 @@ class Asked:
         if self.moved: z, y = z.movedim(self.axis, 1), y.long()
         return _plain(way(loss, z, y))
 
-# %% ../nbs/02_asking.ipynb #6ceca14d
+# %% ../nbs/02_asking.ipynb #787031bf
 def _reduced_by(rows: Tensor, ok: Tensor, whole: Tensor, rtol: float) -> str|None:
     "How `rows` make up the loss `whole`: by their 'mean' or 'sum'; None if by neither."
-    if whole.numel() != 1: return None
+    if whole.numel() != 1 or not whole.isfinite(): return None
     reduced = torch.stack([rows.mean(), rows[ok].mean(), rows.sum()]).double()
-    same = torch.isclose(reduced, whole.double().reshape(1), rtol=rtol, atol=1e-6, equal_nan=True).tolist()
+    same = torch.isclose(reduced, whole.double().reshape(1), rtol=rtol, atol=1e-6).tolist()
     return 'mean' if same[0] or same[1] else 'sum' if same[2] else None
 
 def _varied(pred: Tensor, targ: Tensor, axis: int, ignore_index: int) -> tuple:
@@ -252,9 +252,8 @@ def _try(self: Asked, pred, targ):
     eps = max(torch.finfo(o.dtype).eps for o in (pred, whole))
     self.reduction = _reduced_by(rows, targ != self.ignore_index, whole, max(1e-4, 4 * eps))
     if self.reduction is None and not self.is_known:
-        batch, mean, total = (o.item() for o in (whole.mean(), rows.mean(), rows.sum()))
-        raise NotAsked(f"the loss of a batch is {batch:.4g}, but the losses of its rows have the mean {mean:.4g} "
-                       f"and the sum {total:.4g}: does it choose rows, or weigh classes?")
+        raise NotAsked("the losses of its rows make up its loss neither by their mean nor by their sum: "
+                       "does it choose rows, or weigh classes?")
 
 @patch
 def _look_for_traces(self: Asked, loss, before, device):

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/batch.html.md"""
 # %% auto #0
 __all__ = ['NotRecordable', 'MixTap', 'put_back', 'Batch', 'check_sums', 'read_batch']
 
-# %% ../nbs/02b_batch.ipynb #4106a4f3
+# %% ../nbs/02b_batch.ipynb #94bcf5ae
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -23,7 +23,7 @@ from .losses import XentLoss
 from .numerics import XentStats, _plain, _rows
 from .rowloss import XentSettings, xent_settings
 
-# %% ../nbs/02b_batch.ipynb #a866a7b6
+# %% ../nbs/02b_batch.ipynb #2dbdd5bc
 class NotRecordable(Exception):
     "These predictions and targets are not class logits and classes; the message says what they are."
 
@@ -51,7 +51,7 @@ class MixTap:
 
     def mixed(self,
         n: int, # Rows of the batch
-    ) -> tuple: # The partner of each row as its place in the batch, targets of the partners, share of the row's own item
+    ) -> tuple: # Each row's partner, as its place in the batch; the partners' targets; the share of the row's own item
         "How the batch was mixed."
         perm, lam = self.seen.perm, self.cb.lam
         if perm is None or len(perm) != n:
@@ -74,7 +74,7 @@ class Batch:
     axis: int           # The class axis
     mix: tuple|None = None       # Targets of the partners, and shares of the rows' own items
     partner: Tensor|None = None  # The partner of each row, as its place in the batch
-    stats: XentStats|None = None # The rows' statistics, where the loss has them and `pred` holds features instead of logits
+    stats: XentStats|None = None # The rows' statistics, where `pred` holds features instead of logits
     loss: Tensor|None = None     # The batch's loss, as the Learner has it
     doubts: tuple = ()           # What is to be looked at when the device has come to it: see `_look_at_sums`
 
@@ -99,7 +99,7 @@ def _last_call(b: Batch):
     if last is None or last.pred.data_ptr() != b.pred.data_ptr() or last.pred.shape != b.pred.shape: return None
     return last if last.targ.data_ptr() == b.targ.data_ptr() and last.targ.numel() == b.targ.numel() else None
 
-# %% ../nbs/02b_batch.ipynb #943f3184
+# %% ../nbs/02b_batch.ipynb #0fe78cf4
 def _one_tensor(pred) -> Tensor:
     "The model's output, if it is a tensor."
     if isinstance(pred, Tensor): return pred
@@ -111,9 +111,9 @@ def _one_tensor(pred) -> Tensor:
         what = f" of {len(pred)} ({', '.join(type(o).__name__ for o in pred)})"
         part = '[0]'
     elif hasattr(pred, 'dtype'): what = f" of {pred.dtype}"
-    how = "" if part is None else f", or take it in a callback: `def after_pred(self): self.learn.pred = self.pred{part}`"
+    how = '' if part is None else f", or a callback: `def after_pred(self): self.learn.pred = self.pred{part}`"
     if part == '[0]': how += " (fastai's text models do so with `RNNCallback`, which `cbs=rnn_cbs()` brings)"
-    raise NotRecordable(f"the model gives a {kind}{what}, expected a tensor of class logits; let the model give that{how}")
+    raise NotRecordable(f"the model gives a {kind}{what}, expected a tensor of class logits; let it give that{how}")
 
 def _one_target(yb) -> Tensor:
     "The targets, if they are one tensor."
@@ -125,34 +125,39 @@ def _class_axis(pred, loss_func, settings) -> int: # From 0
     "The class axis of the logits."
     axis = getattr(loss_func, 'axis', 1) if settings is None else settings.axis
     if pred.ndim < 2 or not pred.is_floating_point() or not -pred.ndim <= axis < pred.ndim:
-        raise NotRecordable(f"predictions are {pred.dtype} of shape {list(pred.shape)}, expected class logits with the classes in axis {axis}")
+        raise NotRecordable(f"predictions are {pred.dtype} of shape {list(pred.shape)}, "
+                            f"expected class logits with the classes in axis {axis}")
     return axis % pred.ndim
 
 def _fitting(targ, pred, axis, loss_func, settings) -> Tensor:
     "The targets in the shape of the rows; probabilities in that of the logits."
-    rows = _rows(pred, axis)
-    if list(targ.shape) == rows and not targ.is_floating_point() and (settings is not None or pred.shape[axis] > 1): return targ
-    def refuse(why):
-        raise NotRecordable(f"targets are {targ.dtype} of shape {list(targ.shape)} for predictions of shape {list(pred.shape)} and {loss_func}{why}")
-    if settings is None and pred.shape[axis] == 1: refuse(": a regression, or one logit for two classes; expected a logit for each class")
-    if targ.is_floating_point():
-        if settings is None or targ.shape != pred.shape: refuse(": a regression, or several labels an item; expected classes")
-        return targ
-    if [s for s in targ.shape if s != 1] == [s for s in rows if s != 1]: return targ.view(rows)
-    if targ.shape == pred.shape: refuse(f": several labels an item; expected one class an item, in shape {rows}")
-    refuse(f"; expected targets of shape {rows}")
+    rows, why = _rows(pred, axis), ''
+    soft, known = targ.is_floating_point(), settings is not None
+    if not known and pred.shape[axis] == 1:
+        why = ": a regression, or one logit for two classes; expected a logit for each class"
+    elif not soft and list(targ.shape) == rows: return targ
+    elif soft and known and targ.shape == pred.shape: return targ
+    elif soft: why = ": a regression, or several labels an item; expected classes"
+    elif _without_ones(targ.shape) == _without_ones(rows): return targ.view(rows)
+    elif targ.shape == pred.shape: why = f": several labels an item; expected one class an item, in shape {rows}"
+    else: why = f"; expected targets of shape {rows}"
+    raise NotRecordable(f"targets are {targ.dtype} of shape {list(targ.shape)} "
+                        f"for predictions of shape {list(pred.shape)} and {loss_func}{why}")
 
-# %% ../nbs/02b_batch.ipynb #d9b0c13c
+def _without_ones(shape) -> list: return [s for s in shape if s != 1]
+
+# %% ../nbs/02b_batch.ipynb #d0a5a31c
 def _sums(p: Tensor, axis: int) -> Tensor: # How many rows are wrong; the first one's place, sum and smallest share
     "Which rows are no probabilities that add up to one?"
     total, least = p.sum(axis, dtype=torch.float64 if p.is_cpu else torch.float32).flatten(), p.amin(axis).flatten()
     near = 1e-3 if torch.finfo(p.dtype).eps < 1e-5 else 2e-2
     bad = ~((total - 1).abs() <= near) | (least < 0)
     first = bad.to(torch.uint8).argmax()
-    return torch.stack([bad.sum(), first, total.take(first), least.take(first)])     # `take`: an index would wait for `first`
+    return torch.stack([bad.sum(), first, total.take(first), least.take(first)])     # an index would wait for `first`
 
-_MULTI_HOT = ("rows of targets are no probabilities. For several labels an item (multi-hot) there is a loss like `BCEWithLogitsLossFlat`, "
-              "which has no cross-entropy to record; shares that are meant as probabilities are to be divided by their sum")
+_MULTI_HOT = ("rows of targets are no probabilities. For several labels an item (multi-hot) there is a loss like "
+              "`BCEWithLogitsLossFlat`, which has no cross-entropy to record; shares that are meant as probabilities "
+              "are to be divided by their sum")
 _NO_LOG = ("rows of predictions are no log-probabilities, as `nll_loss` takes them. End the model with `log_softmax`, "
            "or use `XentLossFlat` on its logits")
 
@@ -163,7 +168,8 @@ def check_sums(
     "Raise if there are rows that are no probabilities."
     n, first, total, least = found
     if not n: return
-    raise NotRecordable(f"{n:.0f} {what}. Row {first:.0f} of the batch adds up to {total:.4g}, its smallest is {least:.4g}")
+    raise NotRecordable(f"{n:.0f} {what}. Row {first:.0f} of the batch adds up to {total:.4g}, "
+                        f"its smallest is {least:.4g}")
 
 def _look_at_sums(b: Batch) -> None:
     "Refuse what are no probabilities: now, or as one of the `doubts` of the batch."
@@ -198,6 +204,7 @@ def read_batch(
 def _features_batch(pred, targ, loss_func, loss, mix_tap):
     "A batch whose logits only the loss has seen, a chunk at a time."
     if mix_tap is not None:
-        raise NotRecordable("the head is in the loss (`head_in_loss`), and a callback mixes rows: whose statistics the loss has is not known")
+        raise NotRecordable("the head is in the loss (`head_in_loss`), and a callback mixes rows: "
+                            "whose statistics the loss has is not known")
     stats = loss_func.stats
     return Batch(pred.plain().detach(), targ.view(stats.loss.shape), loss_func, pred.ndim - 1, stats=stats, loss=loss)

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/ledger.html.md"""
 # %% auto #0
 __all__ = ['Scalars', 'divisor', 'Balance', 'Ledger']
 
-# %% ../nbs/02c_ledger.ipynb #5607813c
+# %% ../nbs/02c_ledger.ipynb #b2374107
 import math
 from typing import NamedTuple
 
@@ -18,7 +18,9 @@ from torch import Tensor
 from .asking import Asked
 from .batch import Batch
 
-# %% ../nbs/02c_ledger.ipynb #3b5059ae
+# %% ../nbs/02c_ledger.ipynb #5bf24b2c
+def _number(x: Tensor) -> float: return x.item()      # on a CPU, where nobody waits for it
+
 _ROOM = 1024 # numbers that get room on a device at once
 
 class Scalars:
@@ -26,13 +28,16 @@ class Scalars:
     def __init__(self): self.values, self.places, self.rooms = [], [], []
     def add(self, x: float|Tensor) -> None:
         "Keep one more; a tensor may change afterwards."
-        if isinstance(x, Tensor) and not x.is_cpu:
-            at = len(self.places) % _ROOM
-            if not at: self.rooms.append(x.new_empty(_ROOM, dtype=torch.float32))
-            self.rooms[-1][at] = x.detach()
-            self.places.append(len(self.values))
-            x = math.nan
-        self.values.append(float(x.detach() if isinstance(x, Tensor) else x))
+        if isinstance(x, Tensor): x = _number(x) if x.is_cpu else self._leave(x.detach())
+        self.values.append(x)
+
+    def _leave(self, x):
+        "Keep a number on its device, and a nan in its place here."
+        at = len(self.places) % _ROOM
+        if not at: self.rooms.append(x.new_empty(_ROOM, dtype=torch.float32))
+        self.rooms[-1][at] = x
+        self.places.append(len(self.values))
+        return math.nan
 
     def numpy(self) -> np.ndarray: # float64
         "All of them, brought to the host at once."
@@ -40,7 +45,7 @@ class Scalars:
         if self.places: res[self.places] = torch.cat(self.rooms)[:len(self.places)].cpu().numpy()
         return res
 
-# %% ../nbs/02c_ledger.ipynb #d7d4dc98
+# %% ../nbs/02c_ledger.ipynb #2f38f8fa
 def _reduction(batch, asked) -> str|None:
     if batch.settings is not None: return batch.settings.reduction
     if batch.mix is not None: return getattr(batch.loss_func, 'reduction', 'mean')   # fastai reduces what it has mixed
@@ -58,14 +63,15 @@ def divisor(
     s, reduction = batch.settings, _reduction(batch, asked)
     if reduction is None: return None
     if reduction == 'sum': return 1.
-    if reduction == 'none' or s is None or batch.mix is not None or batch.targ.is_floating_point(): return float(_positions(batch))
+    soft = batch.mix is not None or batch.targ.is_floating_point()
+    if reduction == 'none' or s is None or soft: return float(_positions(batch))
     if s.weight is None: return math.nan
     if hasattr(batch.came, 'total'): return batch.came.total
     y = batch.targ.long()
     ok = (y >= 0) & (y < batch.n_classes) & (y != s.ignore_index)
     return (s.weight.to(y.device)[y * ok] * ok).sum()
 
-# %% ../nbs/02c_ledger.ipynb #9fdf28fc
+# %% ../nbs/02c_ledger.ipynb #52d2e2b1
 class Balance(NamedTuple):
     "The losses of a pass, as the Learner had them and as the rows give them; batches that can be compared."
     batches: np.ndarray # Number of each batch in its pass
@@ -79,13 +85,14 @@ class Balance(NamedTuple):
         return ~np.isclose(self.rows, self.learner, rtol=self.rtol, atol=self.rtol / 50, equal_nan=True)
 
     def __str__(self):
-        differ = self.differ
-        if not differ.any(): return f"the losses of the rows add up to the Learner's in all of {len(differ):,} batches"
+        differ, n = self.differ, f'{len(self.rows):,}'
+        if not differ.any(): return f"the losses of the rows add up to the Learner's in all of {n} batches"
         k = differ.argmax()
-        return (f"the losses of the rows do not add up to the Learner's in {differ.sum():,} of {len(differ):,} batches; the first is batch {self.batches[k]}, "
-                f"where the Learner has {self.learner[k]:.6g} and the rows give {self.rows[k]:.6g}{_by_how_much(self.learner[differ], self.rows[differ])}. "
-                "If a callback multiplies the loss or adds a penalty, the rows are recorded without that, and are right. "
-                "If rows are mixed or targets exchanged by other means than fastai's MixUp and CutMix, "
+        return (f"the losses of the rows do not add up to the Learner's in {differ.sum():,} of {n} batches; "
+                f"the first is batch {self.batches[k]}, where the Learner has {self.learner[k]:.6g} "
+                f"and the rows give {self.rows[k]:.6g}{_by_how_much(self.learner[differ], self.rows[differ])}. "
+                "If a callback multiplies the loss or adds a penalty, the rows are recorded without that, "
+                "and are right. If rows are mixed or targets exchanged by other means than fastai's MixUp and CutMix, "
                 "they were trained on other targets than the recorded ones")
 
 def _by_how_much(learner, rows) -> str:
@@ -95,7 +102,7 @@ def _by_how_much(learner, rows) -> str:
     if np.ptp(ratio) < 1e-3 * abs(ratio).max(): return f"; it is {np.median(ratio):.4g} times theirs, each time"
     return f"; it differs by {more.min():+.3g} to {more.max():+.3g}"
 
-# %% ../nbs/02c_ledger.ipynb #15bc2fad
+# %% ../nbs/02c_ledger.ipynb #b55d6ddc
 class Ledger:
     "The loss of each batch of a pass, and what its rows are to be divided by."
     def __init__(self): self.at, self.losses, self.divisors, self.all, self.eps = [], Scalars(), Scalars(), [], 0.
@@ -112,7 +119,8 @@ class Ledger:
         self.losses.add(loss.mean() if loss.ndim else loss)
         self.divisors.add(by)
         self.all.append(_positions(batch) if asked is not None or (batch.dense and batch.mix is not None) else 0)
-        self.eps = max(self.eps, torch.finfo(loss.dtype).eps, 0. if asked is None else torch.finfo(batch.pred.dtype).eps)
+        types = [loss.dtype] if asked is None else [loss.dtype, batch.pred.dtype]
+        self.eps = max(self.eps, *(torch.finfo(o).eps for o in types))
 
     def balance(self,
         cols: dict, # The rows' columns, arrays by name
@@ -128,7 +136,8 @@ class Ledger:
         by, alike = self.divisors.numpy(), np.array(self.all)
         by = np.where(np.isnan(by), count, by)
         ok = (by != 0) & ((alike == 0) | (alike == count))
-        return Balance(np.array(numbers)[self.at][ok], self.losses.numpy()[ok], total[ok] / by[ok], max(1e-4, 4 * self.eps))
+        rtol = max(1e-4, 4 * self.eps)
+        return Balance(np.array(numbers)[self.at][ok], self.losses.numpy()[ok], total[ok] / by[ok], rtol)
 
 def _counts(cols) -> tuple: # How many positions of each row count; how often its loss is in the sum
     counts = (cols['pred'] >= 0).astype(np.int32)

@@ -1,4 +1,4 @@
-"""Loss, gradient norm and the other facts of each row, as the loss function made them: by a formula for cross-entropy, by asking for any other
+"""The facts of each row, as the loss function made them: by a formula for cross-entropy, by asking for any other
 
 Docs: https://fastai-xent.github.io/fastai_xent/rowloss.html.md"""
 
@@ -45,7 +45,7 @@ def xent_settings(
     elif isinstance(func, XentLoss): axis = func.axis
     if isinstance(func, nn.Module): return _of_module(func, axis)
     func, given = (func.func, func.keywords) if isinstance(func, functools.partial) and not func.args else (func, {})
-    if (func is not F.cross_entropy and func is not F.nll_loss) or not given.keys() <= set(XentSettings._fields[1:5]): return None
+    if func not in (F.cross_entropy, F.nll_loss) or given.keys() - set(XentSettings._fields[1:5]): return None
     return XentSettings(axis, **given, log_probs=func is F.nll_loss)
 
 def _of_module(func, axis):

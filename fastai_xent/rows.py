@@ -64,7 +64,8 @@ class _Room:
         "The line of a column."
         if name in _FLOATS: return self.floats[_FLOATS.index(name)]
         if name in _INTS: return self.ints[_INTS.index(name)]
-        if name not in self.more: self.more[name] = np.full(self.size, np.nan, np.float32) if floating else np.full(self.size, -1, np.int32)
+        dtype = np.dtype(np.float32 if floating else np.int32)
+        if name not in self.more: self.more[name] = np.full(self.size, _NOTHING[dtype.kind], dtype)
         return self.more[name]
 
     def put(self, cols: dict, to: slice) -> None:
@@ -95,7 +96,7 @@ class RowBuffer:
     "Statistics of the rows of one pass, in order of arrival."
     def __init__(self, capacity: int): # A first guess of the number of rows
         self.at, self.sizes, self.steps, self.capacity = [], [], [], max(capacity, 1)
-        self.room, self.parts, self.late = _Room(capacity), [], []  # on the host; on a device; whose statistics are not computed yet
+        self.room, self.parts, self.late = _Room(capacity), [], []  # rows on the host; on a device; logits that wait
         self.asked, self.ledger, self.doubts = None, Ledger(), []
 
     @property
@@ -140,15 +141,15 @@ class RowBuffer:
     def _stats(self, b) -> XentStats:
         if b.came is not None: return b.came.stats(b.targ.shape) if type(b.came) is FusedPass else b.came
         try: return row_stats(b.loss_func, b.pred, b.targ, b.mix, self.asked)
-        except IndexError as e: raise NotRecordable(str(e)) from None     # a target that is no class, and a loss that does not mind
+        except IndexError as e: raise NotRecordable(str(e)) from None     # no class, and a loss that does not mind
 
     def _wait(self, b, part):
         "Keep a copy of the logits."
-        key = b.pred.shape[1], b.pred.dtype, b.pred.device, b.settings._replace(weight=id(b.settings.weight)), _version(b.settings.weight)
+        w = b.settings.weight
+        key = b.pred.shape[1], b.pred.dtype, b.pred.device, b.settings._replace(weight=id(w)), _version(w)
         waiting = sum(len(y) for _, y, _ in self.late)
         if self.late and (key != self.key or (waiting + b.n) * b.n_classes > _WAITING): self._flush()
         if not self.late:
-            w = b.settings.weight
             self.key, self.settings = key, b.settings._replace(weight=None if w is None else w.clone())
         self.late.append((b.pred.clone(), b.targ.clone(), part))
 

@@ -221,12 +221,12 @@ class Vector(nn.Module):
     def forward(self, z, y): return ce(z, y)
 
 NOT_ASKED = {
-    'hardest': (hardest, 'when it is asked'), 'above': (above, 'when it is asked'), 'class weights': (weighted, 'weigh classes'),
-    'row weights': (functools.partial(with_row_weights, w=torch.rand(N)), 'weigh classes'), 'the batch as a whole': (contrast, 'does it choose rows'),
+    'hardest': (hardest, 'when it is asked'), 'above': (above, 'when it is asked'), 'class weights': (weighted, 'neither by their mean nor by their sum'),
+    'row weights': (functools.partial(with_row_weights, w=torch.rand(N)), 'neither by their mean nor by their sum'), 'the batch as a whole': (contrast, 'neither by their mean nor by their sum'),
     'noise': (noisy, 'draws random numbers'), 'luck': (by_luck, 'draws random numbers'), 'numpy': (by_numpy, 'draws random numbers'), 'dropout': (Dropped(), 'draws random numbers'),
     'count': (Counts(), 'keeps something'), 'average in place': (Averages(True), 'keeps something'), 'average': (Averages(False), 'keeps something'), 'memory': (Remembers(), 'keeps something'),
     'closure': (counter(), 'keeps something'), 'global': (counts_globally, 'keeps something'), 'its own attribute': (counts_in_itself, 'keeps something'),
-    'a model': (Big(), 'too much to copy'), 'no scalar': (Vector(), 'does it choose rows')}
+    'a model': (Big(), 'too much to copy'), 'no scalar': (Vector(), 'neither by their mean nor by their sum')}
 
 def everything(f):
     "What a loss keeps, wherever."
@@ -254,6 +254,18 @@ def test_a_first_batch_of_one_class_and_of_hard_rows_does_not_mislead():
     for loss_func in (weighted, above):
         assert_close(loss_func(z, y), ce(z, y).mean())
         assert Asked(loss_func, z, y).way is None
+
+def test_nan_agrees_with_nothing():
+    "A loss on probabilities that gets logits: all of it is nan, and nothing is known of its rows."
+    def of_probs(z, y): return -z.log()[torch.arange(len(y)), y].topk(2).values.mean()
+    assert Asked(of_probs, -PRED.abs() - 1, TARG).way is None
+    def rows(z, y): return -z.log()[torch.arange(len(y)), y]
+    p = PRED.softmax(1)
+    assert_close(Asked(lambda z, y: rows(z, y).mean(), p, TARG)(p, TARG)[0], rows(p, TARG))
+
+def test_the_reason_is_the_same_in_each_pass():
+    "So that it is told once."
+    for loss_func, _ in NOT_ASKED.values(): assert Asked(loss_func, PRED, TARG).why == Asked(loss_func, PRED.flip(0) * 2, TARG.flip(0)).why
 
 def test_no_trace_in_a_loss_that_is_asked():
     "Neither in the loss, nor in what the last call of the training left behind, nor in gradients."

@@ -1375,6 +1375,10 @@ class Switch(Points):
     def __getitem__(self, i): return self.x[i], (self.y[i, None] > 0).long()
 class Labels(Points):
     def __getitem__(self, i): return self.x[i], F.one_hot(self.y[i], 3).float()
+class Several(Points):
+    def __getitem__(self, i): return self.x[i], F.one_hot(self.y[i], 3).float() + (i % 3 == 0) * F.one_hot((self.y[i] + 1) % 3, 3)
+class Shares(Points):
+    def __getitem__(self, i): return self.x[i], F.one_hot(self.y[i], 3).float() * .5
 class TwoTargets(Points):
     n_inp = 1
     def __getitem__(self, i): return self.x[i], self.y[i], self.y[i]
@@ -1401,7 +1405,7 @@ BAD = {
     'one logit': (dict(data=Switch, loss=BCEWithLogitsLossFlat, model=lambda: Net(out=1)), ['a regression, or one logit for two classes', 'expected a logit for each class']),
     'several labels': (dict(data=Labels, loss=BCEWithLogitsLossFlat), ['a regression, or several labels an item', 'expected classes']),
     'two targets': (dict(data=TwoTargets, loss=lambda: two), ['a batch has 2 targets', 'expected one tensor of classes']),
-    'a model that gives a tuple': (dict(model=Tuple, loss=lambda: first_only), ['the model gives a tuple', 'expected a tensor of class logits']),
+    'a model that gives a tuple': (dict(model=Tuple, loss=lambda: first_only), ['the model gives a tuple of 2 (Tensor, int)', 'expected a tensor of class logits', 'self.learn.pred = self.pred[0]']),
 }
 
 @pytest.mark.parametrize('where', ['memory', 'disk'])
@@ -1421,6 +1425,29 @@ def test_bad_input(name, where, tmp_path):
     assert len(said) <= 4 and not any('Traceback' in o for o in said)
     same_bits(end, run([]))
     assert 'train' not in {k[1] for k in rec.record.epochs}
+
+NO_PROBABILITIES = {
+    'ours': (dict(data=Several), ['rows of targets are no probabilities', 'adds up to 2', 'BCEWithLogitsLossFlat']),
+    'torch': (dict(data=Several, loss=nn.CrossEntropyLoss), ['rows of targets are no probabilities', 'adds up to 2']),
+    'mixed': (dict(data=Several, loss=nn.CrossEntropyLoss, cbs=[MixUp]), ['rows of targets are no probabilities', 'adds up to 2']),
+    'shares': (dict(data=Shares, loss=nn.CrossEntropyLoss), ['8 rows of targets are no probabilities', 'adds up to 0.5']),
+    'logits for nll_loss': (dict(loss=nn.NLLLoss), ['8 rows of predictions are no log-probabilities', '`log_softmax`'])}
+
+@pytest.mark.parametrize('name', NO_PROBABILITIES)
+def test_what_does_not_add_up_to_one_is_refused(name):
+    "Several labels an item, and logits where log-probabilities should be: not one row is recorded, and the training goes on."
+    kw, words = NO_PROBABILITIES[name]
+    Data = kw.get('data', Points)
+    def run(cbs):
+        set_seed(0)
+        learn = learner([*cbs, *(o() for o in kw.get('cbs', ()))], kw.get('loss', XentLossFlat)(), train=Data(), valid=Data(18, seed=1))
+        learn.fit(1)
+        return state(learn)
+    rec = XentRecorder()
+    with warned() as said: end = run([rec])
+    assert all(w in said[0] for w in words) and "nothing of 'train'" in said[0] and not any('error of its own' in o for o in said), said
+    same_bits(end, run([]))
+    assert not rec.record.n_epochs
 
 def test_no_labels():
     "A Learner whose batches have no targets."
