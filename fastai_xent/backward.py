@@ -40,19 +40,19 @@ class FusedLoss(torch.autograd.Function):
         y, done = call[0], call[-1]
         loss, grad = done.loss, done.grad
         done.loss = done.grad = None         # from here on they belong to autograd
-        ctx.save_for_backward(pred, grad)    # to save takes a while, so what else matters is watched for edits instead
+        ctx.save_for_backward(pred, grad)    # to save takes a while, so the rest is watched instead
         ctx.call, ctx.versions = call, (_version(y), _version(call[1]))
         return _rows_loss(done, y) if loss is None else loss
 
     @staticmethod
     def backward(ctx, up):
         pred, grad = ctx.saved_tensors
-        if torch.is_grad_enabled(): res = _again(pred, up, ctx.call, ctx.versions)         # create_graph
+        if torch.is_grad_enabled(): res = _again(pred, up, ctx.call, ctx.versions)    # create_graph
         else: res = _handed_over(grad, up, *ctx.call)
         return res if res.dtype is pred.dtype else res.to(pred.dtype), None
 
 def _handed_over(grad, up, y, weight, axis, ignore_index, reduction, done) -> Tensor:
-    "The finished gradient times `up`, in the buffer where that may be; 0 in ignored rows, also if `up` is infinite."
+    "The finished gradient times `up`, in the buffer if that may be; 0 in ignored rows, whatever `up` is."
     if reduction == 'none':
         up = up.masked_fill(_ignored(done, y), 0.).unsqueeze(axis)
         return grad.mul_(up) if _may_reuse(up) else grad * up
@@ -71,4 +71,5 @@ def _again(pred, up, call, versions) -> Tensor:
     ignored = y == ignore_index
     if reduction == 'none': up = up.unsqueeze(axis)
     divisor = done.divisor if reduction == 'mean' else None
-    return _derivable_grad(pred, y.masked_fill(ignored, 0), ignored, up, weight, axis=axis, divisor=divisor)
+    y = y.masked_fill(ignored, 0)
+    return _derivable_grad(pred, y, ignored, up, weight, axis=axis, divisor=divisor)

@@ -380,7 +380,7 @@ def _teach() -> None:
         @overload(f, jit_options=_STRICT)
         def choose(x): return narrow if getattr(x, 'dtype', x) == types.float32 else wide
     for f in (*_PARTS, _rows_kernel, _count, _total): register_jitable(**_STRICT)(f)
-    register_jitable(**_LOOSE, forceinline=True)(_sums)   # else whoever compiles adds up in another order than whoever loads
+    register_jitable(**_LOOSE, forceinline=True)(_sums)     # else who compiles and who loads add up in other orders
     by_type(_exp, lambda x: _exp32(x), lambda x: _exp64(x))
     by_type(_top, lambda x: _top32(x), lambda x: _top64(x))
     by_type(_finite, lambda x: _LOWEST32 if x < _LOWEST32 else x, lambda x: _LOWEST64 if x < _LOWEST64 else x)

@@ -17,17 +17,18 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
 from .fused import fused_pass, usable
-from .losses import (_REDUCTIONS, XentLossFlat, _Call, _divisor, _first_bad, _read_first, _reduce,
-                                _tell_bad_targ)
-from .numerics import (XentStats, _argmax, _bad_targ, _check_smoothing, _check_targ, _check_weight, _may_reuse,
-                                  _plain, _plain_targ, _raise_bad_targ, _rest_entropy, _rest_grad, _rest_loss,
-                                  _rest_norm, _soft_grad, _soft_loss, _soft_targ, _versus_rest)
+from .losses import (
+    _REDUCTIONS, XentLossFlat, _Call, _divisor, _first_bad, _read_first, _reduce, _tell_bad_targ)
+from .numerics import (
+    XentStats, _argmax, _bad_targ, _check_smoothing, _check_targ, _check_weight, _may_reuse, _plain,
+    _plain_targ, _raise_bad_targ, _rest_entropy, _rest_grad, _rest_loss, _rest_norm, _soft_grad,
+    _soft_loss, _soft_targ, _versus_rest)
 
 # %% ../nbs/01a_linear.ipynb #73de4dd5
 _NO_LABEL = -2**62 # no label has this number: the rows without one are told apart by their scale
 
 def _chunk_xent(z, y, weight, eps, scale):
-    "Statistics of the rows `z`; the gradient of their losses in `z`, each row times its `scale` (none if that is None)."
+    "Statistics of the rows `z`; the gradient of their losses, each times its `scale`, unless that is None."
     if not eps and usable(z):
         done = fused_pass(z, y, weight, _NO_LABEL, want_grad=scale is not None, scale=scale)
         if done is not None: return done.stats(y.shape), done.grad
@@ -35,7 +36,7 @@ def _chunk_xent(z, y, weight, eps, scale):
     d, el2n, g = r.d.squeeze(1), _rest_norm(r, 1), None
     w = torch.ones_like(d) if weight is None else weight[y]
     if eps:
-        t = _soft_targ(z, y, False, weight, eps, 1)
+        t = _soft_targ(z, y, weight, eps, 1)
         g = _soft_grad(z, t, 1)
         loss, norm = _soft_loss(z, t, 1), torch.linalg.vector_norm(g, dim=1)
         g = None if scale is None else g.mul_(scale.unsqueeze(1))
@@ -44,11 +45,12 @@ def _chunk_xent(z, y, weight, eps, scale):
     if not eps and scale is not None:
         g, length = _rest_grad(r, y, 1)
         g.mul_(length * (w * scale).unsqueeze(1))
-    return XentStats(loss, norm, el2n, torch.sigmoid(d), r.margin.squeeze(1), entropy, klass), g
+    p_targ, margin = torch.sigmoid(d), r.margin.squeeze(1)
+    return XentStats(loss, norm, el2n, p_targ, margin, entropy, klass), g
 
 # %% ../nbs/01a_linear.ipynb #3eaf75eb
-_CHUNK = 2**22 # logits that exist at a time, unless that is fewer rows than a matrix product needs to be fast
-_ROWS = 64
+_CHUNK = 2**22 # logits that exist at a time,
+_ROWS = 64     # unless that is fewer rows than a matrix product needs to be fast
 
 class _Setting(NamedTuple):
     "What is fixed during a walk."
@@ -61,12 +63,13 @@ class _Setting(NamedTuple):
 
 def _walk(h, W, b, y, scale, s: _Setting, needs: tuple):
     "`_walk_rows` without autocast: the dtypes are chosen already."
-    with torch.autocast(h.device.type, enabled=False): return _walk_rows(h, W, b, y, scale, s, needs)
+    with torch.autocast(h.device.type, enabled=False):
+        return _walk_rows(h, W, b, y, scale, s, needs)
 
 def _walk_rows(h, W, b, y, scale, s: _Setting, needs: tuple):
-    "Statistics of all rows; and the gradients of Σ scale·loss in `h`, `W` and `b`, where `needs` says so."
+    "Statistics of all rows; the gradients of Σ scale·loss in `h`, `W` and `b`, where `needs` says so."
     x, V, b = h.to(s.mm), W.to(s.mm), None if b is None else b.to(s.acc)
-    room = lambda shape, need: torch.zeros(shape, dtype=s.acc, device=h.device) if need else None
+    def room(shape, need): return torch.zeros(shape, dtype=s.acc, device=h.device) if need else None
     gh, gW, gb = map(room, (h.shape, W.shape, W.shape[:1]), needs)
     kept = []
     for at in range(0, max(len(h), 1), s.chunk):      # no rows are one chunk without rows
@@ -90,7 +93,7 @@ class _LinearXent(torch.autograd.Function):
         needs = tuple(o and grads for o in ctx.needs_input_grad[:3])
         ones = torch.ones_like(y, dtype=s.acc) if s.weight is None else s.weight[y]
         counts, later = ones.masked_fill(ignored, 0.), s.reduction == 'none'
-        divisor = _divisor(counts, s.acc) if s.reduction == 'mean' else torch.ones((), dtype=s.acc, device=h.device)
+        divisor = _divisor(counts, s.acc) if s.reduction == 'mean' else counts.new_ones(())
         scale = (1 / divisor).expand(len(y)).masked_fill(ignored, 0.)
         stats, sums = _walk(h, W, b, y, scale, s, (False,) * 3 if later else needs)
         facts.append(stats)
@@ -101,20 +104,23 @@ class _LinearXent(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         if torch.is_grad_enabled():
-            raise NotImplementedError("linear_xent has no second derivative (create_graph=True); "
-                                      "use `F.cross_entropy(F.linear(h, head_weight, head_bias), targ)`")
+            raise NotImplementedError(
+                "linear_xent has no second derivative (create_graph=True); "
+                "use `F.cross_entropy(F.linear(h, head_weight, head_bias), targ)`")
         if ctx.s.reduction == 'none':
             h, W, b, y, ignored = ctx.saved_tensors
             _, sums = _walk(h, W, b, y, grad.masked_fill(ignored, 0.), ctx.s, ctx.needs)
         else:
-            reuse = _may_reuse(grad)
-            sums = [None if o is None else o.mul_(grad) if reuse else o * grad for o in ctx.saved_tensors]
+            times = Tensor.mul_ if _may_reuse(grad) else Tensor.mul
+            sums = [None if o is None else times(o, grad) for o in ctx.saved_tensors]
         return *(None if o is None else o.to(t) for o, t in zip(sums, ctx.dtypes)), *[None] * 5
 
 # %% ../nbs/01a_linear.ipynb #87ce3dd1
 def _check_head(h, head_weight, head_bias):
-    if not h.is_floating_point(): raise TypeError(f"h has dtype {h.dtype}, expected floating-point features")
-    if head_weight.ndim != 2: raise ValueError(f"head_weight has shape {list(head_weight.shape)}, expected [c, f]")
+    if not h.is_floating_point():
+        raise TypeError(f"h has dtype {h.dtype}, expected floating-point features")
+    if head_weight.ndim != 2:
+        raise ValueError(f"head_weight has shape {list(head_weight.shape)}, expected [c, f]")
     c, f = head_weight.shape
     of = f"for head_weight {[c, f]}"
     if h.ndim == 0 or h.shape[-1] != f:
@@ -123,11 +129,24 @@ def _check_head(h, head_weight, head_bias):
         raise ValueError(f"head_bias has shape {list(head_bias.shape)}, expected {[c]} {of}")
 
 def _mm_dtype(h, head_weight, acc):
-    "In which features and head are multiplied: autocast's type; else half precision on a GPU, where it is fast; else wide."
+    "In which features and head are multiplied: autocast's; half precision on a GPU; else the wide one."
     if acc == torch.float64: return acc
     if torch.is_autocast_enabled(h.device.type): return torch.get_autocast_dtype(h.device.type)
     return h.dtype if h.is_cuda and h.dtype == head_weight.dtype else acc
 
+def _check_arguments(h, c, targ, weight, label_smoothing, reduction, chunk):
+    if targ.is_floating_point():
+        raise TypeError(f"targ has dtype {targ.dtype}, expected integer classes; probabilities are "
+                        "as large as the logits, so nothing is saved: use `XentLoss`")
+    _check_targ(h.new_empty(()).expand(*h.shape[:-1], c), targ, h.ndim - 1)
+    _check_smoothing(label_smoothing)
+    if weight is not None: _check_weight(weight, c)
+    if reduction not in _REDUCTIONS:
+        raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
+    if chunk is not None and chunk < 1:
+        raise ValueError(f"chunk is {chunk}, expected a number of rows from 1 up")
+
+# %% ../nbs/01a_linear.ipynb #6a103333
 def linear_xent(
     h: Tensor, # Features, `n d… f`
     head_weight: Tensor, # Weights of the last layer, `c f`
@@ -136,12 +155,13 @@ def linear_xent(
     weight: Tensor|None = None, # A weight for each class, `c`; it may be negative
     ignore_index: int = -100, # Rows with this target add nothing to loss or gradient
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
-    reduction: str = 'mean', # 'mean' (weighted, over the rows that count), 'sum', or 'none': one loss a row
-    chunk: int|None = None, # Rows that are handled at once; None: 64, or as many as have some four million logits
+    reduction: str = 'mean', # 'mean' (weighted), 'sum', or 'none': one loss a row
+    chunk: int|None = None, # Rows handled at once; None: at least 64, and some four million logits
     with_stats: bool = False, # Return the rows' statistics as well?
-) -> Tensor|tuple: # The loss, float32 (float64 for float64 features); or loss and `XentStats` in the shape of `targ`
-    "`F.cross_entropy(F.linear(h, head_weight, head_bias), targ)`, and the statistics of every row, without the logits."
-    h, head_weight, targ = _plain(h, 'h', 'features'), _plain(head_weight, 'head_weight', 'weights'), _plain_targ(targ)
+) -> Tensor|tuple: # The loss, float32 (float64 for float64 features); or loss and `XentStats`
+    "`F.cross_entropy(F.linear(h, head_weight, head_bias), targ)` and all statistics, without the logits."
+    h, targ = _plain(h, 'h', 'features'), _plain_targ(targ)
+    head_weight = _plain(head_weight, 'head_weight', 'weights')
     _check_head(h, head_weight, head_bias)
     c = len(head_weight)
     _check_arguments(h, c, targ, weight, label_smoothing, reduction, chunk)
@@ -150,22 +170,14 @@ def linear_xent(
     ignored, bad = y == ignore_index, _bad_targ(y, c, ignore_index)
     acc = torch.float64 if torch.float64 in (h.dtype, head_weight.dtype) else torch.float32
     w = None if weight is None else weight.detach().to(y.device, acc)
-    s = _Setting(w, label_smoothing, reduction, _mm_dtype(h, head_weight, acc), acc, chunk or max(_ROWS, _CHUNK // c))
-    facts, out, flat = [], ignored | bad, h.reshape(-1, h.shape[-1])
-    loss = _LinearXent.apply(flat, head_weight, head_bias, y.masked_fill(out, 0), out, s, torch.is_grad_enabled(), facts)
+    mm, chunk = _mm_dtype(h, head_weight, acc), chunk or max(_ROWS, _CHUNK // c)
+    s = _Setting(w, label_smoothing, reduction, mm, acc, chunk)
+    facts, out, flat, grads = [], ignored | bad, h.reshape(-1, h.shape[-1]), torch.is_grad_enabled()
+    y = y.masked_fill(out, 0)
+    loss = _LinearXent.apply(flat, head_weight, head_bias, y, out, s, grads, facts)
     if y.is_cuda: loss = loss.masked_fill(bad if reduction == 'none' else bad.any(), torch.nan)
     if reduction == 'none': loss = loss.view(targ.shape)
     return (loss, _in_shape(facts[0], out, targ.shape)) if with_stats else loss
-
-def _check_arguments(h, c, targ, weight, label_smoothing, reduction, chunk):
-    if targ.is_floating_point():
-        raise TypeError(f"targ has dtype {targ.dtype}, expected integer classes; probabilities are as large as the logits, "
-                        "so nothing is saved: use `XentLoss`")
-    _check_targ(h.new_empty(()).expand(*h.shape[:-1], c), targ, h.ndim - 1)
-    _check_smoothing(label_smoothing)
-    if weight is not None: _check_weight(weight, c)
-    if reduction not in _REDUCTIONS: raise ValueError(f"reduction is {reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
-    if chunk is not None and chunk < 1: raise ValueError(f"chunk is {chunk}, expected a number of rows from 1 up")
 
 def _in_shape(stats, out, shape):
     "Statistics without those of the rows that are `out`, in the shape of the targets."
@@ -174,15 +186,17 @@ def _in_shape(stats, out, shape):
     return XentStats(*(o.view(shape) for o in (*facts, klass.masked_fill(out, -1))))
 
 # %% ../nbs/01a_linear.ipynb #16085df8
-_KEEPS = {Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.cpu, Tensor.cuda, Tensor.detach,
-          Tensor.clone, torch.clone, Tensor.contiguous, Tensor.requires_grad_, Tensor.__getitem__, Tensor.data.__get__}
+_KEEPS = {
+    Tensor.to, Tensor.float, Tensor.double, Tensor.half, Tensor.bfloat16, Tensor.cpu, Tensor.cuda,
+    Tensor.detach, Tensor.clone, torch.clone, Tensor.contiguous, Tensor.requires_grad_,
+    Tensor.__getitem__, Tensor.data.__get__}
 
 class Features(Tensor):
     "What a last layer is given, in place of what it gives. `head` is the layer."
     @classmethod
     def of(cls, h: Tensor, head: nn.Linear):
         "The tensor `h`, meant for `head`."
-        res = torch.as_subclass(h, cls)               # not h.as_subclass: fastai's version shares attributes
+        res = torch.as_subclass(h, cls)      # not h.as_subclass: fastai's version shares attributes
         res.head = head
         return res
 
@@ -191,12 +205,14 @@ class Features(Tensor):
         with torch._C.DisableTorchFunctionSubclass(): res = func(*args, **(kwargs or {}))
         if not isinstance(res, Tensor): return res
         if func in _KEEPS: return cls.of(res, args[0].head)
-        next(o for o in tree_leaves((args, kwargs)) if isinstance(o, cls))._refuse(getattr(func, '__name__', func))
+        first = next(o for o in tree_leaves((args, kwargs)) if isinstance(o, cls))
+        first._refuse(getattr(func, '__name__', func))
 
     def _refuse(self, what):
         raise RuntimeError(
-            f"{what} was called with the features that {self.head} was given, not with logits; while the model trains, "
-            "only the loss of `head_in_loss` can compute with them; use `pred.logits()`, or `model.eval()`")
+            f"{what} was called with the features that {self.head} was given, not with logits; while "
+            "the model trains, only the loss of `head_in_loss` can compute with them; "
+            "use `pred.logits()`, or `model.eval()`")
 
     def as_subclass(self, cls): self._refuse('as_subclass')
 
@@ -211,11 +227,12 @@ class Features(Tensor):
 
 # %% ../nbs/01a_linear.ipynb #96333e41
 class HeadInLoss(nn.Linear):
-    "A last layer that gives logits; but `Features` while it trains, for a loss that computes the logits itself."
+    "A last layer that gives logits; but `Features` while it trains, for a loss that computes them."
     @classmethod
     def of(cls, linear: nn.Linear):
         "A layer with the parameters of `linear`."
-        head = cls(linear.in_features, linear.out_features, bias=linear.bias is not None, device='meta')
+        bias = linear.bias is not None
+        head = cls(linear.in_features, linear.out_features, bias=bias, device='meta')
         head.weight, head.bias = linear.weight, linear.bias
         return head.train(linear.training)
 
@@ -225,39 +242,45 @@ class HeadInLoss(nn.Linear):
 
 # %% ../nbs/01a_linear.ipynb #68fec70d
 class LinearXentLossFlat(XentLossFlat):
-    "`XentLossFlat` for a model that ends with a `HeadInLoss`: of features it computes head and loss without the logits."
+    "`XentLossFlat` that also takes the `Features` of a `HeadInLoss`, without computing all logits."
     def __init__(self,
-        head: nn.Linear, # The model's last layer; its sizes are noted, the features bring the layer itself
+        head: nn.Linear, # The model's last layer; its sizes are noted
         *args, # As for `XentLossFlat`; the first is `weight`
         chunk: int|None = None, # Rows that are handled at once
         **kwargs # As for `XentLossFlat`; the classes are in the last axis
     ):
         super().__init__(*args, **kwargs)
         if self.axis != -1:
-            raise ValueError(f"axis is {self.axis}, expected -1: a linear layer gives its classes in the last axis")
-        self.n_features, self.n_classes, self.chunk = head.in_features, head.out_features, chunk
+            raise ValueError(f"axis is {self.axis}, expected -1: a linear layer gives its classes "
+                             "in the last axis")
+        self.n_features, self.n_classes = head.in_features, head.out_features
+        self.chunk = chunk
 
     def __repr__(self):
-        return f"LinearXentLossFlat({self.n_features} features, {self.n_classes} classes, {self.func.extra_repr()})"
+        sizes = f"{self.n_features} features, {self.n_classes} classes"
+        return f"LinearXentLossFlat({sizes}, {self.func.extra_repr()})"
 
     def __call__(self,
         inp: Tensor, # `Features`, `n d… f`, or logits, `n d… c`
         targ: Tensor, # Classes, `n d…`
         reduction: str|None = None, # In place of the loss's own, for this call
-    ) -> Tensor: # A scalar, or one loss a row in the shape of the targets; float32, as fastai's metrics expect
+    ) -> Tensor: # A scalar, or one loss a row; float32, as fastai's metrics expect
         "The cross-entropy; the rows' statistics are in `stats` until the next call."
-        if isinstance(inp, Features): return self._of_features(inp, _plain_targ(targ), reduction or self.reduction)
+        if isinstance(inp, Features):
+            return self._of_features(inp, _plain_targ(targ), reduction or self.reduction)
         self._check_logits(_plain(inp))
         return super().__call__(inp, targ, reduction)
 
     def _check_logits(self, inp):
         came = f"inp is a {type(inp).__name__} of shape {list(inp.shape)}"
         if inp.ndim == 0 or inp.shape[-1] != self.n_classes:
-            raise ValueError(f"{came}, expected {self.n_classes} logits a row, or `Features`; does the model end with its "
-                             "`HeadInLoss`, and does nothing change what that gives?")
+            raise ValueError(
+                f"{came}, expected {self.n_classes} logits a row, or `Features`; does the model end "
+                "with its `HeadInLoss`, and does nothing change what that gives?")
         if self.n_features == self.n_classes and inp.requires_grad:
-            raise TypeError(f"{came} that requires a gradient, expected `Features`: with {self.n_features} features and as "
-                            "many classes it could be either; if these are logits, use `XentLossFlat`")
+            raise TypeError(
+                f"{came} that requires a gradient, expected `Features`: with {self.n_features} features "
+                "and as many classes it could be either; if these are logits, use `XentLossFlat`")
 
     def _of_features(self, inp, targ, reduction):
         h, func, c = inp.plain(), self.func, self.n_classes
@@ -268,15 +291,16 @@ class LinearXentLossFlat(XentLossFlat):
             func._late.put(_first_bad(targ, _bad_targ(targ, c, self.ignore_index)), tell)
         weight = None if func.weight is None else func._check_weight(func.weight, c)
         loss, stats = linear_xent(
-            h, inp.head.weight, targ, inp.head.bias, weight=weight, ignore_index=self.ignore_index,
-            label_smoothing=self.label_smoothing, reduction=reduction, chunk=self.chunk, with_stats=True)
+            h, inp.head.weight, targ, inp.head.bias, weight=weight,
+            ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
+            reduction=reduction, chunk=self.chunk, with_stats=True)
         func._last = _Call(h.detach(), targ.detach(), weight, {}, stats)
         loss = loss.float()
         return self._as_fastai(loss) if self.compat and loss.ndim else loss
 
 # %% ../nbs/01a_linear.ipynb #353d5988
 def _last_layer(model: nn.Module) -> nn.Module:
-    "The module that a model ends with, as far as the order of `nn.Sequential`s tells; then its last linear layer."
+    "The module that a model ends with, as `nn.Sequential`s tell; then its last linear layer."
     while type(model).forward is nn.Sequential.forward and len(model): model = model[-1]
     if isinstance(model, nn.Linear) or not list(model.children()): return model
     return ([o for o in model.modules() if isinstance(o, nn.Linear)] or [model])[-1]
@@ -286,14 +310,15 @@ def head_in_loss(
     head: nn.Linear|None = None, # The last layer, if it cannot be found by itself
     **kwargs # As for `LinearXentLossFlat`
 ) -> tuple: # The model, and the `LinearXentLossFlat` to train it with
-    "Bring the last layer of a model into its loss, so that the logits of a batch never exist while it trains."
+    "Bring the last layer of a model into its loss, so that no batch's logits exist while it trains."
     head = _last_layer(model) if head is None else head
     if type(head) is not HeadInLoss:
         _check_last(model, head)
         linear, head = head, HeadInLoss.of(head)
         places = [(m, k) for m in model.modules() for k, o in m._modules.items() if o is linear]
         if model is not linear and not places:
-            raise ValueError(f"{linear} is not a layer of this {type(model).__name__}; give a layer of the model")
+            raise ValueError(f"{linear} is not a layer of this {type(model).__name__}; "
+                             "give a layer of the model")
         for m, k in places: m._modules[k] = head
         if model is linear: model = head
     return model, LinearXentLossFlat(head, **kwargs)
@@ -301,6 +326,8 @@ def head_in_loss(
 def _check_last(model, head):
     what = f"the last layer of {type(model).__name__} is {head}"
     if type(head) is not nn.Linear:
-        raise TypeError(f"{what}, expected a plain nn.Linear; if there is one, name it with `head=`")
+        raise TypeError(f"{what}, expected a plain nn.Linear; "
+                        "if there is one, name it with `head=`")
     if head._forward_hooks or head._forward_pre_hooks:
-        raise TypeError(f"{what} with hooks, expected a plain nn.Linear; remove them (`weight_norm` is one)")
+        raise TypeError(f"{what} with hooks, expected a plain nn.Linear; "
+                        "remove them (`weight_norm` is one)")

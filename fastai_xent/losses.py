@@ -25,13 +25,13 @@ from torch import Tensor, nn
 
 from .backward import FusedLoss, _rows_loss, _version
 from .fused import fused_pass, in_memory, traced
-from .numerics import (_SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
-                                  _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _wide,
-                                  _wide_dtype, xent_stats)
+from .numerics import (
+    _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
+    _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _wide, _wide_dtype, xent_stats)
 from .weights import _some, in_order, named_weights
 
 # %% ../nbs/01_losses.ipynb #9f527e19
-WAY = os.environ.get('XENT_WAY') # None: the fastest; 'torch': torch's own kernels; 'triton': that kernel, on any device
+WAY = os.environ.get('XENT_WAY') # None, the fastest; 'torch', torch's own kernels; or 'triton'
 
 def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
     "Who computes this batch?"
@@ -45,7 +45,10 @@ def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
 class _Call:
     "What a loss remembers of its last call."
     __slots__ = 'pred', 'targ', 'weight', 'settings', 'stats', 'done', 'versions'
-    def __init__(self, pred, targ, weight, settings, stats=None): # settings: `ignore_index, label_smoothing, axis`
+    def __init__(self, pred, targ, weight,
+        settings, # `ignore_index, label_smoothing, axis`
+        stats=None
+    ):
         self.pred, self.targ, self.weight, self.settings = pred, targ, weight, settings
         self.stats, self.done, self.versions = stats, None, None
 
@@ -69,7 +72,8 @@ class _LateCheck:
 
     def put(self, found: Tensor, tell) -> None:
         "Send `found` to the host, behind the work already queued, for `tell`."
-        host = torch.empty_like(found, device='cpu', pin_memory=True).copy_(found, non_blocking=True)
+        host = torch.empty_like(found, device='cpu', pin_memory=True)
+        host.copy_(found, non_blocking=True)
         done = torch.cuda.Event()
         done.record()
         self.queue.append((done, host, tell))
@@ -83,18 +87,18 @@ class _LateCheck:
 def _first_bad(targ: Tensor, bad: Tensor) -> Tensor:
     "The first bad row, its value and how many there are, on the device."
     row = bad.flatten().to(torch.uint8).argmax()
-    return torch.stack([row, targ.take(row).long(), bad.sum()])       # `targ[row]` would wait for `row`
+    return torch.stack([row, targ.take(row).long(), bad.sum()])    # `targ[row]` would wait for `row`
 
 def _read_first(found: list) -> tuple|None: return found if found[2] else None
 
 def _tell_bad_targ(shape, c: int, ignore_index: int, read, found: list) -> None:
-    "Raise if `found` tells of bad targets; `read` gives the first one's row, its value, and how many there are."
+    "Raise if `found` tells of bad targets; `read` gives the first one's row, its value, and their number."
     first = read(found)
     if first is None: return
     row, value, n = first
     raise IndexError(
-        f"in an earlier batch with targets of shape {list(shape)}, the one at flat position {row} was {value}, "
-        f"expected a class from 0 to {c - 1} or ignore_index={ignore_index}; "
+        f"in an earlier batch with targets of shape {list(shape)}, the one at flat position {row} "
+        f"was {value}, expected a class from 0 to {c - 1} or ignore_index={ignore_index}; "
         f"{n} row{'s were' if n > 1 else ' was'} out of range, and that batch's loss was nan")
 
 # %% ../nbs/01_losses.ipynb #7922d73f
@@ -119,7 +123,8 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     "Loss and statistics by `fused_pass`; None if there is no compiler."
     ignore_index, _, axis = call.settings
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
-    z = call.pred if pred.dtype is torch.float32 or pred.dtype is torch.float64 else call.pred.float()
+    z = call.pred
+    if z.dtype is not torch.float32 and z.dtype is not torch.float64: z = z.float()
     done = call.done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
     if done is None: return None
     if needs_grad: return FusedLoss.apply(pred, (y, call.weight, axis, ignore_index, reduction, done))
@@ -128,13 +133,15 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
 def _by_triton(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor|None:
     "Loss and statistics by the Triton kernel; None if it does not run."
     from fastai_xent.kernels import bad_target, kernel_loss
-    (ignore_index, _, axis), facts = call.settings, {'stats': None}
-    c = pred.shape[axis]
+    ignore_index, eps, axis = call.settings
+    c, facts = pred.shape[axis], {'stats': None}
     late.look()
     if not y.is_cuda: _raise_bad_targ(y, c, ignore_index)
-    loss = kernel_loss(pred, y, call.weight, *call.settings, reduction, facts, always=WAY == 'triton')
+    always = WAY == 'triton'
+    loss = kernel_loss(pred, y, call.weight, ignore_index, eps, axis, reduction, facts, always)
     if loss is None: return None
-    if y.is_cuda: late.put(facts['found'], partial(_tell_bad_targ, y.shape, c, ignore_index, bad_target))
+    tell = partial(_tell_bad_targ, y.shape, c, ignore_index, bad_target)
+    if y.is_cuda: late.put(facts['found'], tell)
     call.stats = facts['stats']
     return loss
 
@@ -151,19 +158,23 @@ def _by_torch(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor:
     if y.is_cuda:
         late.look()
         bad = _bad_targ(y, c, ignore_index)
-        late.put(_first_bad(y, bad), partial(_tell_bad_targ, y.shape, c, ignore_index, _read_first))
+        tell = partial(_tell_bad_targ, y.shape, c, ignore_index, _read_first)
+        late.put(_first_bad(y, bad), tell)
         y = y.masked_fill(bad, ignore_index)
-    try: loss = _mean_by_torch(z, y, kw) if reduction == 'mean' else F.cross_entropy(z, y, reduction=reduction, **kw)
+    try:
+        if reduction == 'mean': loss = _mean_by_torch(z, y, kw)
+        else: loss = F.cross_entropy(z, y, reduction=reduction, **kw)
     except (IndexError, RuntimeError):
         if not traced(z): _raise_bad_targ(y, c, ignore_index)
         raise
-    return loss if bad is None else loss.masked_fill(bad if reduction == 'none' else bad.any(), math.nan)
+    if bad is None: return loss
+    return loss.masked_fill(bad if reduction == 'none' else bad.any(), math.nan)
 
 def _mean_by_torch(z, y, kw: dict) -> Tensor:
     "The mean of `F.cross_entropy`, but 0 if no row counts."
     counts = lambda: _counts(y, kw['weight'], kw['ignore_index'])
     mean = lambda: _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts(), 'mean')
-    if y.device.type != 'cpu' or traced(z): return mean()       # to look at the loss would be to wait for it
+    if y.device.type != 'cpu' or traced(z): return mean()    # to look at the loss is to wait for it
     loss = F.cross_entropy(z, y, **kw)
     return loss if math.isfinite(loss.item()) or counts().any() else mean()
 
@@ -176,27 +187,29 @@ def _of_probs(z, targ, axis: int, reduction: str, kw: dict) -> Tensor:
 
 # %% ../nbs/01_losses.ipynb #87cedfd3
 class XentLoss(nn.CrossEntropyLoss):
-    "`nn.CrossEntropyLoss` that also knows each row's loss, gradient norm, EL2N, label probability, margin and more."
+    "`nn.CrossEntropyLoss` that also knows each row's loss, gradient norm, margin and more."
     _by_name, _vocab, _told = None, None, False
     def __init__(self,
-        weight: Tensor|dict|pd.Series|None = None, # A weight for each class, `c`, in the order of the vocab or by name
+        weight=None, # A weight for each class: `c` numbers in the order of the vocab; or a dict or Series by name
         size_average=None, # Deprecated by torch: see `reduction`
         ignore_index: int = -100, # Rows with this target add nothing to loss or gradient
         reduce=None, # Deprecated by torch: see `reduction`
-        reduction: str = 'mean', # 'mean' (weighted, over the rows that count), 'sum', or 'none': one loss a row
+        reduction: str = 'mean', # 'mean' (weighted), 'sum', or 'none': one loss a row
         label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
         *,
         axis: int = 1, # The class axis
-        keep_stats: bool = False, # Compute the statistics with each loss, also where they do not come with it?
+        keep_stats: bool = False, # Compute the statistics with each loss, even if they cost time?
     ):
         super().__init__(None, size_average, ignore_index, reduce, reduction, label_smoothing)
         _check_smoothing(label_smoothing)
         self.axis, self.keep_stats, self.weight = axis, keep_stats, weight
         self._last, self._checked, self._fits, self._late = None, None, None, _LateCheck()
 
-    def __getstate__(self): return {**self.__dict__, '_last': None, '_checked': None, '_late': _LateCheck()}
+    def __getstate__(self):
+        return {**self.__dict__, '_last': None, '_checked': None, '_late': _LateCheck()}
 
-    def __setattr__(self, name, value): super().__setattr__(name, self._taken(value) if name == 'weight' else value)
+    def __setattr__(self, name, value):
+        super().__setattr__(name, self._taken(value) if name == 'weight' else value)
 
     def _taken(self, weight) -> Tensor|None:
         "Class weights as a tensor; it is empty as long as they are known by name alone."
@@ -208,7 +221,8 @@ class XentLoss(nn.CrossEntropyLoss):
         return weight if weight.is_floating_point() else weight.float()
 
     def extra_repr(self):
-        res = [f'{o}={getattr(self, o)!r}' for o in ('reduction', 'ignore_index', 'label_smoothing', 'axis')]
+        names = 'reduction', 'ignore_index', 'label_smoothing', 'axis'
+        res = [f'{o}={getattr(self, o)!r}' for o in names]
         if self._by_name is not None: res.append(f"weight={reprlib.repr(self._by_name)}")
         if self._by_name is not None and self._vocab is None: res.append("no vocab yet")
         return ', '.join(res)
@@ -220,20 +234,24 @@ def forward(self: XentLoss,
     targ: Tensor, # Classes, `n d…`, or probabilities in the shape of `pred`
 ) -> Tensor: # A scalar, or `n d…` if reduction is 'none'; float32, or float64 for float64 logits
     "The cross-entropy of `pred` and `targ`. The rows' statistics are in `stats` until the next call."
-    own = vars(self)              # a module's own way to set an attribute takes longer than the loss of a small batch
+    own = vars(self)              # to set a module's attribute takes longer than a small batch's loss
     own['_last'] = None           # until the arguments are known to be good
-    if type(pred) is not Tensor or type(targ) is not Tensor: pred, targ = _plain(pred), _plain_targ(targ)
+    if type(pred) is not Tensor or type(targ) is not Tensor:
+        pred, targ = _plain(pred), _plain_targ(targ)
     reduction, eps = self.reduction, self.label_smoothing
     like = pred.shape, pred.dtype, targ.shape, targ.dtype, self.axis, reduction
-    if own['_fits'] is None or own['_fits'][0] != like: own['_fits'] = like, *self._check(pred, targ)
+    if own['_fits'] is None or own['_fits'][0] != like:
+        own['_fits'] = like, *self._check(pred, targ)
     _, axis, probs = own['_fits']
     weight = own['_buffers']['weight'] if 'weight' in own['_buffers'] else self.weight
     if weight is not None:
-        weight = self._check_weight(weight, pred.shape[axis]).to(pred.device, _wide_dtype(pred.dtype))
+        weight = self._check_weight(weight, pred.shape[axis])
+        weight = weight.to(pred.device, _wide_dtype(pred.dtype))
     y = targ if probs or targ.dtype is torch.int64 else targ.long()
     if probs and not self._told: self._check_probs(targ.detach(), axis)
-    call = _Call(pred.detach(), targ.detach() if probs else targ, weight, (self.ignore_index, eps, axis))
-    own['_last'], way, loss = call, _way(pred, probs, eps), None
+    settings = self.ignore_index, eps, axis
+    call = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, settings)
+    way, loss = _way(pred, probs, eps), None
     if way == 'fused': loss = _by_fused(pred, y, call, reduction)
     elif way == 'triton': loss = _by_triton(pred, y, call, reduction, self._late)
     if loss is None: loss = _by_torch(pred, y, call, reduction, self._late)
@@ -244,7 +262,8 @@ def forward(self: XentLoss,
 def _check(self: XentLoss, pred, targ):
     "The class axis, and whether targets are probabilities; or an error."
     if self.reduction not in _REDUCTIONS:
-        raise ValueError(f"reduction is {self.reduction!r}, expected one of {', '.join(_REDUCTIONS)}")
+        raise ValueError(f"reduction is {self.reduction!r}, "
+                         f"expected one of {', '.join(_REDUCTIONS)}")
     axis = _class_axis(pred, self.axis)
     return axis, _check_targ(pred, targ, axis)
 
@@ -254,8 +273,8 @@ def _check_weight(self: XentLoss, weight, c):
     if weight is self._checked and len(weight) == c: return weight
     if self._by_name is not None and self._vocab is None:
         raise RuntimeError(
-            f"weight is given by class name ({_some(self._by_name)}), and this loss does not know the vocab; call "
-            "`loss.set_vocab(dls.vocab)`, as a recorder does, or give a tensor in the order of `dls.vocab`")
+            f"weight is given by class name ({_some(self._by_name)}), and this loss does not know the "
+            "vocab; call `loss.set_vocab(dls.vocab)`, or give a tensor in the order of `dls.vocab`")
     _check_weight(weight, c)
     vars(self)['_checked'] = weight
     return weight
@@ -265,22 +284,26 @@ def _check_weight(self: XentLoss, weight, c):
 def stats(self: XentLoss) -> XentStats:
     "The statistics of the last call's rows, in the shape of its targets, without a graph."
     last = self._last
-    if last is not None and last.stats is None and last.done is not None: last.stats = last.done.stats(last.targ.shape)
-    if last is None or (last.stats is None and last.versions is None):
-        raise RuntimeError("no statistics yet: call the loss first")
-    if last.stats is None:
-        last.check()
-        last.stats = xent_stats(last.pred, last.targ, last.weight, *last.settings)
+    if last is not None and last.stats is None: last.stats = _late_stats(last)
+    if last is None or last.stats is None: raise RuntimeError("no statistics yet: call the loss first")
     return last.stats
+
+def _late_stats(call: _Call) -> XentStats|None:
+    "The statistics that did not come with the loss; None if it was refused."
+    if call.done is not None: return call.done.stats(call.targ.shape)
+    if call.versions is None: return None
+    call.check()
+    return xent_stats(call.pred, call.targ, call.weight, *call.settings)
 
 # %% ../nbs/01_losses.ipynb #be664538
 @patch
 def set_vocab(self: XentLoss,
     vocab, # Class names in the order of the model's outputs, such as `dls.vocab`
 ) -> None:
-    "Put class weights that were given by name into the order of `vocab`; others stay as they are."
+    "Put class weights that were given by name into the order of `vocab`; others stay."
     if self._by_name is None: return
-    if vocab is None: raise TypeError("vocab is None, expected the class names in the order of the model's outputs")
+    if vocab is None:
+        raise TypeError("vocab is None, expected the class names in the order of the model's outputs")
     vocab = list(vocab)
     if vocab == self._vocab: return
     self._buffers['weight'] = torch.tensor(in_order(self._by_name, vocab)).to(self.weight)
@@ -288,10 +311,10 @@ def set_vocab(self: XentLoss,
 
 # %% ../nbs/01_losses.ipynb #d18c9520
 def _first_off(targ: Tensor, axis: int) -> Tensor:
-    "The first row that holds no probabilities, its sum, its least number, and how many such rows there are."
+    "The first row that holds no probabilities, its sum, its least number, and how many there are."
     off, sums, least = (o.flatten() for o in _no_probs(targ, axis))
     row = off.to(torch.uint8).argmax()
-    return torch.stack([row.double(), sums.take(row).double(), least.take(row).double(), off.sum().double()])
+    return torch.stack([o.double() for o in (row, sums.take(row), least.take(row), off.sum())])
 
 @patch
 def _check_probs(self: XentLoss, targ, axis) -> None:
@@ -311,15 +334,17 @@ def _tell_off(self: XentLoss, shape, axis, found: list) -> None:
     vars(self)['_told'] = True
     rows = [s for i, s in enumerate(shape) if i != axis]
     at = [int(o) for o in np.unravel_index(int(row), rows)]
+    where = at[0] if len(at) == 1 else at
     came = f"holds {least:.4g}" if abs(total - 1) <= _SLACK else f"sums to {total:.4g}"
     warnings.warn(
-        f"{n:.0f} of {math.prod(rows)} rows of the targets hold no probabilities: row {at[0] if len(at) == 1 else at} {came}, "
-        f"expected a sum of 1 over axis {axis}. The loss is torch's all the same. Has an item several labels? Use "
-        f"`BCEWithLogitsLossFlat`. Else normalise: `targ / targ.sum({axis}, keepdim=True)`. This is said once.", stacklevel=6)
+        f"{n:.0f} of {math.prod(rows)} rows of the targets hold no probabilities: row {where} {came}, "
+        f"expected a sum of 1 over axis {axis}. The loss is torch's all the same. Has an item several "
+        "labels? Use `BCEWithLogitsLossFlat`. Else normalise: "
+        f"`targ / targ.sum({axis}, keepdim=True)`. This is said once.", stacklevel=6)
 
 # %% ../nbs/01_losses.ipynb #ff184f32
 class XentLossFlat(BaseLoss):
-    "`CrossEntropyLossFlat` that also knows each row's loss, gradient norm, EL2N, label probability, margin and more."
+    "`CrossEntropyLossFlat` that also knows each row's loss, gradient norm, margin and more."
     y_int = True # MixUp may mix losses instead of targets
     def __init__(self,
         *args, # As for `nn.CrossEntropyLoss`; the first is `weight`
@@ -327,8 +352,8 @@ class XentLossFlat(BaseLoss):
         flatten: bool = True, # Kept for compatibility: shapes are matched without flattening
         floatify: bool = False, # Convert `targ` to float: then it must hold probabilities
         is_2d: bool = True, # Kept for compatibility
-        compat: bool = False, # Take targets of any shape with the right count, and return flat losses, as fastai does?
-        **kwargs # `weight, ignore_index, reduction, label_smoothing, keep_stats`, as for `XentLoss`
+        compat: bool = False, # Take targets of any shape, and return flat losses, as fastai does?
+        **kwargs # As for `XentLoss`
     ):
         self.func = XentLoss(*args, axis=axis, **kwargs)
         self.flatten, self.floatify, self.is_2d, self.compat = flatten, floatify, is_2d, compat
@@ -345,13 +370,14 @@ class XentLossFlat(BaseLoss):
 
     def __call__(self,
         inp: Tensor, # Logits, with the classes in `axis`
-        targ: Tensor, # Classes, in the shape of `inp` without `axis`, or probabilities in the shape of `inp`
+        targ: Tensor, # Classes, in the shape of `inp` without `axis`, or probabilities in that of `inp`
         reduction: str|None = None, # In place of the loss's own, for this call
-    ) -> Tensor: # A float32 scalar, as fastai's metrics expect; or one loss a row in the shape of the targets
-        "The cross-entropy of `inp` and `targ`. The rows' statistics are in `stats` until the next call."
+    ) -> Tensor: # A float32 scalar, as fastai's metrics expect; or one loss a row
+        "The cross-entropy of `inp` and `targ`; the rows' statistics are in `stats` afterwards."
         inp, targ = _plain(inp), _plain_targ(targ)
         if self.floatify: targ = targ.float()
-        if (self.compat or targ.ndim == inp.ndim) and not targ.is_floating_point(): targ = self._fit(inp, targ)
+        if (self.compat or targ.ndim == inp.ndim) and not targ.is_floating_point():
+            targ = self._fit(inp, targ)
         if reduction is None: res = self.func(inp, targ)
         else:
             old, self.func.reduction = self.func.reduction, reduction
@@ -362,7 +388,8 @@ class XentLossFlat(BaseLoss):
 
     def _as_fastai(self, rows):
         "Flat, in the order in which fastai's transposition leaves the rows."
-        return (rows.transpose(self.axis, -1) if -rows.ndim <= self.axis < rows.ndim else rows).flatten()
+        if -rows.ndim <= self.axis < rows.ndim: rows = rows.transpose(self.axis, -1)
+        return rows.flatten()
 
     def _fit(self, inp, targ):
         "`targ` without an axis of length one, if that is all that keeps it from fitting `inp`."
@@ -375,19 +402,21 @@ class XentLossFlat(BaseLoss):
 # %% ../nbs/01_losses.ipynb #c5e7c7f6
 def _of_func(name: str, doc: str) -> property:
     "An attribute of `XentLossFlat` that is read from and written to its `func`."
-    return property(lambda self: getattr(self.func, name), lambda self, v: setattr(self.func, name, v), doc=doc)
+    def get(self): return getattr(self.func, name)
+    def put(self, value): setattr(self.func, name, value)
+    return property(get, put, doc=doc)
 
 XentLossFlat.axis = _of_func('axis', "The class axis")
 XentLossFlat.reduction = _of_func('reduction', "'mean', 'sum' or 'none'")
 XentLossFlat.ignore_index = _of_func('ignore_index', "Rows with this target add nothing")
-XentLossFlat.label_smoothing = _of_func('label_smoothing', "Share of the target that is spread evenly over the classes")
+XentLossFlat.label_smoothing = _of_func('label_smoothing', "Share of the target that is spread evenly")
 XentLossFlat.weight = _of_func('weight', "A weight for each class, or None")
 XentLossFlat.keep_stats = _of_func('keep_stats', "Compute the statistics with each loss?")
-XentLossFlat.stats = property(lambda self: self.func.stats, doc="The statistics of the last call's rows")
+XentLossFlat.stats = property(lambda self: self.func.stats, doc="Statistics of the last call's rows")
 
 @patch
 def set_vocab(self: XentLossFlat,
     vocab, # Class names in the order of the model's outputs, such as `dls.vocab`
 ) -> None:
-    "Put class weights that were given by name into the order of `vocab`; others stay as they are."
+    "Put class weights that were given by name into the order of `vocab`; others stay."
     self.func.set_vocab(vocab)

@@ -34,7 +34,7 @@ class _Rest(NamedTuple):
     d: Tensor      # log-odds of the label, margin − ln S; n 1 d…
 
 def _versus_rest(z: Tensor, y: Tensor, axis: int) -> _Rest:
-    "Compare the label's logit with all others; `z` is float32 or float64, `y` holds valid classes."
+    "Compare the label's logit with the others; `z` is float32 or float64, `y` holds classes."
     y = y.unsqueeze(axis)
     e = z.scatter(axis, y, -math.inf)
     m = e.amax(axis, keepdim=True)
@@ -49,7 +49,7 @@ def _positive(S: Tensor) -> Tensor:
     return S.clamp_min(torch.finfo(S.dtype).tiny)
 
 def _rest_loss(d: Tensor) -> Tensor:
-    "−ln p_y from the label's log-odds; linear from 40 on, where even float64 no longer sees the difference."
+    "−ln p_y from the label's log-odds; linear from 40 on, where float64 sees no difference."
     return F.softplus(-d, threshold=40)
 
 def _rest_norm(r: _Rest, axis: int) -> Tensor:
@@ -58,12 +58,14 @@ def _rest_norm(r: _Rest, axis: int) -> Tensor:
     return (torch.sigmoid(-r.d) * norm.square().add_(1).sqrt_()).squeeze(axis)
 
 def _rest_grad(r: _Rest, y: Tensor, axis: int) -> tuple:
-    "p − y as a direction, n c d…, written over `r.e`, and the length to multiply it by, n 1 d…"
+    "p − y as a direction, n c d…, written over `r.e`, and the length to multiply by, n 1 d…"
     S = _positive(r.S)
     return r.e.scatter_(axis, y.unsqueeze(axis), -S), torch.sigmoid(-r.d) / S
 
 def _rest_entropy(r: _Rest, axis: int, room: Tensor|None = None) -> Tensor:
-    "−Σ p ln p, n d…; the part of label or rest is softplus(−a) + a σ(−a), a = |d|. `room` may be written over."
+    """−Σ p ln p, n d…; `room` may be written over.
+
+    The part of label or rest is softplus(−a) + a σ(−a) with a = |d|."""
     a, S = r.d.abs().clamp_max(torch.finfo(r.d.dtype).max), _positive(r.S)
     rest = S.log() + torch.special.entr(r.e, out=room).sum(axis, keepdim=True) / S
     return (_rest_loss(a) + a * torch.sigmoid(-a) + torch.sigmoid(-r.d) * rest).squeeze(axis)
@@ -72,11 +74,13 @@ def _rest_entropy(r: _Rest, axis: int, room: Tensor|None = None) -> Tensor:
 def _instead(x, name: str) -> str:
     "The part or the conversion of `x` that may be meant."
     if hasattr(x, 'logits'): return f"{name}.logits"
-    if isinstance(x, Mapping) and x: return f"{name}[{'logits' if 'logits' in x else next(iter(x))!r}]"
+    if isinstance(x, Mapping) and x:
+        return f"{name}[{'logits' if 'logits' in x else next(iter(x))!r}]"
     if isinstance(x, (tuple, list)) and x and isinstance(x[0], Tensor): return f"{name}[0]"
     if type(x).__name__ == 'ndarray': return f"torch.from_numpy({name})"
     if hasattr(x, 'to_numpy'): return f"torch.as_tensor({name}.to_numpy())"
-    return f"torch.as_tensor({name})" if isinstance(x, (tuple, list, int, float)) and x != () else ""
+    numbers = isinstance(x, (tuple, list, int, float)) and x != ()
+    return f"torch.as_tensor({name})" if numbers else ""
 
 def _no_tensor(x, name: str, holds: str) -> TypeError:
     "An error that says what `x` is instead of a tensor, and what to do."
@@ -85,10 +89,11 @@ def _no_tensor(x, name: str, holds: str) -> TypeError:
     elif kind == 'ndarray': came = f"a numpy array of shape {list(x.shape)}"
     else: came = f"a{'n' * (kind[0] in 'AEIOaeio')} {kind}"
     if isinstance(x, (Mapping, tuple, list)): came += f" of {len(x)}"
-    return TypeError(f"{name} is {came}, expected a tensor of {holds}" + (f"; use `{use}`" if use else ""))
+    hint = f"; use `{use}`" if use else ""
+    return TypeError(f"{name} is {came}, expected a tensor of {holds}{hint}")
 
 def _plain(x: Tensor, name: str = 'pred', holds: str = 'logits') -> Tensor:
-    "`x` without its subclass: fastai's TensorImage and TensorMask refuse to meet in one torch function."
+    "`x` without its subclass: TensorImage and TensorMask refuse to meet in a torch function."
     if type(x) is Tensor: return x
     if not isinstance(x, Tensor): raise _no_tensor(x, name, holds)
     return x.as_subclass(Tensor)
@@ -110,8 +115,10 @@ def _class_axis(pred: Tensor, axis: int) -> int:
     "`axis` of `pred` as a number from 0; a single row has its classes in axis 0."
     shape = list(pred.shape)
     if not pred.is_floating_point():
-        raise TypeError(f"pred has dtype {pred.dtype}, expected floating-point logits; use `pred.float()`")
-    if pred.ndim == 0: raise ValueError("pred is a scalar, expected logits of shape [n, c] or [n, c, d…]")
+        raise TypeError(f"pred has dtype {pred.dtype}, expected floating-point logits; "
+                        "use `pred.float()`")
+    if pred.ndim == 0:
+        raise ValueError("pred is a scalar, expected logits of shape [n, c] or [n, c, d…]")
     if pred.ndim > 1 and not -pred.ndim <= axis < pred.ndim:
         raise IndexError(f"axis is {axis}, but pred of shape {shape} has axes 0 to {pred.ndim - 1}")
     axis = axis % pred.ndim if pred.ndim > 1 else 0
@@ -131,18 +138,22 @@ def _check_targ(pred: Tensor, targ: Tensor, axis: int) -> bool:
     if targ.is_floating_point():
         if targ.shape == pred.shape: return True
         raise (TypeError if came == rows else ValueError)(
-            f"targ has dtype {targ.dtype} and shape {came}; expected probabilities of shape {list(pred.shape)}, "
-            f"or integer classes of shape {rows}; use `targ.long()` if its values are classes")
+            f"targ has dtype {targ.dtype} and shape {came}; expected probabilities of shape "
+            f"{list(pred.shape)}, or integer classes of shape {rows}; "
+            "use `targ.long()` if its values are classes")
     if targ.dtype not in _INT:
-        raise TypeError(f"targ has dtype {targ.dtype}, expected integer classes or probabilities; use `targ.long()`")
+        raise TypeError(f"targ has dtype {targ.dtype}, expected integer classes or probabilities; "
+                        "use `targ.long()`")
     if came == rows: return False
-    raise ValueError(f"targ has shape {came}, expected {rows} for pred {list(pred.shape)}{_hint(came, rows, axis)}")
+    hint = _hint(came, rows, axis)
+    raise ValueError(f"targ has shape {came}, expected {rows} for pred {list(pred.shape)}{hint}")
 
 def _hint(came: list, rows: list, axis: int) -> str:
     "What to do about targets of shape `came`."
     extra = [i for i, s in enumerate(came) if s == 1 and came[:i] + came[i + 1:] == rows]
     if extra: return f"; use `targ.squeeze({extra[0]})`"
-    return f"; if your classes are not in axis {axis}, say so with `axis=`" if len(rows) > 1 else ""
+    if len(rows) < 2: return ""
+    return f"; if your classes are not in axis {axis}, say so with `axis=`"
 
 def _bad_targ(targ: Tensor, c: int, ignore_index: int) -> Tensor:
     "Which rows hold neither a class nor `ignore_index`?"
@@ -162,23 +173,26 @@ def _raise_bad_targ(targ: Tensor, c: int, ignore_index: int) -> None:
 _SLACK = .05
 
 def _no_probs(targ: Tensor, axis: int) -> tuple:
-    "Which rows of `targ` hold no probabilities that add up to 1, `n d…`; each row's sum, and its least number."
+    """Which rows of `targ` hold no probabilities that add up to 1; all rows' sums, and their least numbers.
+
+    Each is `n d…`."""
     sums, least = targ.sum(axis), targ.amin(axis)
     return ~((sums - 1).abs() <= _SLACK) | (least < -_SLACK), sums, least
 
 def _all_probs(targ: Tensor, axis: int) -> bool:
-    "Does every row of `targ` hold probabilities that add up to 1? To answer is to wait for the device."
+    "Does every row of `targ` hold probabilities that add up to 1? This waits for the device."
     if not targ.numel(): return True
     low, high = targ.sum(axis).aminmax()
-    return low.item() >= 1 - _SLACK and high.item() <= 1 + _SLACK and targ.amin().item() >= -_SLACK
+    add_up = low.item() >= 1 - _SLACK and high.item() <= 1 + _SLACK
+    return add_up and targ.amin().item() >= -_SLACK
 
 # %% ../nbs/00_numerics.ipynb #07dd7d6c
 def _check_weight(weight: Tensor, c: int|None = None) -> None:
-    "Class weights are `c` finite numbers; they are looked at on a CPU only, where that costs no wait."
+    "Class weights are `c` finite numbers, looked at on a CPU only, where that costs no wait."
     if not isinstance(weight, Tensor): raise _no_tensor(weight, 'weight', 'class weights')
     if weight.ndim != 1 or (c is not None and len(weight) != c):
-        wanted = 'c' if c is None else c
-        raise ValueError(f"weight has shape {list(weight.shape)}, expected [{wanted}]: one number a class")
+        raise ValueError(f"weight has shape {list(weight.shape)}, expected [{'c' if c is None else c}]: "
+                         "one number a class")
     if weight.device.type != 'cpu' or weight.isfinite().all(): return
     k = int((~weight.isfinite()).nonzero()[0])
     raise ValueError(f"weight[{k}] is {weight[k].item()}, expected finite numbers")
@@ -189,21 +203,21 @@ def _check_smoothing(label_smoothing: float) -> None:
 
 # %% ../nbs/00_numerics.ipynb #f703034d
 def _along(weight: Tensor, pred: Tensor, axis: int) -> Tensor:
-    "Class weights of shape `c`, shaped to broadcast along `axis` of `pred`, in its dtype and on its device."
+    "Class weights, `c`, shaped to broadcast along `axis` of `pred`, in its dtype and on its device."
     return weight.to(pred).view([-1 if i == axis else 1 for i in range(pred.ndim)])
 
 def _onehot(z: Tensor, y: Tensor, axis: int) -> Tensor:
     "1 at the label, else 0; `n c d…`, in the dtype of `z`"
     return torch.zeros_like(z).scatter_(axis, y.unsqueeze(axis), 1.)
 
-def _soft_targ(z: Tensor, targ: Tensor, probs: bool, weight: Tensor|None, eps: float, axis: int) -> Tensor:
+def _soft_targ(z: Tensor, targ: Tensor, weight: Tensor|None, eps: float, axis: int) -> Tensor:
     "The weights `t` with which a row's loss counts its classes; `n c d…`"
-    t = targ.to(z.dtype) if probs else _onehot(z, targ, axis)
+    t = targ.to(z.dtype) if targ.is_floating_point() else _onehot(z, targ, axis)
     if eps: t = t * (1 - eps) + eps / z.shape[axis]
     return t if weight is None else t * _along(weight, z, axis)
 
 def _soft_loss(z: Tensor, t: Tensor, axis: int) -> Tensor:
-    "−Σ t_k ln p_k, where a class that does not count (t_k = 0) may have an infinite logit; `n d…`"
+    "−Σ t_k ln p_k, where a class that does not count (t_k = 0) may have any logit; `n d…`"
     return -torch.where(t == 0, 0., t * z.log_softmax(axis)).sum(axis)
 
 def _soft_grad(z: Tensor, t: Tensor, axis: int) -> Tensor:
@@ -212,19 +226,24 @@ def _soft_grad(z: Tensor, t: Tensor, axis: int) -> Tensor:
 
 # %% ../nbs/00_numerics.ipynb #93d4a243
 def _read(pred, targ, weight, ignore_index, label_smoothing, axis):
-    """Check the arguments. Logits in the precision that is computed with, class labels (0 where there is none),
-    the rows without a label, the distribution if any, and the class axis."""
+    """Check the arguments; give what is computed with.
+
+    These are the logits, the labels (0 where there is none), the rows without a label,
+    the distributions (the labels where there are none), and the class axis."""
     pred, targ = _plain(pred).detach(), _plain_targ(targ).detach()
     axis = _class_axis(pred, axis)
     probs, c = _check_targ(pred, targ, axis), pred.shape[axis]
     if weight is not None: _check_weight(weight, c)
     _check_smoothing(label_smoothing)
     z = _wide(pred)
-    if probs: return z, targ.argmax(axis), torch.zeros(_rows(pred, axis), dtype=torch.bool, device=z.device), targ, axis
+    if probs:
+        y = targ.argmax(axis)
+        return z, y, torch.zeros_like(y, dtype=torch.bool), targ, axis
     y = targ.long()
     if not y.is_cuda: _raise_bad_targ(y, c, ignore_index)
     out = _bad_targ(y, c, ignore_index) | (y == ignore_index)
-    return z, y.masked_fill(out, 0), out, None, axis
+    y = y.masked_fill(out, 0)
+    return z, y, out, y, axis
 
 def xent_grad(
     pred: Tensor, # Logits, `n c d…` with the classes in `axis`
@@ -234,31 +253,32 @@ def xent_grad(
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     axis: int = 1, # The class axis
 ) -> Tensor: # Shape of `pred`, float32 (float64 for float64 logits)
-    "The gradient of each row's cross-entropy in its logits: prob − target, before any reduction."
-    z, y, ignored, probs, axis = _read(pred, targ, weight, ignore_index, label_smoothing, axis)
-    if probs is None and not label_smoothing:
+    "The gradient of each row's cross-entropy in its logits, before any reduction: prob − target."
+    z, y, ignored, targ, axis = _read(pred, targ, weight, ignore_index, label_smoothing, axis)
+    if targ is y and not label_smoothing:
         g, length = _rest_grad(_versus_rest(z, y, axis), y, axis)
         g = g * length
         if weight is not None: g = g * weight.to(z)[y].unsqueeze(axis)
-    else:
-        targ = y if probs is None else probs
-        g = _soft_grad(z, _soft_targ(z, targ, probs is not None, weight, label_smoothing, axis), axis)
+    else: g = _soft_grad(z, _soft_targ(z, targ, weight, label_smoothing, axis), axis)
     return g.masked_fill(ignored.unsqueeze(axis), 0.)
 
 # %% ../nbs/00_numerics.ipynb #3bd97070
-_is_wrapped, _is_batched = torch._C._functorch.is_functorch_wrapped_tensor, torch._C._functorch.is_legacy_batchedtensor
+_is_wrapped = torch._C._functorch.is_functorch_wrapped_tensor
+_is_batched = torch._C._functorch.is_legacy_batchedtensor
 _keeps_graph = getattr(torch._C._autograd, '_get_current_graph_task_keep_graph', lambda: True)
 
 def _may_reuse(up: Tensor) -> bool:
-    "May the backward pass, given `up` from above, write its result over what the forward pass kept?"
+    "May the backward pass, given `up` from above, write over what the forward pass kept?"
     return not (_is_wrapped(up) or _is_batched(up) or _keeps_graph())
 
-def _derivable_grad(pred, y, out, up, weight=None, label_smoothing=0., axis=1, divisor=None) -> Tensor:
-    "`xent_grad` times `up`, by operations that have a derivative; rows that are `out` have none, and a label of 0."
-    z, smooth = _wide(pred), label_smoothing > 0
-    if smooth: g = _soft_grad(z, _soft_targ(z, y, False, weight, label_smoothing, axis), axis)
-    else: g = z.softmax(axis) - _onehot(z, y, axis)
-    w = torch.ones_like(y, dtype=z.dtype) if smooth or weight is None else weight.to(z.dtype)[y]
+def _derivable_grad(pred, y, out, up, weight=None, eps=0., axis=1, divisor=None) -> Tensor:
+    "`xent_grad` times `up`, by operations that have a derivative; 0 for rows that are `out`."
+    z = _wide(pred)
+    w = torch.ones_like(y, dtype=z.dtype)
+    if eps: g = _soft_grad(z, _soft_targ(z, y, weight, eps, axis), axis)
+    else:
+        g = z.softmax(axis) - _onehot(z, y, axis)
+        if weight is not None: w = weight.to(z.dtype)[y]
     w = w.masked_fill(out, 0.).unsqueeze(axis)
     if divisor is not None: w = w / divisor
     return g.masked_fill(out.unsqueeze(axis), 0.) * w * up
@@ -268,56 +288,57 @@ class XentStats(NamedTuple):
     """What cross-entropy knows of each row.
 
     One number a row, in the shape of the targets, `n d…`; float32, or float64 for float64 logits.
-    A row whose target is `ignore_index` has no statistics: it is marked by `pred == -1`, and its numbers are nan.
-    So is a row on CUDA whose target is out of range: to raise would be to wait for the device."""
-    loss: Tensor      # The row's own loss in nats, before reduction, with class weight and label smoothing
+    A row whose target is `ignore_index` has no statistics: it is marked by `pred == -1`, and its
+    numbers are nan. So is a row on CUDA whose target is out of range: to raise would be to wait."""
+    loss: Tensor      # The row's own loss in nats, with class weight and label smoothing
     grad_norm: Tensor # L2 norm of that loss's gradient in the logits, so never negative
-    el2n: Tensor      # ‖softmax(z) − onehot(label)‖₂, unweighted, unsmoothed; from 0 to √2 (Paul et al. 2021)
+    el2n: Tensor      # ‖p − onehot(label)‖₂, unweighted, from 0 to √2 (Paul et al. 2021)
     p_targ: Tensor    # Probability of the label
-    margin: Tensor    # Logit of the label − largest other logit (Pleiss et al. 2020); positive where it wins
+    margin: Tensor    # Logit of the label − largest other logit (Pleiss et al. 2020)
     entropy: Tensor   # Of the prediction, −Σ p ln p, in nats; whatever the label is
     pred: Tensor      # The class with the largest logit, int64; −1 where ignored
 
 def _argmax(z: Tensor, axis: int) -> Tensor:
-    "The class with the largest logit, the first of equals. On a CPU torch's argmax is the slowest way to it."
+    "The class with the largest logit, the first of equals; on a CPU torch's argmax is slow."
     if z.device.type != 'cpu': return z.argmax(axis)
     if axis == z.ndim - 1: return torch.as_tensor(z.numpy().argmax(-1))
     c = z.shape[axis]
     k = torch.arange(c, dtype=torch.int32).view([-1 if i == axis else 1 for i in range(z.ndim)])
     first = torch.where(z == z.amax(axis, keepdim=True), k, c).amin(axis).long()
-    return z.argmax(axis) if (first == c).any() else first     # a row with a nan equals no largest logit
+    if (first == c).any(): return z.argmax(axis)         # a row with a nan equals no largest logit
+    return first
 
 def _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis) -> Tensor:
     "λ t + (1 − λ) t', where t' belongs to the other item; an ignored one adds nothing."
-    _, y, ignored, probs, _ = _read(z, mix[0], weight, ignore_index, label_smoothing, axis)
-    other = _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis)
-    other = other.masked_fill(ignored.unsqueeze(axis), 0.)
+    _, _, ignored, targ, _ = _read(z, mix[0], weight, ignore_index, label_smoothing, axis)
+    other = _soft_targ(z, targ, weight, label_smoothing, axis).masked_fill(ignored.unsqueeze(axis), 0.)
     return torch.lerp(other, t, mix[1].to(z).view(-1, *[1] * (z.ndim - 1)))
 
 def xent_stats(
-    pred: Tensor, # Logits, `n c d…` with the classes in `axis`; half precision is computed in float32
-    targ: Tensor, # Classes, `n d…`, or probabilities in the shape of `pred` (their largest is the label)
+    pred: Tensor, # Logits, `n c d…` with the classes in `axis`
+    targ: Tensor, # Classes, `n d…`, or probabilities in the shape of `pred`: the largest is the label
     weight: Tensor|None = None, # A weight for each class, `c`; it may be negative
     ignore_index: int = -100, # Rows with this target are marked, and scored as nan
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     axis: int = 1, # The class axis
-    mix: tuple|None = None, # Of rows mixed as by MixUp: the other items' targets `n d…`, and the own items' shares, `n`
+    mix: tuple|None = None, # For MixUp: the other items' targets, `n d…`, and the own items' shares, `n`
 ) -> XentStats:
-    "Loss, gradient norm, EL2N, label probability, margin, entropy and predicted class of every row, without a graph."
-    z, y, ignored, probs, axis = _read(pred, targ, weight, ignore_index, label_smoothing, axis)
+    "Loss, gradient norm, EL2N, label probability, margin, entropy and predicted class of every row."
+    z, y, ignored, targ, axis = _read(pred, targ, weight, ignore_index, label_smoothing, axis)
     r = _versus_rest(z, y, axis)
     el2n, d = _rest_norm(r, axis), r.d.squeeze(axis)
-    if probs is None and not label_smoothing and mix is None:
+    if targ is y and not label_smoothing and mix is None:
         loss, grad_norm = _rest_loss(d), el2n
         if weight is not None:
             w = weight.to(z)[y]
             loss, grad_norm = w * loss, w.abs() * el2n
     else:
-        t = _soft_targ(z, y if probs is None else probs, probs is not None, weight, label_smoothing, axis)
+        t = _soft_targ(z, targ, weight, label_smoothing, axis)
         if mix is not None:
             t = t.masked_fill(ignored.unsqueeze(axis), 0.)
             t = _mixed(z, t, mix, weight, ignore_index, label_smoothing, axis)
-        loss, grad_norm = _soft_loss(z, t, axis), torch.linalg.vector_norm(_soft_grad(z, t, axis), dim=axis)
+        loss = _soft_loss(z, t, axis)
+        grad_norm = torch.linalg.vector_norm(_soft_grad(z, t, axis), dim=axis)
     no_label = lambda *fs: [f.masked_fill(ignored, math.nan) for f in fs]
     trained = [loss, grad_norm] if mix is not None else no_label(loss, grad_norm)
     of_label = no_label(el2n, torch.sigmoid(d), r.margin.squeeze(axis), _rest_entropy(r, axis))

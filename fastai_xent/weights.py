@@ -40,7 +40,7 @@ def named_weights(
 
 # %% ../nbs/00d_weights.ipynb #4673fecd
 def _key_of_each(named: dict, vocab: list) -> list:
-    "The key of `named` for each class, as a tuple of one, by value or else as text; () where there is none."
+    "The key of `named` for each class, in a tuple, by value or else as text; () if there is none."
     same = {o for o in vocab if o in named}
     alike = {str(k): (k,) for k in named if k not in same}
     return [(o,) if o in same else alike.get(str(o), ()) for o in vocab]
@@ -58,20 +58,24 @@ def in_order(
     "The weights of `named` in the order of `vocab`."
     vocab = list(vocab)
     for o in vocab:
-        if not isinstance(o, Hashable):
-            raise TypeError(f"vocab holds a {type(o).__name__}, expected class names; if there are several vocabs, "
-                            "give that of the targets, such as `dls.vocab[-1]`")
+        if isinstance(o, Hashable): continue
+        raise TypeError(f"vocab holds a {type(o).__name__}, expected class names; "
+                        "if there are several vocabs, give that of the targets, such as `dls.vocab[-1]`")
     keys, by_place = _key_of_each(named, vocab), _by_place(named, len(vocab))
     used = {k for key in keys for k in key}
     if by_place is not None and not used: return by_place
-    missing, unknown = [o for o, key in zip(vocab, keys) if not key], [k for k in named if k not in used]
-    what = [f"no weight for {_some(missing)}"] * bool(missing) + [f"no class {_some(unknown)}"] * bool(unknown)
+    missing = [o for o, key in zip(vocab, keys) if not key]
+    unknown = [k for k in named if k not in used]
+    what = [f"no weight for {_some(missing)}"] if missing else []
+    if unknown: what.append(f"no class {_some(unknown)}")
     if what:
-        raise ValueError(f"weight and vocab do not name the same classes: there is {', and '.join(what)}; give each class "
-                         "a weight by its name, or a list in the order of the vocab")
+        raise ValueError(
+            f"weight and vocab do not name the same classes: there is {', and '.join(what)}; "
+            "give each class a weight by its name, or a list in the order of the vocab")
     by_name = [named[k] for k, in keys]
     if by_place is None or by_place == by_name: return by_name
     i = next(i for i, (a, b) in enumerate(zip(by_name, by_place)) if a != b)
     raise ValueError(
-        f"the keys of weight can be names or places: class {vocab[i]!r}, in place {i} of the vocab, would weigh {by_name[i]} "
-        f"by its name and {by_place[i]} by its place; give names as text, or a list in the order of the vocab")
+        f"the keys of weight can be names or places: class {vocab[i]!r}, in place {i} of the vocab, "
+        f"would weigh {by_name[i]} by its name and {by_place[i]} by its place; "
+        "give names as text, or a list in the order of the vocab")

@@ -33,13 +33,13 @@ SHAPES = {'rows': ((37, 11), 1), 'one row': ((1, 5), 1), 'one class': ((9, 1), 1
 VIEWS = {'plain': lambda z: z, 'reversed strides': lambda z: z.permute(*range(z.ndim)[::-1]).contiguous().permute(*range(z.ndim)[::-1]),
          'every other': lambda z: z.repeat_interleave(2, z.ndim - 1)[..., ::2]}
 
-@pytest.mark.parametrize('weighted', [False, True])
+@pytest.mark.parametrize('weighted', [False, 1, 0], ids=['unweighted', 'weighted', 'some negative'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('view', VIEWS)
 @pytest.mark.parametrize('shape, axis', SHAPES.values(), ids=SHAPES)
 def test_against_double(shape, axis, view, dtype, weighted):
     z, y = problem(shape, axis, dtype)
-    w = torch.linspace(0, 2, shape[axis]) if weighted else None
+    w = torch.linspace(weighted - 1, 2, shape[axis]) if weighted is not False else None     # from 0, or from −1
     z = VIEWS[view](z)
     got = fused_pass(z, y, w, -100, axis)
     tol = dict(rtol=2e-6, atol=2e-7) if dtype == torch.float32 else dict(rtol=1e-12, atol=1e-14)
@@ -114,6 +114,24 @@ assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == 0
 def test_a_forked_process_gets_threads_of_its_own():
     res = subprocess.run([sys.executable, '-W', 'ignore', '-c', FORK], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert not res.returncode, res.stderr
+
+TWICE = """
+import hashlib, sys, torch
+from fastai_xent.fused import fused_pass
+torch.set_num_threads(1)
+digest = hashlib.md5()
+for shape in ((70, 300), (64, 10), (3, 5000)):
+    z = torch.randn(shape, generator=torch.Generator().manual_seed(0)) * 3
+    done = fused_pass(z, torch.arange(shape[0]) % shape[1], reduction='mean')
+    for o in (done.grad.numpy(), done.facts): digest.update(o.tobytes())
+print(digest.hexdigest())
+"""
+
+def test_who_compiles_and_who_loads_what_was_compiled_get_the_same_bits(tmp_path):
+    env = {**os.environ, 'NUMBA_CACHE_DIR': str(tmp_path)}
+    first, then = (subprocess.run([sys.executable, '-W', 'ignore', '-c', TWICE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300) for _ in range(2))
+    assert not first.returncode, first.stderr
+    assert any(tmp_path.rglob('*.nbc')) and first.stdout == then.stdout
 
 def test_without_a_compiler_torch_does_the_work_after_one_warning(monkeypatch):
     z, y = problem((6, 4))

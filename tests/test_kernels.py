@@ -28,6 +28,7 @@ ULP = {torch.float32: 2**-23, torch.float16: 2**-10, torch.bfloat16: 2**-7}
 OPTIONS = {
     'plain': {}, 'weight': dict(weight=True), 'ignored': dict(ignore_index=1), 'smooth': dict(label_smoothing=.1),
     'weight, ignored': dict(weight=True, ignore_index=-1), 'all': dict(weight=True, ignore_index=1, label_smoothing=.3),
+    'negative': dict(weight='negative'), 'negative, all': dict(weight='negative', ignore_index=1, label_smoothing=.3),
 }
 SHAPES = {  # shape of the logits, class axis
     'n c': ((6, 5), 1), 'one row': ((1, 5), 1), 'a row without n': ((5,), 0), 'no row': ((0, 5), 1), 'c 1': ((5, 1), 1), 'c 2': ((9, 2), 1),
@@ -47,6 +48,7 @@ def problem(shape, axis=1, dtype=torch.float32, weight=False, ignore_index=-100,
     if ignore_index != -100 and targ.numel() > 1: targ.view(-1)[0] = ignore_index
     kw = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
     if weight: kw['weight'] = (torch.rand(c, generator=gen) * 2).to(DEVICE)
+    if weight == 'negative': kw['weight'][::2] *= -1
     return pred.to(DEVICE), targ.to(DEVICE), kw
 
 

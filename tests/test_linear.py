@@ -39,6 +39,7 @@ N, C, D = 11, 7, 5
 OPTIONS = {
     'plain': {}, 'no bias': dict(bias=False), 'weight': dict(weight=True), 'ignore_index': dict(ignore_index=1), 'smooth': dict(label_smoothing=.1),
     'weight and ignore_index': dict(weight=True, ignore_index=-1), 'everything': dict(weight=True, ignore_index=1, label_smoothing=.3),
+    'negative weight': dict(weight='negative'), 'negative weight, smooth': dict(weight='negative', ignore_index=1, label_smoothing=.3),
 }
 each_option = pytest.mark.parametrize('option', OPTIONS.values(), ids=OPTIONS.keys())
 each_reduction = pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
@@ -51,7 +52,7 @@ def problem(rows=(N,), bias=True, weight=False, ignore_index=-100, label_smoothi
     targ = torch.randint(0, C, rows, generator=gen)
     if ignore_index != -100: targ.view(-1)[0], targ.view(-1)[-1] = ignore_index, 0
     kw = dict(ignore_index=ignore_index, label_smoothing=label_smoothing)
-    if weight: kw['weight'] = torch.linspace(.25, 3, C)
+    if weight: kw['weight'] = torch.linspace(.25 if weight is True else -1.5, 3, C)
     return h, W, b if bias else None, targ, kw
 
 
@@ -216,6 +217,26 @@ def test_nothing_to_learn_is_a_loss_and_gradients_of_zero(make, reduction):
     if 'weight' not in kw: assert stats.pred.eq(-1).all() and stats.loss.isnan().all()
 
 
+@pytest.mark.parametrize('eps', [0., .1])
+def test_weights_that_cancel_have_no_mean_and_labels_without_weight_a_mean_of_zero(eps):
+    h, W, b, _, _ = problem(rows=(3,), dtype=torch.float32)
+    targ, weight = torch.tensor([0, 1, -100]), torch.tensor([1., -1., 0., 0., 2., 1., 1.])
+    want = F.cross_entropy(F.linear(h, W, b), targ, weight=weight, label_smoothing=eps)
+    loss, grads, _ = run(h, W, b, targ, weight=weight, label_smoothing=eps)
+    assert not want.isfinite() and not loss.isfinite() and (eps or loss == want) and not any(o.isfinite().all() for o in grads[1:])
+    loss, grads, _ = run(h, W, b, targ.clamp(max=0) + 2, weight=weight, label_smoothing=eps, ignore_index=-98)
+    assert loss == 0 and not any(o.any() for o in grads)
+
+
+def test_weights_by_name_are_those_in_order():
+    head, names = nn.Linear(D, C), [f'class {i}' for i in range(C)]
+    h, _, _, targ, _ = problem(dtype=torch.float32)
+    loss_func = LinearXentLossFlat(head, {k: i + 1. for i, k in enumerate(reversed(names))})
+    loss_func.set_vocab(names)
+    want = LinearXentLossFlat(head, torch.arange(C, 0., -1))(Features.of(h, head), targ)
+    assert_close(loss_func(Features.of(h, head), targ), want, **EXACT)
+
+
 # -- the graph
 
 def test_only_wanted_gradients_are_computed(monkeypatch):
@@ -338,7 +359,11 @@ REFUSED = {
     'probs': (lambda: linear_xent(H, HEAD, torch.zeros(11, 7)), TypeError, 'expected integer classes; probabilities are as large as the logits'),
     'bool': (lambda: linear_xent(H, HEAD, Y > 2), TypeError, r'targ has dtype torch.bool'),
     'weight': (lambda: linear_xent(H, HEAD, Y, weight=torch.ones(3)), ValueError, r'weight has shape \[3\], expected \[7\]'),
-    'negative weight': (lambda: linear_xent(H, HEAD, Y, weight=-torch.ones(7)), ValueError, r'weight\[0\] is -1'),
+    'nan weight': (lambda: linear_xent(H, HEAD, Y, weight=torch.full((7,), torch.nan)), ValueError, r'weight\[0\] is nan'),
+    'no tensor': (lambda: linear_xent((H, H), HEAD, Y), TypeError, r'h is a tuple of 2, expected a tensor of features; use `h\[0\]`'),
+    'no tensor of targets': (lambda: linear_xent(H, HEAD, Y.tolist()), TypeError, 'targ is a list of 11, expected a tensor of classes'),
+    'no tensor of logits': (lambda: LinearXentLossFlat(nn.Linear(5, 7))((H, H), Y), TypeError, 'pred is a tuple of 2, expected a tensor of logits'),
+    'weights without a vocab': (lambda: LinearXentLossFlat(nn.Linear(5, 7), {'a': 1.})(Features.of(H, nn.Linear(5, 7)), Y), RuntimeError, 'this loss does not know the vocab'),
     'smoothing': (lambda: linear_xent(H, HEAD, Y, label_smoothing=2.), ValueError, 'label_smoothing is 2.0'),
     'reduction': (lambda: linear_xent(H, HEAD, Y, reduction='avg'), ValueError, "reduction is 'avg', expected one of mean, sum, none"),
     'chunk': (lambda: linear_xent(H, HEAD, Y, chunk=0), ValueError, 'chunk is 0'),

@@ -60,7 +60,7 @@ def problem(n=3, c=4, d=(), axis=1, dtype=torch.float32, scale=3., kind='class',
     y = torch.randint(0, c, (n, *d), generator=gen)
     z = z.scatter_add(-1, y.unsqueeze(-1), torch.full_like(z[..., :1], lead)).clamp(-1e4, 1e4)
     kw = dict(ignore_index=-100 if kind == 'probs' else ignore_index, label_smoothing=label_smoothing)
-    if weight is not None: kw['weight'] = (torch.arange(c) * 3 + weight) % 8 / 4.  # 0, ¼, … 1¾
+    if weight is not None: kw['weight'] = (torch.arange(c) * 3 + weight) % 8 / 4. - int(weight < 0)  # 0, ¼, … 1¾; or −1 to ¾
     if kind == 'probs':
         y = torch.randint(0, 9, z.shape, generator=gen)
         y = (y / y.sum(-1, keepdim=True).clamp_min(1)).to(dtype).movedim(-1, axis)
@@ -72,6 +72,9 @@ OPTIONS = {
     'plain': {},
     'weight': dict(weight=1),
     'weight with zeros': dict(weight=0),
+    'negative weight': dict(weight=-1),
+    'negative weight, smooth and ignored': dict(weight=-1, label_smoothing=.3, ignored=1),
+    'probs, negative weight': dict(kind='probs', weight=-1),
     'ignored': dict(ignored=2),
     'a class is ignored': dict(ignore_index=1),
     'smooth': dict(label_smoothing=.1),
@@ -93,7 +96,7 @@ each_dtype = pytest.mark.parametrize('dtype', HALF + WIDE, ids=str)
 # -- the truth: the same quantities in 80 decimal digits
 
 class Exact(NamedTuple):
-    "What is true of each row, rounded to float64; `counts` is the sum of its weights t."
+    "What is true of each row, rounded to float64; `counts` is the sum of |t|, `size` the loss with |t| for t: what may cancel."
     loss: Tensor
     grad: Tensor
     grad_norm: Tensor
@@ -102,6 +105,7 @@ class Exact(NamedTuple):
     margin: Tensor
     pred: Tensor
     counts: Tensor
+    size: Tensor
 
 
 def _log1p(x): return x if x < Decimal('1e-50') else (1 + x).ln()
@@ -112,13 +116,14 @@ def _exact_row(z, t, y):
     top = max(z)
     e = [(o - top).exp() for o in z]
     others = lambda x, k: sum(x[:k] + x[k+1:], Decimal(0))
-    S, T = sum(e), sum(t)
+    S = sum(e)
     p = [o / S for o in e]
     grad = [others(t, k) * p[k] - t[k] * others(p, k) for k in range(len(z))]  # T p − t, without a difference where t is one class
-    loss = sum((b * _log1p(others(e, k) / e[k]) for k, b in enumerate(t) if b), Decimal(0))
+    parts = [b * _log1p(others(e, k) / e[k]) for k, b in enumerate(t) if b]
+    loss, size, counts = sum(parts, Decimal(0)), sum(map(abs, parts), Decimal(0)), sum(map(abs, t))
     el2n = (others(p, y)**2 + sum(o**2 for k, o in enumerate(p) if k != y)).sqrt()
     margin = z[y] - max(z[:y] + z[y+1:]) if len(z) > 1 else Decimal('Infinity')
-    return loss, grad, sum(o**2 for o in grad).sqrt(), el2n, p[y], margin, z.index(top), T
+    return loss, grad, sum(o**2 for o in grad).sqrt(), el2n, p[y], margin, z.index(top), counts, size
 
 
 def exact(q: Problem) -> Exact:
@@ -131,16 +136,16 @@ def exact(q: Problem) -> Exact:
         ctx.prec = 80
         for z, targ in zip(q.rows(q.pred).double().tolist(), targs.tolist()):
             if targ == q.kw['ignore_index']:
-                got.append((nan, [0.] * c, nan, nan, nan, nan, -1, 0))
+                got.append((nan, [0.] * c, nan, nan, nan, nan, -1, 0, 0))
                 continue
             y = targ if not q.probs else targ.index(max(targ))
             t = [Decimal(o) for o in targ] if q.probs else [Decimal(k == y) for k in range(c)]
             got.append(_exact_row([Decimal(o) for o in z], [w * (o * (1 - eps) + eps / c) for o, w in zip(t, weight)], y))
     shape = [s for k, s in enumerate(q.pred.shape) if k != q.i]
-    cols = list(zip(*got)) or [()] * 8
+    cols = list(zip(*got)) or [()] * 9
     res = [torch.tensor([float(o) for o in col], dtype=torch.float64).view(shape) for k, col in enumerate(cols) if k != 1]
     grad = q.unrows(torch.tensor([[float(o) for o in row] for row in cols[1]], dtype=torch.float64)) if got else torch.zeros(q.pred.shape, dtype=torch.float64)
-    return Exact(res[0], grad, *res[1:5], res[5].long(), res[6])
+    return Exact(res[0], grad, *res[1:5], res[5].long(), *res[6:])
 
 
 # -- comparing
@@ -168,7 +173,7 @@ def assert_no_worse(q: Problem):
     hard = not q.probs and not q.kw['label_smoothing']
     c = q.pred.shape[q.i]
     one = truth.counts * info.eps * (8 if hard else 8 + c / 2)  # of a probability times T; torch's softmax adds up a strided axis term by term
-    near = digits(truth.loss, info) if hard else digits(truth.loss, info) + one * (1 + math.log(c))
+    near = digits(truth.loss, info) if hard else digits(truth.size, info) + one * (1 + math.log(c))
     off = (rows.double() - truth.loss).abs().nan_to_num(inf)
     for o in stats[:-1]: assert o.dtype == grad.dtype == (torch.float64 if q.pred.dtype == torch.float64 else torch.float32)
     assert_within(stats.loss, truth.loss, torch.maximum(near, off))
@@ -190,7 +195,7 @@ def problems(draw, **given):
     kw = dict(d=d, c=c, n=draw(st.integers(0, 3)), axis=draw(st.integers(-len(d) - 2, len(d) + 1)),
               dtype=draw(st.sampled_from(HALF + WIDE)), scale=draw(st.sampled_from([.01, 1., 10., 100., 1e4])),
               lead=draw(st.sampled_from([0., 0., 5., 20., 80., -20., -80., 1e4])), ints=draw(st.booleans()),
-              kind=draw(st.sampled_from(['class', 'class', 'probs'])), weight=draw(st.sampled_from([None, 0, 1])),
+              kind=draw(st.sampled_from(['class', 'class', 'probs'])), weight=draw(st.sampled_from([None, 0, 1, -1])),
               label_smoothing=draw(st.sampled_from([0., 0., .1, 1.])), ignored=draw(st.integers(0, 2)),
               ignore_index=draw(st.sampled_from([-100, -1, 0])), seed=draw(st.integers(0, 2**20)))
     return problem(**{**kw, **given})
@@ -568,8 +573,10 @@ REFUSALS = {
     'too few weights': (ValueError, r'weight has shape \[9\], expected \[10\]: one number a class', (Z, Y), dict(weight=W[1:])),
     'a matrix of weights': (ValueError, r'weight has shape \[1, 10\], expected \[10\]', (Z, Y), dict(weight=W[None])),
     'a scalar weight': (ValueError, r'weight has shape \[\], expected \[10\]', (Z, Y), dict(weight=torch.tensor(1.))),
-    'a negative weight': (ValueError, r'weight\[4\] is -1.0, expected numbers from 0 up', (Z, Y), dict(weight=at(W, 4, -1))),
-    'a nan weight': (ValueError, r'weight\[2\] is nan, expected numbers from 0 up', (Z, Y), dict(weight=at(W, 2, nan))),
+    'an infinite weight': (ValueError, r'weight\[4\] is -inf, expected finite numbers', (Z, Y), dict(weight=at(W, 4, -inf))),
+    'a nan weight': (ValueError, r'weight\[2\] is nan, expected finite numbers', (Z, Y), dict(weight=at(W, 2, nan))),
+    'weights by name': (TypeError, r'weight is a dict of 2, expected a tensor of class weights', (Z, Y), dict(weight=dict(a=1., b=2.))),
+    'a list of weights': (TypeError, r'weight is a list of 10, .*`torch.as_tensor\(weight\)`', (Z, Y), dict(weight=[1.] * 10)),
     'smoothing below 0': (ValueError, r'label_smoothing is -0.1, expected a number from 0 to 1', (Z, Y), dict(label_smoothing=-.1)),
     'smoothing above 1': (ValueError, r'label_smoothing is 1.5, expected a number from 0 to 1', (Z, Y), dict(label_smoothing=1.5)),
     'smoothing nan': (ValueError, r'label_smoothing is nan, expected a number from 0 to 1', (Z, Y), dict(label_smoothing=nan)),
@@ -582,7 +589,7 @@ def test_refuses(fn, error, message, args, kw):
     with pytest.raises(error, match=message): fn(*args, **kw)
 
 
-@pytest.mark.parametrize('args, kw', [((Z, Y), dict(axis=1)), ((Z, Y), dict(axis=-1)), ((Z, at(Y, 0, -100)), {}), ((Z, Y), dict(weight=W)),
+@pytest.mark.parametrize('args, kw', [((Z, Y), dict(axis=1)), ((Z, Y), dict(axis=-1)), ((Z, at(Y, 0, -100)), {}), ((Z, Y), dict(weight=W)), ((Z, Y), dict(weight=-W)),
                                       ((Z, Y), dict(label_smoothing=1)), ((IMG, MASK), {}), ((Z, Z), {})])
 def test_what_is_right_is_not_refused(args, kw):
     assert xent_stats(*args, **kw).loss.shape == (8,) if args[0] is Z else MASK.shape
