@@ -16,7 +16,6 @@ from collections import deque
 from functools import partial
 
 import numpy as np
-import pandas as pd
 import torch
 import torch.nn.functional as F
 from fastai.losses import BaseLoss
