@@ -21,7 +21,8 @@ from fastai.torch_core import set_seed
 from fastai_xent.export import _probs_of
 from fastai_xent.linear import head_in_loss
 from fastai_xent.losses import XentLossFlat
-from fastai_xent.recorder import XentRecorder, _by_row, _most_bytes, _Probs
+from fastai_xent.passes import KeptProbs, most_bytes
+from fastai_xent.recorder import XentRecorder
 from fastai_xent.rows import RowBuffer
 from fastai_xent.record import XentRecord
 from fastai_xent.writer import XentWriter
@@ -107,23 +108,30 @@ def test_of_repeated_items_the_last_row_counts(seed):
         np.testing.assert_allclose(rec.record.probs('train', epoch), want, **HALF)
     assert rec.record.to_df('train')['occurrence'].max() > 0
 
+def batch(pred): return SimpleNamespace(pred=pred, stats=None, dense=False, n_classes=pred.shape[1])
+
+def taken(*preds, room) -> KeptProbs:
+    "What is kept of these logits."
+    kept, rows = KeptProbs(np.inf, print), RowBuffer(room)
+    for i, z in enumerate(preds):
+        kept.take(batch(z), i, SimpleNamespace(split='train', rows=rows))
+        rows.at.append(i)
+    return kept
+
 def test_padding_is_left_to_its_own_rank():
     "Rows that only fill up a batch are not of this rank."
     rows = torch.arange(12.).view(4, 3).square()
-    kept = _Probs(rows, 1)                             # it grows
-    kept.add(rows[:3])
-    kept.add(rows[3:])
-    item, p = _by_row(kept, dict(item=np.array([4, 2, 0, 4]), padding=np.array([False, False, False, True])))
+    kept = taken(rows[:3], rows[3:], room=1)           # it grows
+    item, p = kept.done(dict(item=np.array([4, 2, 0, 4]), padding=np.array([False, False, False, True])))
     assert item.tolist() == [4, 2, 0]
     np.testing.assert_allclose(p, rows[:3].double().softmax(1), **HALF)
-    with pytest.raises(RuntimeError, match='4 rows of probabilities for 3 rows'): _by_row(kept, dict(item=np.arange(3), padding=None))
+    with pytest.raises(RuntimeError, match='4 rows of probabilities for 3 rows'): kept.done(dict(item=np.arange(3), padding=None))
 
 @pytest.mark.parametrize('dtype', [torch.float64, torch.float16, torch.bfloat16])
 def test_other_precisions_of_logits(dtype):
     z = (torch.randn(50, 7) * 20).to(dtype)
-    kept = _Probs(z, 50)
-    kept.add(z)
-    np.testing.assert_allclose(kept.kept.double(), z.double().softmax(1), **HALF)
+    _, p = taken(z, room=50).done(dict(item=np.arange(50), padding=None))
+    np.testing.assert_allclose(p.astype(float), z.double().softmax(1), **HALF)
 
 def test_ranks_are_joined(tmp_path):
     "Two parts of one epoch, in one array."
@@ -281,11 +289,11 @@ def test_limits(keep):
 
 def test_the_limit_of_2_gb():
     "Of ImageNet's 1,281,167 rows and 1,000 classes nothing is allocated."
-    assert _most_bytes(True) == 2e9 and _most_bytes(False) == 0 and _most_bytes('any size') == np.inf and _most_bytes(5) == 5
-    rec = XentRecorder(keep_probs=True)
-    with warned() as said:
-        rec._now = SimpleNamespace(split='train', rows=RowBuffer(1281167))
-        assert rec._room_for_probs(SimpleNamespace(n_classes=1000, stats=None, dense=False, pred=None)) is None
+    assert most_bytes(True) == 2e9 and most_bytes(False) == 0 and most_bytes('any size') == np.inf and most_bytes(5) == 5
+    said = []
+    kept = KeptProbs(most_bytes(True), said.append)
+    kept.take(SimpleNamespace(n_classes=1000, stats=None, dense=False, pred=None), 0, SimpleNamespace(split='train', rows=RowBuffer(1281167)))
+    assert kept.probs is None and kept.done({}) is None
     assert '1,281,167 rows × 1,000 classes × 2 bytes are 2.56 GB on the device' in said[0] and 'the limit is 2 GB' in said[0] and '`keep_probs=2562334000`' in said[0]
 
 @pytest.mark.parametrize('bad', [0, -1, 'all', None, [1]])
