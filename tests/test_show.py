@@ -167,7 +167,7 @@ def test_a_key_fn_names_the_items(folder):
 def test_what_the_acts_give_can_be_shown(folder):
     dls = datasets(folder)
     r = recorded(dls).record
-    shown, _ = relabel(dls, r, {0: 'odd'})
+    shown = relabel(dls, r, {0: 'odd'})
     draw_items(r, r.top(6), shown)                        # the same names: another label is no other item
     less = prune(dls, r, drop=[1, 3])
     with pytest.raises(ValueError, match='6 items in the record and 4'): show_top(r, less)
