@@ -134,7 +134,7 @@ def _same_labels(self: SameItems, split, k, cols) -> bool:
     "Are the labels of these rows those that the list's last epoch has?"
     record = self.writer.record
     seg = record._segment(split, k)
-    if not seg.found: return False
+    if not seg.found: return True                         # a process died before it had rows: nothing speaks against it
     old, known = record.to_df(split, max(o[2] for o in seg.found)), np.full(seg.n, -1)
     known[old['item']] = old['targ'].fillna(-1)
     was, now = known[cols['item']], cols['targ']

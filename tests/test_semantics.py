@@ -695,7 +695,7 @@ REFUSED = {
     'order': (dict(train=lambda: Named(names=[1, 0, *range(2, 36)])), "'train'", '2 of 36', 'differ, the first is item 0'),
     'length': (dict(train=lambda: Named(37)), "'train'", '36 items then, 37 now'),
     'valid': (dict(valid=lambda: Named(18, range(101, 119), seed=1)), "'valid'", '18 of 18', 'differ'),
-    'classes': (dict(vocab=['c', 'b', 'a']), "class 0 of the record is 'a', of the dataset 'c'", 'use a new record'),
+    'classes': (dict(vocab=['c', 'b', 'a']), "class 0 was 'a' and is 'c'", 'use a new record'),
     'number of classes': (dict(model=lambda: Net(out=5)), '5 classes', '3'),
 }
 
@@ -1475,7 +1475,7 @@ def test_a_path_that_is_not_ours(tmp_path):
     (tmp_path / 'other').mkdir()
     (tmp_path / 'other' / 'record.json').write_text('{"not": "ours"}')
     for kw in ({}, dict(resume=True)):
-        with pytest.raises(FileExistsError, match='not a record of fastai_xent; use a path that does not exist'): XentRecorder(tmp_path / 'thesis', **kw)
+        with pytest.raises(FileExistsError, match='not a record of fastai_xent: it has final.tex. Use a path that does not exist'): XentRecorder(tmp_path / 'thesis', **kw)
     with pytest.raises(ValueError, match='give one of them'): XentRecorder(tmp_path / 'thesis', resume=True, overwrite=True)
     for kw in (dict(resume=True), dict(overwrite=True)):                     # a record.json of somebody else's
         with pytest.raises((FileExistsError, ValueError), match='record'): XentRecorder(tmp_path / 'other', **kw)
