@@ -319,5 +319,5 @@ def test_random_states_come_back_after_an_error():
         raise KeyError
     assert torch.equal(torch.rand(2), want)
 
-@pytest.mark.parametrize('loss_func', [copied(plain_focal), copied(around(2.)), copied(functools.partial(plain_focal)), copied(Focal())], ids=str)
+@pytest.mark.parametrize('loss_func', [copied(plain_focal), copied(around(2.)), copied(functools.partial(plain_focal)), copied(Focal())], ids=['function', 'closure', 'partial', 'module'])
 def test_a_copy_computes_the_same(loss_func): assert torch.isfinite(loss_func(PRED, TARG))
