@@ -6,8 +6,8 @@ Docs: https://fastai-xent.github.io/fastai_xent/views.html.md"""
 
 # %% auto #0
 __all__ = ['loss_bands', 'plot_losses', 'data_map', 'plot_data_map', 'item_history', 'plot_history', 'score_bins', 'plot_score',
-           'class_pairs', 'plot_class_pairs', 'class_issues', 'plot_class_issues', 'plot_two_scores', 'plot_two_runs',
-           'training_time', 'plot_training_time', 'save_picture']
+           'class_pairs', 'plot_class_pairs', 'class_issues', 'plot_class_issues', 'plot_two_scores', 'plot_runs',
+           'plot_two_runs', 'training_time', 'plot_training_time', 'save_picture']
 
 # %% ../nbs/08_views.ipynb #5717412b
 import textwrap
@@ -22,7 +22,7 @@ from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.patheffects import Normal, Stroke
 
-from .dynamics import Rows, get_score, row_weight
+from .dynamics import RANK_BY, Rows, get_score, row_weight
 from .issues import gap_confidence
 from .records import XentRecords
 
@@ -211,7 +211,7 @@ def _told_history(h, item, split) -> str:
 # %% ../nbs/08_views.ipynb #22a74fcb
 def score_bins(
     record, # An `XentRecord`
-    by='margin_loss', # A name in `SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     k: int = 20, # How many items come before the cut
     split: str = 'train',
     bins: int = 60,
@@ -229,7 +229,7 @@ def score_bins(
 # %% ../nbs/08_views.ipynb #28139fe2
 def plot_score(
     record, # An `XentRecord`
-    by='margin_loss', # A name in `SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     k: int = 20, # How many items come before the cut
     split: str = 'train',
     ax: Axes|None = None,
@@ -366,16 +366,16 @@ def _against(ax, s, mark=None) -> tuple: # axis, number of items drawn
     return ax, len(d)
 
 # %% ../nbs/08_views.ipynb #ef57f4c5
-def plot_two_runs(
-    record, # An `XentRecord`
-    other, # An `XentRecord` of the same items
-    by='margin_loss', # A name in `SCORES`, or a `Reducer`
+def plot_runs(
+    runs: XentRecords,
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     k: int = 20, # How many first items are compared
     split: str = 'train',
+    names=None, # Of two of the runs; None: the first two
     ax: Axes|None = None,
 ) -> Axes:
-    "The score of each item in two runs."
-    runs = XentRecords([record, other])
+    "The score of each item in two of the runs."
+    runs = _two(runs, names)
     s = runs.scores(by, split)
     k = min(k, int(s.notna().sum().min()))
     ax, n = _against(_axis(ax, 5, 4), s)
@@ -384,6 +384,22 @@ def plot_two_runs(
     for run, put in zip(s, (ax.set_xlabel, ax.set_ylabel)): put(f"{name} in run {run}", parse_math=False)
     _title(ax, f"{split}, {n:,} items: {_agreement(s)},\n{both} of the first {k} are the same")
     return ax
+
+def _two(runs, names) -> XentRecords:
+    names = list(runs.records)[:2] if names is None else list(names)
+    if len(names) == 2 and {*names} <= {*runs.records}: return XentRecords({o: runs[o] for o in names}, runs.on)
+    raise ValueError(f"the runs are {', '.join(runs.records)}, expected two of them, got {', '.join(names) or 'none'}")
+
+def plot_two_runs(
+    record, # An `XentRecord`
+    other, # An `XentRecord` of the same items
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
+    k: int = 20, # How many first items are compared
+    split: str = 'train',
+    ax: Axes|None = None,
+) -> Axes:
+    "The score of each item in two runs."
+    return plot_runs(XentRecords([record, other]), by, k, split, ax=ax)
 
 # %% ../nbs/08_views.ipynb #a3ba6cd3
 def training_time(
