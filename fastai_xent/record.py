@@ -28,6 +28,7 @@ from .cache import LABELS, Segment, StateCache
 from .dynamics import RANK_BY, SCORES, Reducer, get_score
 from .epochs import FORMAT, Compact, Epochs, layout_of
 from .files import Place
+from .later import with_later
 from .parquet import ALL, ROWS, with_key
 
 # %% ../nbs/05g_record.ipynb #00a6b968
@@ -43,6 +44,7 @@ def _missing(name):
 class _Renamed(type):
     def __getattr__(cls, name): raise _missing(name)
 
+@with_later
 class XentRecord(metaclass=_Renamed):
     "What happened to every example of a run, epoch by epoch."
     def __init__(self,
