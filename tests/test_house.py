@@ -194,7 +194,7 @@ LONG_MODULES = set()  # modules of more than 450 lines
 UNUSED = {
     'backward fused_pass', 'cache fastai_xent.issues',
 }  # imports that their module does not use
-KERNELS = {'00a_kernels', '00b_fused', 'kernels', 'fused'}  # a GPU's and a CPU's kernel in one piece: cells and modules may be long
+KERNELS = {'00a_gpu_kernels', '00b_cpu_kernels', 'gpu_kernels', 'cpu_kernels'}  # a GPU's and a CPU's kernel in one piece: cells and modules may be long
 
 
 def export_cells(root): return [(nb, src.strip().splitlines()) for nb, src in measure.code_cells(root) if measure.is_export(src)]

@@ -14,7 +14,7 @@ from fastai.torch_core import set_seed
 from helpers import Net, Points, learner, same_bits, state, warned
 from torch import nn
 
-from fastai_xent import fused
+from fastai_xent import cpu_kernels
 from fastai_xent.batch import Batch
 from fastai_xent.ledger import Ledger, Scalars, divisor
 from fastai_xent.losses import XentLoss, XentLossFlat
@@ -145,11 +145,11 @@ def test_mixing_in_a_collate_function(behind):
 
 def test_a_broken_row(monkeypatch):
     "Our own mistake: one number of one row is another."
-    real = fused.FusedPass.__init__
+    real = cpu_kernels.FusedPass.__init__
     def broken(self, *args, **kw):
         real(self, *args, **kw)
         self.facts[0, 0] += .01
-    monkeypatch.setattr(fused.FusedPass, '__init__', broken)
+    monkeypatch.setattr(cpu_kernels.FusedPass, '__init__', broken)
     rec = XentRecorder()
     with warned() as said: learner([rec]).fit(1)
     assert len(said) == 2 and '5 of 5 batches' in said[0]
