@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from .classes import vocab_difference
 from .dynamics import RANK_BY, get_score
+from .later import with_later
 from .record import XentRecord, is_record
 
 # %% ../nbs/05j_records.ipynb #a5596d60
@@ -96,6 +97,7 @@ def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
             f"the first is item {i}: {x[i]} and {y[i]}")
 
 # %% ../nbs/05j_records.ipynb #308c1c77
+@with_later
 class XentRecords:
     "Records side by side: seeds, models, settings, folds."
     def __init__(self,

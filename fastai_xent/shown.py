@@ -35,7 +35,9 @@ def _facts(record) -> dict: # what → in words
     if cost and cost['fit']:
         whole = 'fit' if _fits(record) == 1 else 'fits'
         facts['recording'] = f"took {cost['recording'] / cost['fit']:.1%} of the {whole}"
-    stray = record._told_strays()
+    ledger, stray = record._told_ledger(), record._told_strays()
+    if ledger:
+        facts['losses'] = f"{ledger}: those of the rows do not add up to the Learner's, see record.meta['ledger']"
     if stray:
         facts['stray epochs'] = f'{stray}: no list of items covers them, and they are not read'
     return facts
