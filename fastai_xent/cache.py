@@ -17,6 +17,7 @@ import numpy as np
 from fastcore.basics import patch
 
 import fastai_xent.issues  # noqa: F401 registers 'label_doubt'
+from .bars import Bar
 from .dynamics import SCORES, Label, Likely, Reducer, _folds_like, row_weight
 from .epochs import Epochs
 from .parquet import ROWS
@@ -109,7 +110,8 @@ def _marks(self: StateCache, seg): return json.loads(json.dumps(self.epochs.mark
 
 @patch
 def _fold(self: StateCache, sink, seg, marks, reducers, old):
-    fold(sink, seg.n, reducers, marks, _walk(self.epochs, seg), old)
+    with Bar(f'folding the epochs of {seg.split}') as bar:
+        fold(sink, seg.n, reducers, marks, _walk(self.epochs, seg), old, bar=bar)
 
 @patch
 def _name(self: StateCache, seg): return self.epochs.layout.running.format(split=seg.split, k=seg.k)

@@ -11,11 +11,13 @@ __all__ = ['NoStates', 'States', 'BrokenScore', 'by_key', 'fold']
 import json
 import zlib
 from collections.abc import Mapping
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .bars import Bar
 from .dynamics import Reducer
 
 # %% ../nbs/04b_running.ipynb #4a209be5
@@ -31,9 +33,9 @@ class States:
         filesystem=None, # Where the path leads, if not to a local disk
     ):
         self.source, self.filesystem = source, filesystem
-        meta = self._read(lambda f: json.loads(f.metadata.metadata[b'states']))
-        if zlib.crc32(json.dumps(meta['facts']).encode()) != meta['crc']: raise NoStates(f"the metadata of {source} were altered")
-        self.n, self.chunk, self.marks, self.arrays, self.crcs = (meta['facts'][o] for o in ('n', 'chunk', 'marks', 'arrays', 'crcs'))
+        facts, crc = self._read(lambda f: itemgetter('facts', 'crc')(json.loads(f.metadata.metadata[b'states'])))
+        if zlib.crc32(json.dumps(facts).encode()) != crc: raise NoStates(f"the metadata of {source} were altered")
+        self.n, self.chunk, self.marks, self.arrays, self.crcs = (facts[o] for o in ('n', 'chunk', 'marks', 'arrays', 'crcs'))
 
     def _read(self, how):
         try:
@@ -90,6 +92,21 @@ def _totals(key, r: Reducer, n, walk, first) -> list|None: # One entry an epoch 
             else: sums.append(t)
     return sums
 
+def _steps(n, chunk, n_epochs, reducers, first) -> int:
+    "How many pieces of an epoch `fold` reads, those for the totals included."
+    pieces = lambda size, start: -(-n // size) * (n_epochs - start)
+    whole = [first[key] for key, r in reducers.items() if type(r).totals is not Reducer.totals]
+    return pieces(chunk, min(first.values(), default=n_epochs)) + sum(pieces(_CHUNK, o) for o in whole)
+
+def _counted(walk, bar, total):
+    "The same walk, with a step of the bar for each piece."
+    bar.total = total
+    def counted(*args):
+        for rows in walk(*args):
+            yield rows
+            bar()
+    return counted
+
 def fold(
     sink, # A path or an open file: where the new states are written
     n: int, # Number of items
@@ -98,10 +115,12 @@ def fold(
     walk, # `walk(lo, hi, columns, first)` yields the rows of items `lo` to `hi`, sorted by item, of epoch `first` and each later one: a dict with `item`, `weight` and `columns`
     old: States|None = None, # Earlier states
     chunk: int = _CHUNK, # Items that are folded at once
+    bar: Bar|None = None, # Shows how far it is
 ) -> None:
     "Write the states of `reducers` after all epochs of `marks`."
     marks = json.loads(json.dumps(marks))
     first = {key: _already(key, r, n, marks, old, chunk) for key, r in reducers.items()}
+    if bar is not None: walk = _counted(walk, bar, _steps(n, chunk, len(marks), reducers, first))
     totals = {key: _totals(key, r, n, walk, first[key]) for key, r in reducers.items() if first[key] < len(marks)}
     shape = {key: _guarded(key, lambda: r.init(0)) for key, r in reducers.items()}
     schema = _table(shape, 0).schema
