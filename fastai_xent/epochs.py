@@ -40,6 +40,7 @@ class Layout:
     compact: str = 'rows/{split}/compact-{number}.parquet'
     maps: str = '_maps/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     probs: str = '_probs/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
+    sent: str = '_sent.json'
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."

@@ -323,7 +323,6 @@ def _tell_of_loss(self: XentRecorder, now):
     if not why: return
     self._tell(f"has no loss and no gradient of single rows, and records the other columns: the loss is not asked, as {why}")
 
-
 # %% ../nbs/06c_recorder.ipynb #99b5f32d
 @patch
 def _after_train(self: XentRecorder): self._close()
@@ -349,6 +348,7 @@ def _write(self: XentRecorder, now: Pass, epoch: int):
     self._life.wrote = True
     self._writer.write(self._life.fit, epoch, now.split, cols, rank=rank_distrib(), **now.kept(cols),
                        fold=num_distrib() <= 1)           # a process sees its own rows only; then whoever asks first folds
+    self._show_rows(now.split, epoch, cols)
     self._keep_doubt(now, epoch)
 
 @patch
@@ -370,6 +370,15 @@ def _keep_doubt(self: XentRecorder, now, epoch):
     if (now.split, 'ledger') in self._told: return
     self._told.add((now.split, 'ledger'))
     self._tell(f"doubts its rows, and the record says so: in epoch {epoch} of {now.split!r} {now.balance}")
+
+# %% ../nbs/06c_recorder.ipynb #f9e41441
+@patch
+def _show_rows(self: XentRecorder, split, epoch, cols):
+    "Give the rows to the callbacks that look on."
+    for cb in self.learn.cbs.sorted('order'):
+        if not hasattr(type(cb), 'see_rows') or not cb.run: continue
+        try: cb.see_rows(split, epoch, cols)
+        except Exception as e: self._tell(f"goes on; {type(cb).__name__}, which looks on, has failed: {e!r}")
 
 # %% ../nbs/06c_recorder.ipynb #d3fe0a94
 @patch
