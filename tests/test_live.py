@@ -7,7 +7,6 @@ from types import SimpleNamespace
 import fastai.callback.schedule  # noqa: F401  fit_one_cycle, fine_tune
 import numpy as np
 import pytest
-import torch
 from fastai.callback.core import Callback, CancelFitException
 from fastai.callback.mixup import MixUp
 from fastai.callback.progress import CSVLogger, ProgressCallback, ShowGraphCallback
