@@ -31,7 +31,8 @@ def _weights(cols) -> np.ndarray: # `r`
     "How much each row counts, as in a score."
     n = len(cols['item'])
     lam, padding = cols.get('lam'), cols.get('padding')
-    return row_weight(np.full(n, np.nan) if lam is None else lam, np.zeros(n) if padding is None else -padding.astype(int))
+    occurrence = np.zeros(n) if padding is None else -padding.astype(int)
+    return row_weight(np.full(n, np.nan) if lam is None else lam, occurrence)
 
 def pass_numbers(
     cols: dict, # The rows of a pass, as `see_rows` gets them
@@ -43,7 +44,7 @@ def pass_numbers(
 
 # %% ../nbs/08f_live.ipynb #8b4101ab
 class XentLive(Callback):
-    "Looks on while a training is recorded. A subclass may have `see_rows(split, epoch, cols)`, and any of fastai's events."
+    "Looks on while a training is recorded. Subclasses may have `see_rows` and any of fastai's events."
     order, remove_on_fetch, _only_train_loop = 50.5, True, True
     failed, _told = False, ()
 
@@ -60,7 +61,8 @@ class XentLive(Callback):
 
     def _safely(self, event_name):
         try:
-            if self.xent is None: raise LookupError("this Learner has no XentRecorder; add one, `cbs=[XentRecorder(), …]`")
+            if self.xent is None:
+                raise LookupError("this Learner has no XentRecorder; add one, `cbs=[XentRecorder(), …]`")
             if not self.xent._elsewhere: super().__call__(event_name)
         except Exception as e:
             self.failed = True

@@ -106,7 +106,10 @@ def found_sinks(
 # %% ../nbs/08g_sinks.ipynb #cdd671f5
 class Sent:
     "What was sent to which run."
-    def __init__(self, place: Place, name: str): self.place, self.name = place, name # Directory of a record; name of the file
+    def __init__(self,
+        place: Place, # Directory of a record
+        name: str, # Of the file
+    ): self.place, self.name = place, name
 
     def read(self) -> dict: # run → what it has
         return json.loads(self.place.read(self.name)) if self.place.exists(self.name) else {}
@@ -149,7 +152,8 @@ class XentLogger(XentLive):
         if not self.k or 'train' not in record.splits: return
         top = record.top(self.k).drop(columns='source')
         epoch = record.n_epochs - 1
-        if len(top): self._send(f'top {epoch}', epoch, {'xent/top': top.astype({o: str for o in ('name', 'targ', 'likely')})})
+        top = top.astype(dict.fromkeys(('name', 'targ', 'likely'), str))
+        if len(top): self._send(f'top {epoch}', epoch, {'xent/top': top})
 
     def _send(self, what, epoch, values, numbers=None):
         "Give values to every sink, and numbers to those that do not have them from the table."
