@@ -28,7 +28,7 @@ from torch import nn
 from .head import find_head
 from .items import NoItemIdentity, class_names
 from .look import LookFailed, in_order, look
-from .passes import KeptMaps, KeptProbs, Pass, most_bytes
+from .passes import KeptMaps, KeptProbs, Pass, most_bytes, show_rows
 from .record import XentRecord
 from .batch import NotRecordable, put_back, read_batch
 from .same_items import OtherItems, SameItems
@@ -404,6 +404,7 @@ def _write(self: XentRecorder, now: Pass, epoch: int):
     alone = num_distrib() <= 1  # one of several sees its own rows only: scores wait until they are asked for
     self._writer.write(
         self._life.fit, epoch, now.split, cols, rank=rank_distrib(), **now.kept(cols), fold=alone)
+    show_rows(self.learn.cbs, now.split, epoch, cols, self._tell)
     self._keep_doubt(now, epoch)
 
 @patch
