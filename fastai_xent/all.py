@@ -6,10 +6,10 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 
 # %% auto #0
 __all__ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'RANK_BY',
-           'RecordReplaced', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder',
-           'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'draw_items', 'get_score', 'head_in_loss',
-           'linear_xent', 'plot_class_issues', 'plot_class_pairs', 'plot_data_map', 'plot_history', 'plot_losses',
-           'plot_runs', 'plot_score', 'plot_training_time', 'plot_two_runs', 'plot_two_scores', 'prune',
+           'RecordReplaced', 'Reducer', 'SCORES', 'XentInterpretation', 'XentLoss', 'XentLossFlat', 'XentRecord',
+           'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'draw_items', 'get_score',
+           'head_in_loss', 'linear_xent', 'plot_class_issues', 'plot_class_pairs', 'plot_data_map', 'plot_history',
+           'plot_losses', 'plot_runs', 'plot_score', 'plot_training_time', 'plot_two_runs', 'plot_two_scores', 'prune',
            'register_score', 'relabel', 'reweight', 'show_history', 'show_items', 'show_top', 'softmax_jacobian',
            'xent_grad', 'xent_stats']
 
@@ -18,6 +18,7 @@ __all__ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn
 from .acts import prune, relabel, reweight
 from .docs import document
 from .dynamics import RANK_BY, SCORES, MarginLoss, Mean, MeanColumn, Reducer, get_score, register_score
+from .interpretation import XentInterpretation
 from .issues import LabelDoubt
 from .linear import LinearXentLossFlat, head_in_loss, linear_xent
 from .losses import XentLoss, XentLossFlat
@@ -38,7 +39,7 @@ from .writer import RecordReplaced, XentWriter
 # %% ../nbs/10_all.ipynb #8125224d
 _all_ = [
     'LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable',
-    'RANK_BY', 'RecordReplaced', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord',
+    'RANK_BY', 'RecordReplaced', 'Reducer', 'SCORES', 'XentInterpretation', 'XentLoss', 'XentLossFlat', 'XentRecord',
     'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'draw_items', 'get_score',
     'head_in_loss', 'linear_xent', 'plot_class_issues', 'plot_class_pairs', 'plot_data_map', 'plot_history',
     'plot_losses', 'plot_runs', 'plot_score', 'plot_training_time', 'plot_two_runs', 'plot_two_scores',
