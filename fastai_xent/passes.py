@@ -75,7 +75,8 @@ def columns(self: Pass) -> dict: # Column → array; empty if no batch came
     cols['padding'], self.tap = self.tap.padding, None    # its orders are no longer needed
     if 'partner' in cols: cols['partner'] = cols['item'][cols['partner']]
     if 'grand' in cols: cols['grand'] = cols['grand'] * cols['grad_norm']
-    if np.isnan(cols['loss']).all() and not np.isnan(cols['margin']).all(): cols['loss'] = cols['grad_norm'] = None
+    asked = not np.isnan(cols['loss']).all() or np.isnan(cols['margin']).all()
+    if not asked: cols['loss'] = cols['grad_norm'] = None
     return cols
 
 @patch
@@ -133,27 +134,33 @@ class KeptProbs:
         if not seen.rows.at: self.probs = self._room(batch, seen)
         if self.probs is None: return
         to = self.n + len(batch.pred)
-        if to > len(self.probs): self.probs = torch.cat([self.probs[:self.n], self.probs.new_empty(to, self.probs.shape[1])])
+        if to > len(self.probs):
+            more = self.probs.new_empty(to, self.probs.shape[1])
+            self.probs = torch.cat([self.probs[:self.n], more])
         self.probs[self.n:to] = batch.pred.softmax(1, dtype=torch.float32)
         self.n = to
 
     def _room(self, batch, seen) -> torch.Tensor|None:
         "Room for the probabilities of a pass, or None and the reason."
         if batch.stats is not None:
-            return self.tell("keeps no probabilities: the head is in the loss, which never has all classes of a row at once")
+            return self.tell("keeps no probabilities: the head is in the loss, which never has all classes "
+                             "of a row at once")
         if batch.dense:
-            return self.tell("keeps no probabilities: these items have a target for each position; `maps` keeps the numbers of single items")
+            return self.tell("keeps no probabilities: these items have a target for each position; "
+                             "`maps` keeps the numbers of single items")
         n, c = seen.rows.capacity, batch.n_classes
         size = n * c * 2
         if size <= self.most: return batch.pred.new_empty(n, c, dtype=torch.float16)
-        self.tell(f"keeps no probabilities of {seen.split!r}: {n:,} rows × {c:,} classes × 2 bytes are {size / 1e9:.3g} GB "
-                  f"on the device and again on disk, for each epoch; the limit is {self.most / 1e9:.3g} GB. "
-                  f"Give `keep_probs={size:.0f}` or `keep_probs='any size'` to have them")
+        self.tell(f"keeps no probabilities of {seen.split!r}: {n:,} rows × {c:,} classes × 2 bytes are "
+                  f"{size / 1e9:.3g} GB on the device and again on disk, for each epoch; "
+                  f"the limit is {self.most / 1e9:.3g} GB. Give `keep_probs={size:.0f}` or "
+                  "`keep_probs='any size'` to have them")
 
     def done(self, cols: dict) -> tuple|None: # Items `r`, probabilities `r c`
         "The kept probabilities, on the host, with their items; without rows that only fill up a batch."
         if self.probs is None: return None
         probs = self.probs[:self.n].cpu().numpy()
-        if len(probs) != len(cols['item']): raise RuntimeError(f"{len(probs)} rows of probabilities for {len(cols['item'])} rows")
+        if len(probs) != len(cols['item']):
+            raise RuntimeError(f"{len(probs)} rows of probabilities for {len(cols['item'])} rows")
         own = slice(None) if cols['padding'] is None else ~cols['padding']
         return cols['item'][own], probs[own]

@@ -24,22 +24,28 @@ from .record import XentRecord, is_record
 # %% ../nbs/05j_records.ipynb #a5596d60
 def _found(pattern: str|Path) -> list: # Paths, or URLs where `pattern` is one
     "The directories that a path with wildcards names, sorted."
-    fs, path = fsspec.core.url_to_fs(str(pattern) if '://' in str(pattern) else str(Path(pattern).expanduser()))
-    found = [fs.unstrip_protocol(o) if '://' in str(pattern) else Path(o) for o in sorted(fs.glob(path))]
+    is_url = '://' in str(pattern)
+    fs, path = fsspec.core.url_to_fs(str(pattern) if is_url else str(Path(pattern).expanduser()))
+    found = [fs.unstrip_protocol(o) if is_url else Path(o) for o in sorted(fs.glob(path))]
     there = [o for o in found if is_record(o)]
     others = [o for o in found if o not in there]
     if not there:
         what = f"; {_listed(others)} {'is' if len(others) == 1 else 'are'} none" if others else ''
-        raise FileNotFoundError(f"no record matches {pattern}{what}; in a list, a path is taken as it is, brackets and stars included")
-    if others: warnings.warn(f"XentRecords: skipped, as no record is there: {_listed(others)}", stacklevel=4)
+        raise FileNotFoundError(f"no record matches {pattern}{what}; in a list, a path is taken as it is, "
+                                "brackets and stars included")
+    if others:
+        warnings.warn(f"XentRecords: skipped, as no record is there: {_listed(others)}", stacklevel=4)
     return there
 
-def _listed(paths) -> str: return ', '.join(map(str, paths[:5])) + (f', and {len(paths) - 5} more' if len(paths) > 5 else '')
+def _listed(paths) -> str:
+    more = f', and {len(paths) - 5} more' if len(paths) > 5 else ''
+    return ', '.join(map(str, paths[:5])) + more
 
 def _names(paths: list) -> list:
-    "Short names: the directory's, or the whole path where directories share a name; a number for a record in memory."
-    short = [str(i) if o is None else str(o).rstrip('/').rsplit('/', 1)[-1] for i, o in enumerate(paths)]
-    return short if len(set(short)) == len(short) else [str(i) if o is None else str(o) for i, o in enumerate(paths)]
+    "The directories' names, or whole paths where these are not unique; a number for a record in memory."
+    whole = [str(i) if o is None else str(o) for i, o in enumerate(paths)]
+    short = [o.rstrip('/').rsplit('/', 1)[-1] for o in whole]
+    return short if len(set(short)) == len(short) else whole
 
 def _by_name(records) -> dict: # name → record
     "The records, opened."
@@ -47,7 +53,8 @@ def _by_name(records) -> dict: # name → record
     if not isinstance(records, dict):
         records = list(records)
         names = _names([o.path if isinstance(o, XentRecord) else o for o in records])
-        if len(set(names)) < len(names): raise ValueError(f"the same record comes twice: {', '.join(names)}")
+        if len(set(names)) < len(names):
+            raise ValueError(f"the same record comes twice: {', '.join(names)}")
         records = dict(zip(names, records))
     return {str(k): o if isinstance(o, XentRecord) else XentRecord(o) for k, o in records.items()}
 
@@ -65,7 +72,9 @@ def _labels(record, split, n) -> np.ndarray: # −1 where there is none
     labels[rows['item']] = rows['targ'].astype(int)
     return labels
 
-def _told(v) -> str: return 'none' if pd.isna(v) else repr(v) if isinstance(v, str) else str(v)
+def _told(v) -> str:
+    if pd.isna(v): return 'none'
+    return repr(v) if isinstance(v, str) else str(v)
 
 def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
     "How the items of two records differ, in words; empty if they do not."
@@ -73,15 +82,19 @@ def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
     if len(one) != len(two): return f"{len(one):,} items and {len(two):,} items"
     if _fingerprint(a, split) != _fingerprint(b, split):
         for what in ('name', 'source'):
-            other = (one[what].astype('string').fillna('') != two[what].astype('string').fillna('')).to_numpy()
+            x, y = (o[what].astype('string').fillna('') for o in (one, two))
+            other = (x != y).to_numpy()
             if not other.any(): continue
             i = int(other.argmax())
-            return f"{other.sum():,} of {len(one):,} items differ, the first is item {i}: {what} {_told(one[what][i])} and {_told(two[what][i])}"
+            return (f"{other.sum():,} of {len(one):,} items differ, the first is item {i}: "
+                    f"{what} {_told(one[what][i])} and {_told(two[what][i])}")
     if not one['name'].isna().all(): return ''
     x, y = _labels(a, split, len(one)), _labels(b, split, len(one))
     other = (x >= 0) & (y >= 0) & (x != y)
     if not other.any(): return ''
-    return f"the items have no names, and {other.sum():,} of {len(one):,} have other labels, the first is item {other.argmax()}: {x[other.argmax()]} and {y[other.argmax()]}"
+    i = other.argmax()
+    return (f"the items have no names, and {other.sum():,} of {len(one):,} have other labels, "
+            f"the first is item {i}: {x[i]} and {y[i]}")
 
 # %% ../nbs/05j_records.ipynb #308c1c77
 @with_later
@@ -89,15 +102,17 @@ class XentRecords:
     "Records side by side: seeds, models, settings, folds."
     def __init__(self,
         records, # A dict of name → record or path, a list of records or paths, or one path with wildcards
-        on: str = 'item', # What tells which item is which: 'item', its index, if all runs have the same items; else 'name' or 'source'
+        on: str = 'item', # What tells which item is which: 'item', its index; or 'name' or 'source'
     ):
-        if on not in ('item', 'name', 'source'): raise ValueError(f"on is {on!r}, expected 'item', 'name' or 'source'")
+        if on not in _COLUMNS:
+            raise ValueError(f"on is {on!r}, expected 'item', 'name' or 'source'")
         self.records, self.on = _by_name(records), on
         if not self.records: raise ValueError("expected at least one record, got none")
         (first, one), *others = self.records.items()
         for name, record in others:
-            if vocab_difference(one.meta['vocab'], record.meta['vocab']):
-                raise ValueError(f"runs {first!r} and {name!r} have other classes: {one.meta['vocab'][:6]} and {record.meta['vocab'][:6]}")
+            ours, theirs = one.meta['vocab'], record.meta['vocab']
+            if vocab_difference(ours, theirs):
+                raise ValueError(f"runs {first!r} and {name!r} have other classes: {ours[:6]} and {theirs[:6]}")
         for split in self.splits: self._compare(split) if on == 'item' else self._match(split)
 
     def _compare(self, split):
@@ -106,27 +121,9 @@ class XentRecords:
         for name, record in others:
             why = _difference(one, record, split)
             if why:
-                raise ValueError(f"{split!r} of runs {first!r} and {name!r} is not of the same items: {why}; compare runs of one dataset and one split, "
-                                 "or say with `on='name'` or `on='source'` what tells which item is which")
-
-    def _match(self, split):
-        "No two items of a run may be called the same, and what is called the same in two runs must not contradict."
-        keys, told = self._keys(split), []
-        for k, r in self.records.items():
-            key, items = keys[k], r.items(split)
-            if key.hasnans:
-                raise ValueError(f"item {key.isna().argmax()} of {split!r} in run {k!r} has no {self.on}; use something else for `on`")
-            if not key.is_unique:
-                twice = _told(key[key.duplicated()][0])
-                raise ValueError(f"two items of {split!r} in run {k!r} have the {self.on} {twice}; use something else for `on`")
-            labels = _labels(r, split, len(items))
-            told.append(pd.DataFrame(dict(name=items['name'].to_numpy(), label=np.where(labels < 0, np.nan, labels)), index=key))
-        told = pd.concat(told)
-        what = 'label' if told['name'].isna().all() else 'name'
-        several = told[what].groupby(level=0).nunique() > 1
-        if several.any():
-            raise ValueError(f"the item of {split!r} with the {self.on} {_told(several.idxmax())} has another {what} in another run; "
-                             "compare runs of one dataset")
+                raise ValueError(
+                    f"{split!r} of runs {first!r} and {name!r} is not of the same items: {why}; compare runs of one "
+                    "dataset and one split, or say with `on='name'` or `on='source'` what tells which item is which")
 
     def _keys(self, split) -> dict: # run → what tells its items apart, in item order
         "How the items of each run are told apart."
@@ -136,24 +133,57 @@ class XentRecords:
     @property
     def splits(self) -> list: # Of names
         "The splits that all runs have."
-        return [s for s in next(iter(self.records.values())).meta['splits'] if all(s in r.meta['splits'] for r in self.records.values())]
+        one, *others = (r.meta['splits'] for r in self.records.values())
+        return [s for s in one if all(s in o for o in others)]
     def __len__(self): return len(self.records)
     def __getitem__(self, name: str) -> XentRecord: return self.records[name]
     def __repr__(self):
-        def epochs(s): return ', '.join(str(sum(k.split == s for k in r.epochs)) for r in self.records.values())
-        lines = [f"{s}: {len(self.items(s)):,} items; epochs {epochs(s)}" for s in self.splits] or ['no split that all runs have']
-        return '\n  '.join([f"XentRecords of {len(self)} run{'' if len(self) == 1 else 's'}: {', '.join(self.records)}", *lines])
+        def epochs(s):
+            return ', '.join(str(sum(k.split == s for k in r.epochs)) for r in self.records.values())
+        head = f"XentRecords of {len(self)} run{'' if len(self) == 1 else 's'}: {', '.join(self.records)}"
+        lines = [f"{s}: {len(self.items(s)):,} items; epochs {epochs(s)}" for s in self.splits]
+        return '\n  '.join([head, *(lines or ['no split that all runs have'])])
+
+# %% ../nbs/05j_records.ipynb #aa474d93
+@patch
+def _match(self: XentRecords, split):
+    "No two items of a run have one name; what has one name in two runs is one item."
+    keys, told = self._keys(split), []
+    for k, r in self.records.items():
+        key, items = keys[k], r.items(split)
+        if key.hasnans:
+            raise ValueError(f"item {key.isna().argmax()} of {split!r} in run {k!r} has no {self.on}; "
+                             "use something else for `on`")
+        if not key.is_unique:
+            twice = _told(key[key.duplicated()][0])
+            raise ValueError(f"two items of {split!r} in run {k!r} have the {self.on} {twice}; "
+                             "use something else for `on`")
+        labels = _labels(r, split, len(items))
+        labels = np.where(labels < 0, np.nan, labels)
+        told.append(pd.DataFrame(dict(name=items['name'].to_numpy(), label=labels), index=key))
+    told = pd.concat(told)
+    what = 'label' if told['name'].isna().all() else 'name'
+    several = told[what].groupby(level=0).nunique() > 1
+    if several.any():
+        raise ValueError(f"the item of {split!r} with the {self.on} {_told(several.idxmax())} has another {what} "
+                         "in another run; compare runs of one dataset")
+
+# %% ../nbs/05j_records.ipynb #4809f195
+_COLUMNS = dict(item=['item', 'name', 'source'], source=['name', 'source'], name=['name']) # by `on`
 
 @patch
 def _check_split(self: XentRecords, split):
-    if split not in self.splits: raise KeyError(f"not all runs have the split {split!r}; all have: {', '.join(self.splits) or 'none'}")
+    if split in self.splits: return
+    raise KeyError(f"not all runs have the split {split!r}; all have: {', '.join(self.splits) or 'none'}")
 
 @patch
-def items(self: XentRecords, split: str = 'train') -> pd.DataFrame: # Columns item, name, source, as far as all runs agree on them
+def items(self: XentRecords,
+    split: str = 'train',
+) -> pd.DataFrame: # Columns item, name, source, as far as all runs agree on them
     "The items of all runs, ordered by what tells them apart."
     self._check_split(split)
-    frames, cols = [r.items(split) for r in self.records.values()], dict(item=['item', 'name', 'source'], source=['name', 'source'], name=['name'])[self.on]
-    return pd.concat(frames).drop_duplicates(self.on).sort_values(self.on, ignore_index=True)[cols]
+    found = pd.concat([r.items(split) for r in self.records.values()]).drop_duplicates(self.on)
+    return found.sort_values(self.on, ignore_index=True)[_COLUMNS[self.on]]
 
 # %% ../nbs/05j_records.ipynb #101b5f47
 @patch
@@ -164,8 +194,10 @@ def scores(self: XentRecords,
     "The score of every item in every run."
     self._check_split(split)
     keys = self._keys(split)
-    index = next(iter(keys.values())) if self.on == 'item' else pd.Index(self.items(split)[self.on], name=self.on)
-    return pd.DataFrame({k: pd.Series(r.score(by, split), keys[k]).reindex(index) for k, r in self.records.items()}).rename_axis(columns='run')
+    same = self.on == 'item'                              # then no name has to be read
+    index = next(iter(keys.values())) if same else pd.Index(self.items(split)[self.on], name=self.on)
+    cols = {k: pd.Series(r.score(by, split), keys[k]).reindex(index) for k, r in self.records.items()}
+    return pd.DataFrame(cols).rename_axis(columns='run')
 
 @patch
 def mean(self: XentRecords,
@@ -187,7 +219,9 @@ def std(self: XentRecords,
 def _pairs(names, f) -> pd.DataFrame:
     "A table of `f(a, b)`, which is symmetric, for each two runs."
     half = {(a, b): f(a, b) for i, a in enumerate(names) for b in names[i:]}
-    return pd.DataFrame([[half[(a, b) if (a, b) in half else (b, a)] for b in names] for a in names], index=pd.Index(names, name='run'), columns=pd.Index(names, name='run'))
+    both = half | {(b, a): v for (a, b), v in half.items()}
+    runs = pd.Index(names, name='run')
+    return pd.DataFrame([[both[a, b] for b in names] for a in names], index=runs, columns=runs)
 
 @patch
 def rank_correlation(self: XentRecords,
@@ -212,7 +246,8 @@ def overlap(self: XentRecords,
     "The share of their first `k` items that each two runs have in common."
     s = self.scores(by, split)
     few = s.notna().sum()
-    if not 1 <= k <= few.min(): raise ValueError(f"k is {k}, expected 1 to {few.min()}: so many items has run {few.idxmin()!r} seen")
+    if not 1 <= k <= few.min():
+        raise ValueError(f"k is {k}, expected 1 to {few.min()}, the number of items that run {few.idxmin()!r} has seen")
     tops = {name: set(first_items(s[name].to_numpy(), by, k)) for name in s}
     return _pairs(list(s), lambda a, b: len(tops[a] & tops[b]) / k)
 
@@ -231,7 +266,8 @@ def _votes(self: XentRecords, split, wanted) -> pd.DataFrame: # Columns key, tar
         at = keys[k].get_indexer(wanted)
         own, epochs = at[at >= 0], _epochs(r, split)
         if not len(own) or not epochs: continue
-        rows = r.sql("select item, targ, pred, count(*) n from record join own using (item) join epochs using (epoch) "
+        rows = r.sql("select item, targ, pred, count(*) n "
+                     "from record join own using (item) join epochs using (epoch) "
                      f"where split = '{split}' and pred is not null group by all",
                      own=pd.DataFrame(dict(item=own)), epochs=pd.DataFrame(dict(epoch=epochs)))
         found.append(rows.assign(key=keys[k][rows.pop('item')]))
@@ -242,7 +278,7 @@ def top(self: XentRecords,
     k: int = 20, # Number of items
     by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
-) -> pd.DataFrame: # Columns of `items`; targ, likely (the class predicted most often), score (mean), std, runs (that have seen it)
+) -> pd.DataFrame: # Columns of `items`; targ, likely, score (mean), std, runs (that have seen it)
     "The items a person should look at first, by the mean over runs."
     s, one = self.scores(by, split), next(iter(self.records.values()))
     first = first_items(s.mean(axis=1).to_numpy(), by, k)
@@ -250,10 +286,13 @@ def top(self: XentRecords,
     votes = self._votes(split, s.index)
     targ = votes.groupby('key')['targ'].agg(lambda o: o.iloc[0] if o.nunique() == 1 else None)
     likely = votes.groupby(['key', 'pred'])['n'].sum().groupby('key').agg(lambda o: o.idxmax()[1])
-    def names(v): return pd.Series([one.class_name(o) for o in v.reindex(s.index)], dtype=object)
+    def names(v):
+        return pd.Series([one.class_name(o) for o in v.reindex(s.index)], dtype=object)
     means = dict(score=s.mean(axis=1).to_numpy(), runs=s.notna().sum(axis=1).to_numpy())
-    df = self.items(split).iloc[first].reset_index(drop=True).assign(targ=names(targ), likely=names(likely), **means)
-    with np.errstate(invalid='ignore'): df.insert(df.columns.get_loc('runs'), 'std', s.std(axis=1).to_numpy())
+    df = self.items(split).iloc[first].reset_index(drop=True)
+    df = df.assign(targ=names(targ), likely=names(likely), **means)
+    with np.errstate(invalid='ignore'):
+        df.insert(df.columns.get_loc('runs'), 'std', s.std(axis=1).to_numpy())
     return df
 
 # %% ../nbs/05j_records.ipynb #575b6231

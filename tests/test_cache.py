@@ -241,7 +241,7 @@ def test_registering_refuses(registered):
     with pytest.raises(TypeError, match="'a' is a str, expected an instance of a Reducer"): register_score('a', 'b')
     class Squares(Confidence):
         def update(self, state, item, weight, p_targ): super().update(state, item, weight, p_targ**2)
-    with pytest.raises(ValueError, match='not folded alike'): register_score('squares', Squares())
+    with pytest.raises(ValueError, match='not computed alike'): register_score('squares', Squares())
     class Power(Mean):
         columns = ('margin',)
         def __init__(self, power): self.power = power
