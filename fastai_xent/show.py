@@ -27,6 +27,7 @@ from PIL import Image
 from torch import Tensor
 
 from .drawing import ORANGE, shades
+from .dynamics import RANK_BY
 from .items import item_names
 from .views import _columns, item_history, plot_history
 
@@ -314,6 +315,7 @@ def items_table(
 def _table(items, samples, words=150) -> pd.DataFrame:
     shown = pd.DataFrame([_cells(s.inputs[0], words) for s in samples], index=items.index)
     told = items.drop(columns=[o for o in ('name', 'source') if o in items and items[o].isna().all()])
+    if {'name', 'source'} <= {*told} and (told['name'] == told['source']).all(): told = told.drop(columns='source')
     twice = {'text'} <= {*shown} and 'name' in told and (shown['text'] == told['name'].map(str)).all()
     if twice: shown = shown.drop(columns='text')
     shown = shown.rename(columns=lambda o: f'{o}_' if o in told else o)   # called like a column of ours
@@ -343,16 +345,16 @@ def show_top(
     record, # An `XentRecord`
     dls=None, # The DataLoaders of the run; None: what the names alone give
     k: int = 9, # Number of items
-    by=None, # A name in `SCORES`, or a `Reducer`; None: as `record.top` has it
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     split: str = 'train',
     cols: int|None = None, # Pictures side by side; None: a square
     size: float|tuple = 2., # Inches a picture, or the width and height of the figure
     key_fn=None, # The recorder's `key_fn`, if it had one
 ) -> None:
     "Show the items that a person should look at first."
-    top = record.top(k, split=split) if by is None else record.top(k, by, split)
-    name = '' if by is None else f" by {by if isinstance(by, str) else type(by).__name__}"
-    title = f"{split}: the first {len(top):,} of {len(record.items(split)):,} items{name}"
+    top = record.top(k, by, split)
+    name = by if isinstance(by, str) else type(by).__name__
+    title = f"{split}: the first {len(top):,} of {len(record.items(split)):,} items by {name}"
     show_items(record, top, dls, split, title, cols, size, key_fn)
 
 # %% ../nbs/08a_show.ipynb #48a1342d

@@ -18,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from fastai_xent.drawing import (
     AGREES, BLUE, DOTS, GREEN, GREY, ORANGE, axis_of, put_circles, put_counts, put_dots, put_legend, put_title, short,
@@ -158,7 +159,8 @@ def _name_changes(ax, h):
         right = c == h['targ'][k]
         y = max(h['p_targ'][k], np.nan_to_num(h['p_rival'][k]))
         ax.annotate(short(c, 12), (h['epoch'][k], y), (1, 5), textcoords='offset points', rotation=25,
-                    rotation_mode='anchor', fontsize=8, color=BLUE if right else ORANGE, parse_math=False)
+                    rotation_mode='anchor', fontsize=8, color=BLUE if right else ORANGE, parse_math=False,
+                    path_effects=[withStroke(linewidth=2, foreground=ax.get_facecolor())])
 
 def _told_history(h, item, split) -> str:
     "What the rows say, in a line."
@@ -314,7 +316,7 @@ def _agreement(s) -> str: return f"rank correlation {s.dropna().rank().corr().il
 def _against(ax, s, mark=None) -> tuple: # axis, number of items drawn
     "The second column against the first, where both are finite numbers."
     d = s[np.isfinite(s).all(axis=1)]
-    dots = put_dots(ax, d.iloc[:, 0], d.iloc[:, 1], color=BLUE, alpha=.6)
+    dots = put_dots(ax, d.iloc[:, 0], d.iloc[:, 1], color=BLUE, alpha=.8)
     if len(d) > DOTS: ax.figure.colorbar(dots, ax=ax, label='items in a cell')
     if mark is not None: put_circles(ax, *d.reindex(mark).to_numpy().T)
     ax.set_xlabel(s.columns[0], parse_math=False)
