@@ -25,6 +25,7 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from .dynamics import RANK_BY
 from .head import find_head
 from .items import NoItemIdentity, class_names
 from .look import LookFailed, in_order, look
@@ -132,7 +133,7 @@ def _whose(self: XentRecorder) -> dict:
 @patch
 def show_top(self: XentRecorder,
     k: int = 9, # Number of items
-    by=None, # A name in `SCORES`, or a `Reducer`; None: as `record.top` has it
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     split: str = 'train',
     cols: int|None = None, # Pictures side by side; None: a square
     size: float = 2., # Inches a picture
