@@ -159,7 +159,7 @@ def test_numerics_needs_torch_alone(path):
     assert not extra, 'numerics imports torch and the standard library'
 
 
-@pytest.mark.parametrize('path', [o for o in MODULES if o.stem not in ('views', 'show')], ids=name)
+@pytest.mark.parametrize('path', [o for o in MODULES if o.stem not in ('views', 'show', 'cleaner')], ids=name)
 def test_only_views_draws(path): assert 'matplotlib' not in packages(path)
 
 
