@@ -12,7 +12,7 @@ const KEYS = [
   ["← → ↑ ↓", "move"], ["Shift + arrows", "select several"], ["Space", "select one"], ["a", "select the page"],
   ["Esc", "select none"], ["z", "undo"], ["PgUp PgDn", "page"], ["m", "next items"],
 ];
-const SHOWN = 8;        // classes that the chooser lists at once
+const SHOWN = 6;        // classes that the chooser lists at once
 const PATIENCE = 8000;  // ms until an unanswered decision is said to be unsaved
 
 function h(tag, props = {}, ...children) {
@@ -158,6 +158,9 @@ function render({ model, el }) {
   function choose() {
     if (!cards().length || !state().classes.length) return;
     open = chooser(state().classes, id, (k) => { close(); decide("relabel", k); }, close);
+    const card = grid.children[cursor];
+    open.node.style.left = `${card.offsetLeft}px`;
+    open.node.style.top = `${card.offsetTop + card.offsetHeight - 30}px`;
     place.replaceChildren(open.node);
     open.input.focus();
   }
@@ -263,10 +266,12 @@ function render({ model, el }) {
     grid.replaceChildren(...cards().map((card, k) => h("div", {
       role: "option", id: `${id}-${k}`, class: "xc-card", title: card.name,
       "aria-posinset": state().first + k + 1, "aria-setsize": state().n,
-    }, h("div", { class: "xc-shown" }, content(card)), h("div", { class: "xc-labels" }, ...labels(card)),
-    h("div", { class: "xc-name" }, h("bdi", {}, card.name), h("span", {}, card.score)), h("div", { class: "xc-mark" }))));
+    }, h("div", { class: "xc-mark" }), h("div", { class: "xc-shown" }, content(card)),
+    h("div", { class: "xc-labels" }, ...labels(card)),
+    h("div", { class: "xc-name" }, h("bdi", {}, card.name), h("span", {}, card.score)))));
     if (!cards().length) grid.append(h("p", { class: "xc-none" }, state().none));
     paint();
+    model.send({ do: "ahead" });  // while this page is looked at, the next one is read
   }
 
   function select(label, value, options, change) {

@@ -279,6 +279,7 @@ def _read(self: XentCleaner, rows) -> list: # Of `Sample`
 @patch
 def _heard(self: XentCleaner, widget, message, buffers):
     "Do what was asked for on the page, and tell how it went."
+    if message.get('do') == 'ahead': return self._ahead()
     message, self._cursor, bad = dict(message), -1, False
     number, do = message.pop('number', ''), message.pop('do', None)
     known = dict(decide=self._decide, undo=self._undo, show=self._show, page=self._turn, more=self._more)
@@ -286,6 +287,12 @@ def _heard(self: XentCleaner, widget, message, buffers):
     except Exception as e:                                # would end in the kernel's log, where nobody looks
         self._said, bad = f"Not done: {type(e).__name__}: {e}", True
     self._push(number, bad)
+
+@patch
+def _ahead(self: XentCleaner):
+    "Read the next page while this one is looked at. If that fails, turning to it says so."
+    try: self._cards_of(self._on_page(self.page + 1))
+    except Exception as e: self._said = f"The next page cannot be read: {e}"
 
 @patch
 def _decide(self: XentCleaner, items, decision, label=None):
