@@ -93,7 +93,9 @@ function chooser(classes, id, choose, close) {
 function render({ model, el }) {
   const id = `xc-${Math.random().toString(36).slice(2)}`;
   let cursor = 0, anchor = 0, selected = new Set(), sent = 0, open = null;
-  const pending = new Map();  // number of a message → its items
+  let waiting = null, turning = null;  // numbers of the message in flight, and of one that brings other cards
+  const queue = [];                    // sent one by one, when the last is answered: none overtakes another
+  const pending = new Map();           // number of a message → its items
   const cards = () => model.get("cards");
   const state = () => model.get("state");
   const marks = () => model.get("chosen");
@@ -123,7 +125,16 @@ function render({ model, el }) {
         tell("Not saved yet: the kernel has not answered. Is it running? Run the cell again.", true);
       }, PATIENCE);
     }
-    model.send({ ...message, number });
+    queue.push({ ...message, number });
+    pump();
+    return number;
+  }
+
+  function pump() {
+    if (waiting || !queue.length) return;
+    const message = queue.shift();
+    waiting = message.number;
+    model.send(message);
   }
 
   function chosen() {
@@ -133,7 +144,7 @@ function render({ model, el }) {
 
   function decide(decision, label) {
     const at = chosen();
-    if (!at.length) return;
+    if (!at.length || turning) return;  // nobody decides about what is not shown yet
     const items = at.map((k) => cards()[k].item);
     send(label === undefined ? { do: "decide", items, decision } : { do: "decide", items, decision, label }, items);
     selected = new Set();
@@ -147,8 +158,10 @@ function render({ model, el }) {
   function turn(step) {
     const to = state().page + step;
     if (to < 0 || to >= state().pages) return;
-    send({ do: "page", page: to });
+    turning = send({ do: "page", page: to });
   }
+
+  function more() { turning = send({ do: "more" }); }
 
   function act(decision) {
     if (decision === "other") choose();
@@ -216,7 +229,7 @@ function render({ model, el }) {
     else if (e.key === "a") { selected = new Set(cards().keys()); paint(); }
     else if (e.key === "Escape") move(cursor);
     else if (e.key === "z") send({ do: "undo" });
-    else if (e.key === "m") send({ do: "more" });
+    else if (e.key === "m") more();
     else if (action) act(action.decision);
     else return;
     e.preventDefault();
@@ -276,7 +289,7 @@ function render({ model, el }) {
 
   function select(label, value, options, change) {
     const named = options.map(([v, text]) => h("option", { value: v, selected: String(v) === String(value) }, text));
-    return h("label", {}, `${label} `, h("select", { onchange: (e) => change(e.target.value) }, ...named));
+    return h("label", {}, `${label} `, h("select", { "aria-label": label, onchange: (e) => change(e.target.value) }, ...named));
   }
 
   function button(text, key, act, on = true) {
@@ -286,7 +299,7 @@ function render({ model, el }) {
   }
 
   function drawFilters() {
-    const s = state(), show = (o) => send({ do: "show", split: s.split, label: s.label, kind: s.kind, ...o });
+    const s = state(), show = (o) => turning = send({ do: "show", split: s.split, label: s.label, kind: s.kind, ...o });
     const classes = [[-1, "all classes"], ...s.classes.map((o, k) => [k, o])];
     const was = filters.contains(document.activeElement) ? [...filters.querySelectorAll("select")].indexOf(document.activeElement) : -1;
     filters.replaceChildren(
@@ -313,16 +326,20 @@ function render({ model, el }) {
       button("On", "PgDn", () => turn(1), s.page + 1 < s.pages),
       h("progress", { max: Math.max(s.n, 1), value: s.done, "aria-label": "Decided in this list" }),
       h("span", {}, `${s.done} of ${s.n} in this list`),
-      s.kind === "todo" ? button(s.more, "m", () => send({ do: "more" })) : "");
+      s.kind === "todo" ? button(s.more, "m", more) : "");
   }
 
   function answered() {
-    pending.delete(state().answered);
+    const number = state().answered;
+    pending.delete(number);
+    if (number === turning) turning = null;
+    if (number === waiting) waiting = null;
+    pump();
     drawFilters();
     drawButtons();
     drawPager();
     tell(state().said, state().bad);
-    if (state().cursor >= 0 && state().answered?.startsWith(id)) { cursor = anchor = state().cursor; selected = new Set(); }
+    if (state().cursor >= 0 && number?.startsWith(id)) { cursor = anchor = state().cursor; selected = new Set(); }
     paint();
   }
 

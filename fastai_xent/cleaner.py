@@ -8,8 +8,10 @@ Docs: https://fastai-xent.github.io/fastai_xent/cleaner.html.md"""
 __all__ = ['Suspects', 'picture_url', 'card', 'XentCleaner']
 
 # %% ../nbs/08d_cleaner.ipynb #08ccff7d
+import asyncio
 import base64
 import io
+import threading
 from functools import cache
 from importlib.resources import files
 
@@ -131,6 +133,11 @@ def _record_of(o) -> XentRecord:
     if hasattr(o, 'xent_recorder'): return o.xent_recorder.record
     raise TypeError(f"got a {type(o).__name__}, expected an XentRecord, or a Learner that was trained with an XentRecorder")
 
+def _running_loop():
+    "The loop of a kernel, in which its cells run; None elsewhere."
+    try: return asyncio.get_running_loop()
+    except RuntimeError: return None
+
 def _home(split) -> str:
     "The split whose items these are: an evaluation of train is of train."
     return 'train' if split == 'train_eval' else split
@@ -155,6 +162,7 @@ class XentCleaner:
         self.by, self.n, self.per_page, self.size = RANK_BY if by is None else by, n, per_page, size
         self.reviews = Reviews(self.record, who)
         self._suspects, self._lists, self._cards = {}, {}, {}
+        self._loop = _running_loop()
         self.widget = _widget_class()()
         self.widget.on_msg(self._heard)
         self._show(split)
@@ -278,7 +286,14 @@ def _read(self: XentCleaner, rows) -> list: # Of `Sample`
 # %% ../nbs/08d_cleaner.ipynb #1b524e4c
 @patch
 def _heard(self: XentCleaner, widget, message, buffers):
-    "Do what was asked for on the page, and tell how it went."
+    "Leave what was asked for on the page to the main thread."
+    elsewhere = self._loop is not None and threading.current_thread() is not threading.main_thread()
+    if elsewhere: self._loop.call_soon_threadsafe(self._answer, message)
+    else: self._answer(message)
+
+@patch
+def _answer(self: XentCleaner, message):
+    "Do what was asked for, and tell how it went."
     if message.get('do') == 'ahead': return self._ahead()
     message, self._cursor, bad = dict(message), -1, False
     number, do = message.pop('number', ''), message.pop('do', None)
@@ -308,6 +323,8 @@ def _decide(self: XentCleaner, items, decision, label=None):
     decision = 'relabel' if decision == 'likely' else decision
     self.reviews.decide(items, decision, label, home)
     self._said = _told_decision(len(items), decision, label, left)
+    if self.kind == 'todo' and np.isin(self.items, self._decided()).all():
+        self._said += f" All {len(self.items):,} of this list are decided; the key m brings the next ones."
 
 def _told_decision(n, decision, label, left) -> str:
     "What was done, in words."

@@ -82,7 +82,6 @@ def test_only_the_page_is_read_and_then_the_next(cleaner, dls):
 
 def test_no_model_runs_and_nothing_is_changed(tmp_path):
     learn = learner(seed=1)
-
     learn.add_cb(XentRecorder(tmp_path/'run'))
     learn.fit(2)
     record = learn.xent_recorder.record
@@ -289,3 +288,148 @@ def test_decisions_say_what_to_drop_not_what_to_keep(cleaner, record, dls):
     with pytest.raises(ValueError, match='give it as `drop=`'): prune(dls, record, keep=cleaner.decisions)
     with pytest.raises(ValueError, match="has 'yes', expected one of keep, drop, relabel, unsure"):
         prune(dls, record, drop=cleaner.decisions.assign(decision='yes'))
+
+
+# -- in a real JupyterLab
+
+CHROMIUM = next((o for o in map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome')) if o), None)
+FLAGS = ('--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking '
+         '--disable-component-update --disable-sync').split()
+WAIT = 90_000                                         # ms: a busy machine; each wait ends when its condition holds
+NASTY = ['<img src=x onerror=alert(1)>', '"><script>alert(2)</script>', "javascript:alert(3)//'", '<b>fox</b>', '{{7*7}}${alert(4)}']
+RUN = """
+from fastai_xent.cleaner import XentCleaner
+from fastai_xent.record import XentRecord
+cleaner = XentCleaner(XentRecord('run'), who='ann', n=20, per_page=6)
+cleaner
+"""
+
+@pytest.fixture
+def lab(tmp_path):
+    "The address of a JupyterLab with a notebook of two cells beside a record; all it writes goes to a temporary directory."
+    if CHROMIUM is None: pytest.skip('there is no Chromium; install it to test the cleaner in JupyterLab')
+    pytest.importorskip('jupyterlab', reason='there is no JupyterLab')
+    files = [tmp_path/f'{o}.png' for o in 'ab']
+    for f, x in zip(files, images(2)): Image.fromarray((x * 255).astype(np.uint8).transpose(1, 2, 0)).save(f)
+    names = [str(f) for f in files] + NASTY + [f'text {i}' for i in range(23)]
+    record_of(tmp_path/'nb'/'run', names, TARG, vocab=['<i>cat</i>', NASTY[0], 'fox & co'], pred=PRED)
+    cells = [dict(cell_type='code', id=f'c{k}', source=o, metadata={}, outputs=[], execution_count=None) for k, o in enumerate([RUN.strip(), '1 + 1'])]
+    kernel = dict(name='python3', display_name='Python 3', language='python')
+    (tmp_path/'nb'/'review.ipynb').write_text(json.dumps(dict(cells=cells, metadata=dict(kernelspec=kernel), nbformat=4, nbformat_minor=5)))
+    (config := tmp_path/'config'/'labconfig').mkdir(parents=True)
+    (config/'page_config.json').write_text(json.dumps(dict(disabledExtensions={'@jupyterlab/apputils-extension:announcements': True})))
+    own = dict(JUPYTER_CONFIG_DIR='config', JUPYTER_DATA_DIR='data', JUPYTER_RUNTIME_DIR='runtime', IPYTHONDIR='ipython',
+               JUPYTERLAB_SETTINGS_DIR='settings', JUPYTERLAB_WORKSPACES_DIR='workspaces')
+    here = os.pathsep.join([str(Path(__file__).parent.parent), *filter(None, [os.environ.get('PYTHONPATH')])])
+    env = {**os.environ, 'PYTHONPATH': here, **{k: str(tmp_path/o) for k, o in own.items()}}
+    options = dict(ip='127.0.0.1', port=0, open_browser=False, allow_root=True, root_dir=tmp_path/'nb')
+    command = [sys.executable, '-m', 'jupyterlab', *[f'--ServerApp.{k}={o}' for k, o in options.items()],
+               '--IdentityProvider.token=', '--LabApp.expose_app_in_browser=True']
+    with open(tmp_path/'log', 'w') as log: server = subprocess.Popen(command, cwd=tmp_path, env=env, stdout=log, stderr=log)
+    try: yield address(server, tmp_path)
+    finally:
+        server.terminate()
+        server.wait(60)
+
+def address(server, root) -> str:
+    "Where the server listens, as it says itself."
+    for _ in range(WAIT // 100):
+        assert server.poll() is None, (root/'log').read_text()
+        for f in (root/'runtime').glob('jpserver-*.json'):
+            try: return json.loads(f.read_text())['url']
+            except ValueError: pass                       # half written
+        time.sleep(.1)
+    raise AssertionError((root/'log').read_text())
+
+KERNEL = "jupyterapp.shell.currentWidget?.sessionContext?.session?.kernel"
+
+class Lab:
+    "The notebook, as a person has it before them."
+    def __init__(self, page): self.page = page
+    def wait(self, condition): self.page.wait_for_function(f'() => {condition}', timeout=WAIT)
+    def idle(self): self.wait(f"{KERNEL}?.status === 'idle' && {KERNEL}?.connectionStatus === 'connected'")
+    def command(self, name): self.page.evaluate(f"void jupyterapp.commands.execute('{name}')")
+    def run(self):
+        "Run all cells from nothing, and wait for the cleaner's page."
+        self.idle()
+        self.command('notebook:clear-all-cell-outputs')
+        self.wait("!document.querySelector('.xc')")
+        self.command('notebook:run-all-cells')
+        self.page.wait_for_selector('.xc-card', timeout=WAIT)
+        self.idle()
+        self.page.focus('.xc-grid')
+    def marked(self, want):
+        "Wait until the page has these marks."
+        marks = "JSON.stringify([...document.querySelectorAll('.xc-card .xc-mark')].map(o => o.textContent))"
+        try: self.wait(f'{marks} === JSON.stringify({json.dumps(want)})')
+        except Exception as e: raise AssertionError(f'the page has {self.page.evaluate(marks)}, expected {want}') from e
+    def press(self, *keys):
+        for key in keys: self.page.keyboard.press(key)
+    def choose(self, label, value): self.page.get_by_label(label, exact=True).select_option(label=value)
+    def texts(self, selector): return self.page.eval_on_selector_all(selector, 'os => os.map(o => o.textContent)')
+
+def test_by_keyboard_in_jupyterlab(lab, tmp_path):
+    "Decide, change the class, restart the kernel, go on; what is on the disk is what was pressed."
+    sync_playwright = pytest.importorskip('playwright.sync_api', reason='there is no playwright').sync_playwright
+    wrong = []
+    with sync_playwright() as p:
+        browser = p.chromium.launch(executable_path=CHROMIUM, args=FLAGS)
+        page = browser.new_page(viewport=dict(width=1200, height=1000))
+        page.on('pageerror', lambda e: wrong.append(f'error: {e}'))
+        page.on('dialog', lambda d: (wrong.append(f'dialog: {d.message}'), d.dismiss()))
+        page.goto(f'{lab}lab/tree/review.ipynb', timeout=WAIT)
+        page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=WAIT)
+        review(Lab(page), tmp_path)
+        browser.close()
+    assert not wrong
+    df = Reviews(XentRecord(tmp_path/'nb'/'run')).decisions
+    assert df[['item', 'decision', 'label']].values.tolist() == [
+        [0, 'drop', None], [1, 'drop', None], [2, 'relabel', '<i>cat</i>'], [3, 'keep', '<i>cat</i>'], [4, 'relabel', 'fox & co'],
+        [6, 'unsure', None], [7, 'unsure', None], [10, 'drop', None], [13, 'keep', NASTY[0]]]
+    assert {*df['who']} == {'ann'}
+
+def review(lab, tmp_path):
+    page = lab.page
+    lab.run()
+    # d d would delete the cell, z undo in the notebook: it must not hear them
+    lab.press('d', 'd', 'l', 'k', 'u', 'z')
+    lab.marked(['drop', 'drop', '→ <i>cat</i>', 'keep', '', ''])
+    assert len(page.query_selector_all('.jp-CodeCell')) == 2 and page.evaluate(f"{KERNEL}.status") is not None
+    lab.wait("document.querySelector('.xc-card.xc-cursor')?.getAttribute('aria-posinset') === '5'")   # undo went back there
+    lab.press('o')
+    page.keyboard.type('FOX')
+    lab.press('Enter')
+    lab.marked(['drop', 'drop', '→ <i>cat</i>', 'keep', '→ fox & co', ''])
+    # names are text
+    assert lab.texts('.xc-name bdi')[2:6] == NASTY[:4] and NASTY[0] in ''.join(lab.texts('.xc-labels'))
+    assert page.evaluate("document.querySelectorAll('.xc-card script, .xc-card b, .xc-card i, .xc img:not([src^=\"data:image/\"])').length") == 0
+    assert page.evaluate("[...document.querySelectorAll('.xc-card img')].every(o => o.complete && o.naturalWidth > 0)")
+    assert page.get_attribute('.xc-said', 'aria-live') == 'polite' and 'labelled fox & co' in page.inner_text('.xc-said')
+    assert 'decided: drop' in page.get_attribute('.xc-card', 'aria-label')
+    # the next page, several at once
+    lab.press('PageDown')
+    lab.wait("document.querySelector('.xc-card')?.getAttribute('aria-posinset') === '7'")
+    lab.press('Shift+ArrowRight', 'u')
+    lab.marked(['unsure', 'unsure', '', '', '', ''])
+    # another class, and back
+    lab.choose('Labelled', NASTY[0])
+    lab.wait("[...document.querySelectorAll('.xc-given')].every(o => o.textContent.startsWith('<img'))")
+    page.focus('.xc-grid')
+    lab.press('End', 'Home', 'd')
+    lab.marked(['drop', '', '', '', '', ''])
+    lab.choose('Labelled', 'all classes')
+    lab.marked(['drop', 'drop', '→ <i>cat</i>', 'keep', '→ fox & co', ''])
+    # the kernel dies
+    before = page.evaluate(f"{KERNEL}.id")
+    page.evaluate(f"{KERNEL}.restart()")
+    lab.run()
+    assert page.evaluate(f"{KERNEL}.id") == before and '8 decided' in page.inner_text('.xc-count')
+    assert not {*lab.texts('.xc-name bdi')} & {NASTY[0], NASTY[1]}       # the list goes on with what is open
+    lab.choose('Labelled', NASTY[0])
+    lab.wait("[...document.querySelectorAll('.xc-given')].every(o => o.textContent.startsWith('<img'))")
+    page.focus('.xc-grid')
+    lab.press('k')
+    lab.wait("document.querySelector('.xc-count').textContent.includes('9 decided')")
+    lab.choose('Show', 'decided')
+    lab.marked(['keep', 'drop', 'unsure', '→ fox & co', 'drop'])
+    page.screenshot(path=tmp_path/'cleaner.png')
