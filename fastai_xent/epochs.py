@@ -41,6 +41,7 @@ class Layout:
     maps: str = '_maps/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     probs: str = '_probs/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     sent: str = '_sent.json'
+    reviews: str = '_reviews/{number}.jsonl'
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."
@@ -48,8 +49,9 @@ class Layout:
         m = re.fullmatch(re.sub(r'\\{(\w+)(:03d)?\\}', field, re.escape(getattr(self, kind))), name)
         return m and m.groupdict()
     def folders(self) -> list: # Of names
-        "The directories and files of a record."
-        return list(dict.fromkeys(getattr(self, o).split('/')[0] for o in self.__dataclass_fields__))
+        "The directories and files that a training writes. What people decided stays when it is replaced."
+        kinds = [o for o in self.__dataclass_fields__ if o != 'reviews']
+        return list(dict.fromkeys(getattr(self, o).split('/')[0] for o in kinds))
 
 _HIVE = 'fit={fit}/split={split}/epoch={epoch}/part-{rank}.parquet'
 _OLD = Layout('record.json', 'items/{split}-{k}.parquet', 'running/{split}-{k}.parquet', f'epochs/{_HIVE}',

@@ -159,7 +159,7 @@ def test_numerics_needs_torch_alone(path):
     assert not extra, 'numerics imports torch and the standard library'
 
 
-DRAWN = 'drawing', 'views', 'show', 'interpretation'  # modules that draw
+DRAWN = 'drawing', 'views', 'show', 'interpretation', 'cleaner'  # modules that draw
 
 
 @pytest.mark.parametrize('path', [o for o in MODULES if o.stem not in DRAWN], ids=name)
