@@ -125,6 +125,9 @@ def _check_choice(how, what, balanced):
                         f"of items is `n_{how}={what!r}`")
     elif _is_share(what) and not 0 <= what <= 1:
         raise ValueError(f"the share is {what}, expected a number from 0 to 1")
+    elif how == 'keep' and isinstance(what, pd.DataFrame) and 'decision' in what:
+        raise ValueError("a frame of decisions says what to drop: give it as `drop=`; `keep=` would drop all that "
+                         "nobody has looked at")
     if balanced and not _is_share(what):
         raise ValueError("`balanced=True` needs a share, such as `keep=.7`")
 
@@ -286,11 +289,11 @@ def _wanted(issues) -> tuple: # Items, labels, is each label a name, p_wrong, wh
     "Which items shall have which label."
     if isinstance(issues, dict):
         return item_numbers(list(issues)), list(issues.values()), False, None, ['given'] * len(issues)
-    frame = flagged(issues)
-    col = next((o for o in ('new', 'likely') if o in frame), None)
+    frame = flagged(issues, 'relabel')
+    col = 'label' if 'decision' in frame else next((o for o in ('new', 'likely') if o in frame), None)
     if col is None:
         raise KeyError(f"the frame has no column `new` or `likely`; it has {', '.join(map(str, frame))}")
-    why = 'given' if col == 'new' else 'the class that the model believes'
+    why = dict(new='given', likely='the class that the model believes', label='decided by a person')[col]
     why = frame['why'].tolist() if 'why' in frame else [why] * len(frame)
     p = frame['p_wrong'].to_numpy(dtype=float, na_value=np.nan) if 'p_wrong' in frame else None
     return item_numbers(frame['item']), frame[col].tolist(), True, p, why
@@ -358,7 +361,7 @@ def _why(old, new, given) -> str:
 def relabel(
     dls, # DataLoaders
     record: XentRecord, # Of a training with these `dls`
-    issues, # A frame with columns `item` and `new` or `likely` (and `is_issue`), or a dict from item to class
+    issues, # A frame with columns `item` and `new` or `likely` (and `is_issue`), or of decisions; or item → class
     *,
     key=None, # Where an item that is a dict or a dataclass has its label, such as 'labels'
     key_fn=None, # The recorder's `key_fn`, if it had one

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
+from .bars import Bar
 from .dynamics import SCORES, Label, Likely, Reducer, _share_state, register_score, row_weight
 from .epochs import Epochs
 from .issues import LabelDoubt
@@ -115,7 +116,8 @@ def _marks(self: StateCache, seg): return json.loads(json.dumps(self.epochs.mark
 
 @patch
 def _fold(self: StateCache, sink, seg, marks, reducers, old):
-    fold(sink, seg.n, reducers, marks, _walk(self.epochs, seg), old)
+    with Bar(f'folding the epochs of {seg.split}') as bar:
+        fold(sink, seg.n, reducers, marks, _walk(self.epochs, seg), old, bar=bar)
 
 @patch
 def _name(self: StateCache, seg):

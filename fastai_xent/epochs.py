@@ -23,6 +23,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
+from .bars import Bar
 from .files import Place
 from .parquet import ALL, GROUP, KEY, ROWS, read_items, with_key, write_rows
 
@@ -39,6 +40,8 @@ class Layout:
     compact: str = 'rows/{split}/compact-{number}.parquet'
     maps: str = '_maps/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     probs: str = '_probs/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
+    sent: str = '_sent.json'
+    reviews: str = '_reviews/{number}.jsonl'
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."
@@ -46,8 +49,9 @@ class Layout:
         m = re.fullmatch(re.sub(r'\\{(\w+)(:03d)?\\}', field, re.escape(getattr(self, kind))), name)
         return m and m.groupdict()
     def folders(self) -> list: # Of names
-        "The directories and files of a record."
-        return list(dict.fromkeys(getattr(self, o).split('/')[0] for o in self.__dataclass_fields__))
+        "The directories and files that a training writes. What people decided stays when it is replaced."
+        kinds = [o for o in self.__dataclass_fields__ if o != 'reviews']
+        return list(dict.fromkeys(getattr(self, o).split('/')[0] for o in kinds))
 
 _HIVE = 'fit={fit}/split={split}/epoch={epoch}/part-{rank}.parquet'
 _OLD = Layout('record.json', 'items/{split}-{k}.parquet', 'running/{split}-{k}.parquet', f'epochs/{_HIVE}',
@@ -213,6 +217,8 @@ def read(self: Epochs,
     return pa.concat_tables([o.to_table(columns=columns or ALL.names) for o in self.scan(found)])
 
 # %% ../nbs/05b_epochs.ipynb #3796b33c
+_AT_ONCE = 2**20 # Rows, or a little more
+
 @patch
 def pack(self: Epochs,
     split: str,
@@ -222,17 +228,20 @@ def pack(self: Epochs,
     found, before = {k: o for k, o in self.found().items() if k[1] == split}, self.compact().get(split)
     if any(not isinstance(o, Compact) for o in found.values()):
         name = self.layout.compact.format(split=split, number=1 + (before.number if before else 0))
-        self.place.write(name, lambda f: write_rows(f, self._packed(found, n), epochs=self.marks(found)))
+        with Bar(f'compacting {split}') as bar:
+            self.place.write(name, lambda f: write_rows(f, self._packed(found, n, bar), epochs=self.marks(found)))
     self._drop_packed(split)
 
 @patch
-def _packed(self: Epochs, found, n): # Tables
+def _packed(self: Epochs, found, n, bar): # Tables
     "The rows of these epochs, item by item."
-    step = max(1, 2**20 // len(found))
+    step = max(1, _AT_ONCE // len(found))
+    bar.total = -(-n // step)
     for lo in range(0, n, step):
         rows = self.rows(found, lo, min(lo + step, n), ROWS.names)
         t = _merge([*(with_key(t, k) for k, t in zip(found, rows)), ALL.empty_table()])
         for at in range(0, len(t), GROUP): yield t.slice(at, GROUP)
+        bar()
 
 @patch
 def _drop_packed(self: Epochs, split):

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .bars import Bar, over
 from .files import Place
 
 # %% ../nbs/05e_export.ipynb #989defc1
@@ -63,12 +64,25 @@ def _json_lines(df: pd.DataFrame) -> str:
     lines = [json.dumps({k: known(v) for k, v in zip(df, row)}, ensure_ascii=False) for row in rows]
     return ''.join(f'{o}\n' for o in lines)
 
-def _write_parquet(df, f):
-    pq.write_table(pa.Table.from_pandas(df, preserve_index=False), f, compression='zstd')
+_AT_ONCE = 2**16 # Items
 
-_WRITE = {'.csv': lambda df, f: f.write(df.to_csv(index=False).encode()),
-          '.parquet': _write_parquet,
-          '.jsonl': lambda df, f: f.write(_json_lines(df).encode())}
+def _pieces(n, bar): # Slices
+    "The items that are written at once, with a step of the bar for each piece."
+    bar.total = -(-n // _AT_ONCE)
+    for lo in range(0, max(n, 1), _AT_ONCE):
+        yield slice(lo, lo + _AT_ONCE)
+        bar()
+
+def _to_csv(df, f, pieces):
+    for o in pieces: f.write(df[o].to_csv(index=False, header=not o.start).encode())
+def _to_jsonl(df, f, pieces):
+    for o in pieces: f.write(_json_lines(df[o]).encode())
+def _to_parquet(df, f, pieces):
+    t = pa.Table.from_pandas(df, preserve_index=False)
+    with pq.ParquetWriter(f, t.schema, compression='zstd') as out:
+        for o in pieces: out.write_table(t.slice(o.start, _AT_ONCE))
+
+_WRITE = {'.csv': _to_csv, '.parquet': _to_parquet, '.jsonl': _to_jsonl}
 
 def export(record,
     path: str|Path, # File or URL that ends in .csv, .parquet or .jsonl
@@ -82,7 +96,8 @@ def export(record,
     if ending not in _WRITE:
         raise ValueError(f"{name!r} ends in {ending or 'nothing'!r}, expected one of {', '.join(_WRITE)}")
     df = _score_frame(record, split, by, segment)
-    Place(folder or '.').write(name, lambda f: _WRITE[ending](df, f))
+    with Bar(f'exporting {split}') as bar:
+        Place(folder or '.').write(name, lambda f: _WRITE[ending](df, f, _pieces(len(df), bar)))
     return path
 
 # %% ../nbs/05e_export.ipynb #ee5c5724
@@ -142,7 +157,7 @@ def to_cartography(record,
         raise FileExistsError(f"{path}/training_dynamics has files already, and its reader takes all of them "
                               "for epochs; use another directory")
     items, labels, whole = record.items(split), None, True
-    for e in epochs:
+    for e in over(epochs, f'reading the epochs of {split}'):
         p, gold = record.probs(split, e), np.full(len(items), -1)
         rows = _plain_rows(record, split, e).dropna(subset='targ')
         gold[rows['item']] = rows['targ'].astype(int)
@@ -160,7 +175,7 @@ def to_cartography(record,
         warnings.warn(f"{(~whole).sum():,} of {len(items):,} items of {split!r} were not seen in every epoch and "
                       "are left out; train with `drop_last=False` to have them all", stacklevel=3)
     guid = items['name'] if items['name'].notna().all() and items['name'].is_unique else items['item']
-    for k, e in enumerate(epochs):
+    for k, e in over(list(enumerate(epochs)), f'exporting {split}'):
         z = np.log(np.maximum(record.probs(split, e)[whole].astype(float), 2.**-25)).round(5)
         rows = zip(guid[whole].tolist(), z.tolist(), labels[whole].tolist())
         lines = [json.dumps({'guid': g, f'logits_epoch_{k}': row, 'gold': y}) for g, row, y in rows]

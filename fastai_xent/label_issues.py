@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import pandas as pd
 
+from .bars import over
 from .dynamics import Label, row_weight
 from .issues import LabelDoubt, gap_confidence, noise_rate, p_wrong, plateau
 
@@ -30,7 +31,7 @@ def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; last labe
     Of each epoch the rate of the plateau, the share of agreement and the mean confidence."""
     targ, = record._cache.values([Label()], seg)
     epochs = {}
-    for k, found in seg.found.items():
+    for k, found in over(list(seg.found.items()), f'reading the epochs of {seg.split}'):
         t = {o: c.to_numpy() for o, c in zip(_READ, record._epochs.read({k: found}, _READ).columns)}
         plain = _plain(t)
         if not plain.any(): continue
@@ -80,8 +81,9 @@ def label_issues(record,
     c = _n_classes(record)
     state, targ, _ = doubts = _doubts(record, seg, c)
     if doubted := record._told_ledger(split):
-        warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed or targets "
-                      "exchanged unseen, they were trained on other labels; `record.meta['ledger']` says more", stacklevel=2)
+        warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed "
+                      "or targets exchanged unseen, they were trained on other labels; "
+                      "`record.meta['ledger']` says more", stacklevel=2)
     if (targ < 0).all():
         raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class "
                          "an item; masks and sequences have one a position")

@@ -29,7 +29,7 @@ from .dynamics import RANK_BY
 from .head import find_head
 from .items import NoItemIdentity, class_names
 from .look import LookFailed, in_order, look
-from .passes import KeptMaps, KeptProbs, Pass, most_bytes
+from .passes import KeptMaps, KeptProbs, Pass, most_bytes, show_rows
 from .record import XentRecord
 from .batch import NotRecordable, put_back, read_batch
 from .same_items import OtherItems, SameItems
@@ -103,6 +103,27 @@ class XentRecorder(Callback):
         "How long the recorded fits have taken."
         return self._life.fit_seconds
 
+# %% ../nbs/06c_recorder.ipynb #c2ac28af
+@patch
+def __getstate__(self: XentRecorder):
+    "Settings and the path of the record are pickled; a record in memory and a running fit are not."
+    writer = XentWriter() if self._writer.path is None else self._writer
+    writer.wait()
+    return {**{k: v for k, v in vars(self).items() if k not in ('_life', '_same')}, '_writer': writer}
+
+@patch
+def __setstate__(self: XentRecorder, state):
+    vars(self).update(state)
+    self._fresh()
+
+@patch
+def __deepcopy__(self: XentRecorder, memo):
+    "A copied Learner gets its own recorder; a recorder copied alone leaves the Learner behind."
+    res = memo[id(self)] = type(self).__new__(type(self))
+    res.__setstate__({k: deepcopy(v, memo) for k, v in self.__getstate__().items() if k != 'learn'})
+    res.learn = memo.get(id(self.learn))
+    return res
+
 # %% ../nbs/06c_recorder.ipynb #794b3713
 @patch(as_prop=True)
 def _whose(self: XentRecorder) -> dict:
@@ -138,27 +159,6 @@ def show_history(self: XentRecorder,
 ) -> None:
     "Show an item beside what happened to it, epoch by epoch."
     self.record.show_history(item, split=split, **self._whose)
-
-# %% ../nbs/06c_recorder.ipynb #c2ac28af
-@patch
-def __getstate__(self: XentRecorder):
-    "Settings and the path of the record are pickled; a record in memory and a running fit are not."
-    writer = XentWriter() if self._writer.path is None else self._writer
-    writer.wait()
-    return {**{k: v for k, v in vars(self).items() if k not in ('_life', '_same')}, '_writer': writer}
-
-@patch
-def __setstate__(self: XentRecorder, state):
-    vars(self).update(state)
-    self._fresh()
-
-@patch
-def __deepcopy__(self: XentRecorder, memo):
-    "A copied Learner gets its own recorder; a recorder copied alone leaves the Learner behind."
-    res = memo[id(self)] = type(self).__new__(type(self))
-    res.__setstate__({k: deepcopy(v, memo) for k, v in self.__getstate__().items() if k != 'learn'})
-    res.learn = memo.get(id(self.learn))
-    return res
 
 # %% ../nbs/06c_recorder.ipynb #0dcfa389
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss',
@@ -405,6 +405,7 @@ def _write(self: XentRecorder, now: Pass, epoch: int):
     alone = num_distrib() <= 1  # one of several sees its own rows only: scores wait until they are asked for
     self._writer.write(
         self._life.fit, epoch, now.split, cols, rank=rank_distrib(), **now.kept(cols), fold=alone)
+    show_rows(self.learn.cbs, now.split, epoch, cols, self._tell)
     self._keep_doubt(now, epoch)
 
 @patch

@@ -11,11 +11,13 @@ __all__ = ['NoStates', 'States', 'BrokenScore', 'by_key', 'fold']
 import json
 import zlib
 from collections.abc import Mapping
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .bars import Bar
 from .dynamics import Reducer
 
 # %% ../nbs/04b_running.ipynb #4a209be5
@@ -31,9 +33,8 @@ class States:
         filesystem=None, # Where the path leads, if not to a local disk
     ):
         self.source, self.filesystem = source, filesystem
-        meta = self._read(lambda f: json.loads(f.metadata.metadata[b'states']))
-        facts = meta['facts']
-        if _crc(facts) != meta['crc']: raise NoStates(f"the metadata of {source} were altered")
+        facts, crc = self._read(lambda f: itemgetter('facts', 'crc')(json.loads(f.metadata.metadata[b'states'])))
+        if _crc(facts) != crc: raise NoStates(f"the metadata of {source} were altered")
         self.n, self.chunk, self.marks = facts['n'], facts['chunk'], facts['marks']
         self.arrays, self.crcs = facts['arrays'], facts['crcs']
 
@@ -130,6 +131,22 @@ def _writer(sink, schema, chunk) -> pq.ParquetWriter:
         use_dictionary=[f.name for f in schema if f.name not in floats],
         column_encoding={o: 'BYTE_STREAM_SPLIT' for o in floats})
 
+# %% ../nbs/04b_running.ipynb #a3b6f02f
+def _steps(n, chunk, n_epochs, late, first) -> int:
+    "How many pieces of an epoch `fold` reads, those for the totals included."
+    pieces = lambda size, start: -(-n // size) * (n_epochs - start)
+    whole = [first[key] for key, r in late.items() if type(r).totals is not Reducer.totals]
+    return pieces(chunk, min((first[key] for key in late), default=n_epochs)) + sum(pieces(_CHUNK, o) for o in whole)
+
+def _counted(walk, bar, total):
+    "The same walk, with a step of the bar for each piece."
+    bar.total = total
+    def counted(*args):
+        for rows in walk(*args):
+            yield rows
+            bar()
+    return counted
+
 # %% ../nbs/04b_running.ipynb #6882e587
 def fold(
     sink, # A path or an open file: where the new states are written
@@ -139,6 +156,7 @@ def fold(
     walk, # `walk(lo, hi, columns, first)`: the rows of items `lo` to `hi`, see below
     old: States|None = None, # Earlier states
     chunk: int = _CHUNK, # Items that are folded at once
+    bar: Bar|None = None, # Shows how far it is
 ) -> None:
     """Write the states of `reducers` after all epochs of `marks`.
 
@@ -147,6 +165,7 @@ def fold(
     marks = json.loads(json.dumps(marks))
     first = {key: _already(key, r, n, marks, old, chunk) for key, r in reducers.items()}
     late = {key: r for key, r in reducers.items() if first[key] < len(marks)}     # those that lack an epoch
+    if bar is not None: walk = _counted(walk, bar, _steps(n, chunk, len(marks), late, first))
     totals = {key: _totals(key, r, n, walk, first[key]) for key, r in late.items()}
     shape = {key: _guarded(key, lambda: r.init(0)) for key, r in reducers.items()}
     schema = _table(shape, 0).schema

@@ -110,7 +110,8 @@ def _opened(path, overwrite, resume, adopt, precision) -> XentRecord:
 
 def _refuse_strangers(new, path):
     "A directory with files that are no record stays as it is, with `overwrite=True` too."
-    found = [o for o in new._place.files() if not o.rsplit('/', 1)[-1].startswith('.')]
+    ours = lambda o: o.rsplit('/', 1)[-1].startswith('.') or new._layout.read('reviews', o)
+    found = [o for o in new._place.files() if not ours(o)]
     if not found: return
     stray = told_epochs(new._epochs.parts())
     what = f"it has {', '.join(found[:3])}{', …' if len(found) > 3 else ''}"
