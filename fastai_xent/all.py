@@ -6,13 +6,15 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 
 # %% auto #0
 __all__ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'RANK_BY',
-           'RecordReplaced', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder',
-           'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'get_score', 'head_in_loss', 'linear_xent', 'prune',
-           'register_score', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'RecordReplaced', 'Reducer', 'Reviews', 'SCORES', 'XentCleaner', 'XentLoss', 'XentLossFlat', 'XentRecord',
+           'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'get_score', 'head_in_loss',
+           'linear_xent', 'prune', 'register_score', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad',
+           'xent_stats']
 
 # %% ../nbs/10_all.ipynb #84e34e1a
 # ruff: noqa: F401
 from .acts import prune, relabel, reweight
+from .cleaner import XentCleaner
 from .docs import document
 from .dynamics import RANK_BY, SCORES, MarginLoss, Mean, MeanColumn, Reducer, get_score, register_score
 from .issues import LabelDoubt
@@ -22,14 +24,15 @@ from .numerics import XentStats, softmax_jacobian, xent_grad, xent_stats
 from .record import XentRecord
 from .recorder import XentRecorder
 from .records import XentRecords
+from .reviews import Reviews
 from .batch import NotRecordable
 from .sampler import XentSampler
 from .taps import NoItemIdentity
 from .writer import RecordReplaced, XentWriter
 
 # %% ../nbs/10_all.ipynb #8125224d
-_all_ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'RANK_BY', 'RecordReplaced', 'Reducer', 'SCORES',
-         'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'get_score', 'head_in_loss',
+_all_ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'RANK_BY', 'RecordReplaced', 'Reducer', 'Reviews', 'SCORES',
+         'XentCleaner', 'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'get_score', 'head_in_loss',
          'linear_xent', 'prune', 'register_score', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad', 'xent_stats']
 
 # %% ../nbs/10_all.ipynb #22660ba0
