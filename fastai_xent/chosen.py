@@ -49,6 +49,7 @@ def labels_of(ds, at, field) -> list: # None for an item that cannot be read
         except SkipItemException: return None
     with no_random(): return [read(i) for i in at]
 
+# %% ../nbs/06d_chosen.ipynb #924b6199
 def targets(record) -> np.ndarray: # `n`
     "The class that each training item was last labelled with; −1 where there is none."
     return np.nan_to_num(record.score(Label()), nan=-1).astype(int)
@@ -65,7 +66,7 @@ def as_recorded(ds):
     return ds
 
 def _other_labels(dls, record, key) -> str:
-    "How labels differ from those of the record, in words; empty if they do not, or if nobody knows where they are."
+    "How labels differ from those of the record, in words; empty if they do not, or cannot be found."
     ds, names = as_recorded(dls.train.dataset), record_classes(record)
     try: field = train_field(dls, key)
     except TypeError: return ''
@@ -98,21 +99,13 @@ def check_items(
                          f"use the `dls` that were recorded{hint}")
 
 # %% ../nbs/06d_chosen.ipynb #77d1d8df
-_ASK_THE_LOSS = "the loss could not be asked for that of a row; use one such as `XentLossFlat`"
-_HOW_TO_GET = dict(grand="ask for it with `XentRecorder(head='auto')`", loss=_ASK_THE_LOSS, grad_norm=_ASK_THE_LOSS)
-
 def score_name(by) -> str: return type(by).__name__ if isinstance(by, Reducer) else by
 
 def known_score(record, by) -> np.ndarray: # `n`, nan for an item that has none
     "The score of every training item, or an error if no item has one."
     score = record.score(by)
-    if not np.isnan(score).all(): return score
-    columns = get_score(by).columns
-    hint = next((f" ({_HOW_TO_GET[o]})" for o in columns if o in _HOW_TO_GET), '')
-    has = [o for o in record.scores() if o not in ('item', 'name', 'source', 'targ', 'likely')]
-    raise ValueError(f"no training item has the score {score_name(by)!r}: the record has nothing in "
-                     f"{' and '.join(f'`{o}`' for o in columns)}{hint}; "
-                     f"it has the scores {', '.join(has) or 'of no kind'}")
+    record._check_score(get_score(by), score)
+    return score
 
 def item_numbers(values) -> np.ndarray: # int64
     "Items as whole numbers, which a file may have made floats or text of."
@@ -145,13 +138,16 @@ def flagged(
     frame = _decided(frame, decision)
     if 'is_issue' not in frame: return frame
     if frame['is_issue'].dtype == bool: return frame[frame['is_issue'].to_numpy()]
-    try: return frame[np.array([class_index([False, True], o) for o in frame['is_issue']], dtype=bool)]
-    except ValueError as e: raise ValueError(f"the column `is_issue` must be true or false in each row: {e}") from None
+    try:
+        return frame[np.array([class_index([False, True], o) for o in frame['is_issue']], dtype=bool)]
+    except ValueError as e:
+        raise ValueError(f"the column `is_issue` must be true or false in each row: {e}") from None
 
 def item_mask(at, n) -> np.ndarray: # Boolean, `n`
     "Where the items `at` are, if they exist."
     beyond = at[(at < 0) | (at >= n)]
-    if len(beyond): raise IndexError(f"item {beyond[0]} does not exist: the record has items 0 to {n - 1}")
+    if len(beyond):
+        raise IndexError(f"item {beyond[0]} does not exist: the record has items 0 to {n - 1}")
     mask = np.zeros(n, dtype=bool)
     mask[at] = True
     return mask
@@ -161,6 +157,7 @@ def check_distinct(at):
     twice = pd.Series(at)[pd.Series(at).duplicated()]
     if len(twice): raise ValueError(f"item {twice.iloc[0]} is named twice")
 
+# %% ../nbs/06d_chosen.ipynb #b3bf9d46
 def items_named(
     what, # A frame with a column `item` (of decisions: those to drop), a mask `n`, indices, or a function of the frame
     record: XentRecord,
@@ -171,11 +168,13 @@ def items_named(
     if callable(what):
         score = record.score(RANK_BY) if by is None else known_score(record, by)
         what = what(items.assign(targ=record.score(Label()), score=score))
-        if isinstance(what, pd.Series) and what.index.equals(items.index): what = what.to_numpy()
-    if isinstance(what, pd.DataFrame): return item_mask(item_numbers(flagged(what)['item']), len(items))
+        if isinstance(what, pd.Series) and what.index.equals(items.index):
+            what = what.to_numpy()
+    if isinstance(what, pd.DataFrame):
+        return item_mask(item_numbers(flagged(what)['item']), len(items))
     if isinstance(what, pd.Series) and what.dtype == bool:
-        raise TypeError("a boolean Series does not say which items its rows are; give the frame with its column "
-                        "`item`, or `.to_numpy()` of a mask in the order of the items")
+        raise TypeError("a boolean Series does not say which items its rows are; give the frame with its "
+                        "column `item`, or `.to_numpy()` of a mask in the order of the items")
     what = np.asarray(what)
     if what.ndim != 1:
         raise TypeError(f"items are named by {what!r}, expected a list of items, a mask or a frame")
