@@ -46,7 +46,8 @@ from .writer import RecordReplaced, XentWriter
 _all_ = [
     'LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable',
     'RANK_BY', 'RecordReplaced', 'Reducer', 'Reviews', 'SCORES', 'XentCleaner', 'XentGraph',
-    'XentInterpretation', 'XentLogger', 'XentLoss', 'XentLossFlat', 'XentProgress', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler',
+    'XentInterpretation', 'XentLogger', 'XentLoss', 'XentLossFlat',
+    'XentProgress', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler',
     'XentStats', 'XentWriter', 'draw_items', 'get_score', 'head_in_loss', 'linear_xent', 'no_bars',
     'plot_class_issues', 'plot_class_pairs', 'plot_data_map', 'plot_history', 'plot_losses', 'plot_runs',
     'plot_score', 'plot_training_time', 'plot_two_runs', 'plot_two_scores', 'prune', 'register_score',

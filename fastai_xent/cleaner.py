@@ -164,7 +164,7 @@ class XentCleaner:
         self.by, self.n, self.per_page, self.size = RANK_BY if by is None else by, n, per_page, size
         self.reviews = Reviews(self.record, who)
         self._suspects, self._lists, self._cards = {}, {}, {}
-        self._loop = _running_loop()
+        self._thread, self._loop = threading.get_ident(), _running_loop()
         self.widget = _widget_class()()
         self.widget.on_msg(self._heard)
         self._show(split)
@@ -218,7 +218,7 @@ def _next_list(self: XentCleaner) -> np.ndarray:
     at = self._of(self.split).order(self._pairs(), self.label)
     return at[~np.isin(at, self._decided())][:self.n]
 
-# %% ../nbs/08d_cleaner.ipynb #d33d599c
+# %% ../nbs/08d_cleaner.ipynb #6452cdf2
 @patch
 def _show(self: XentCleaner, split, label=-1, kind='todo'):
     "Show the list of a split and a class, or what was decided about it."
@@ -290,9 +290,8 @@ def _read(self: XentCleaner, rows) -> list: # Of `Sample`
 # %% ../nbs/08d_cleaner.ipynb #1b524e4c
 @patch
 def _heard(self: XentCleaner, widget, message, buffers):
-    "Leave what was asked for on the page to the main thread."
-    elsewhere = self._loop is not None and threading.current_thread() is not threading.main_thread()
-    if elsewhere: self._loop.call_soon_threadsafe(self._answer, message)
+    "Leave what was asked for on the page to the thread in which cells run."
+    if self._loop is not None and threading.get_ident() != self._thread: self._loop.call_soon_threadsafe(self._answer, message)
     else: self._answer(message)
 
 @patch
@@ -339,7 +338,7 @@ def _told_decision(n, decision, label, left) -> str:
     if left: told += f" {left} item{'s have' if left != 1 else ' has'} no other likely label: undecided."
     return told.strip()
 
-# %% ../nbs/08d_cleaner.ipynb #cec09c91
+# %% ../nbs/08d_cleaner.ipynb #e64b9c1f
 @patch
 def _undo(self: XentCleaner):
     back = self.reviews.undo()
