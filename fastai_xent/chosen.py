@@ -204,7 +204,7 @@ def check_frame(
 
 # %% ../nbs/06d_chosen.ipynb #b3bf9d46
 def items_named(
-    what, # A frame with a column `item` (one of decisions: those to drop), a boolean mask `n`, indices, or a function of the items' frame
+    what, # A frame with a column `item` (of decisions: those to drop), a mask `n`, indices, or a function of the frame
     record: XentRecord,
     by=None, # The score that a function finds in the frame; None: `RANK_BY`, nan where there is none
 ) -> np.ndarray: # Boolean, `n`
