@@ -92,9 +92,8 @@ def confused(
 ) -> list: # Of sentences; empty if there are no pairs
     "The pairs of classes that are confused most often."
     first = [f"{_short(o.targ)} where {_short(o.likely)} {verb} ({o.items:,})" for o in pairs[:most].itertuples()]
-    if not first: return []
-    return [f"Labelled {', '.join(first)}: {'all' if len(pairs) <= most else 'the most frequent'} of "
-            f"{count(len(pairs), 'pair')} and {count(int(pairs['items'].sum()), 'item')}."]
+    if len(pairs) > most: first.append(f"and {count(len(pairs) - most, 'more pair')}")
+    return [f"{', '.join(first)}; {count(int(pairs['items'].sum()), 'item')} in all."] if first else []
 
 # %% ../nbs/08d_summary.ipynb #0dd0067a
 def advice(
@@ -115,9 +114,10 @@ def advice(
 def summary(
     record, # An `XentRecord`
     split: str = 'train',
+    found: tuple|None = None, # As from `verdict`; None: that of the split
 ) -> dict: # heading → sentences; between backticks in the last ones stands code
     "What a run says of its data."
-    issues, said = verdict(record, split) if record.epochs else (None, [])
+    issues, said = found or (verdict(record, split) if record.epochs else (None, []))
     labels = said if issues is None else suspects(issues) + said
     pairs = [] if issues is None else confused(class_pairs(issues))
     wrong = confused(mistaken(record), 'was predicted') if 'valid' in record.splits else []
@@ -125,4 +125,4 @@ def summary(
             'Confused classes': [*_of('Marked labels', pairs), *_of('Predictions for valid', wrong)],
             'What to do next': advice(issues)}
 
-def _of(what, sentences) -> list: return [f"{what}: {o[:1].lower()}{o[1:]}" for o in sentences]
+def _of(what, sentences) -> list: return [f"{what}: {o}" for o in sentences]

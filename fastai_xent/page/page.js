@@ -73,6 +73,7 @@ const show = {region: null, page: 0, down: true}
 const PAGE = 25
 const count = n => n.toLocaleString('en')
 const told = v => Number.isNaN(v) ? '–' : !Number.isFinite(v) ? (v > 0 ? '∞' : '−∞') : Number.isInteger(v) ? String(v) : String(Number(v.toPrecision(3)))
+const percent = p => Number.isNaN(p) ? '–' : p > .99 ? '> 99%' : p < .01 ? '< 1%' : `${Math.round(100 * p)}%`
 const className = c => c < 0 ? null : META.classes ? META.classes[c] : String(c)
 const nameOf = i => S.name ? S.name.of(i) : ''
 const called = i => nameOf(i) || `item ${i}`
@@ -131,15 +132,15 @@ function inside(poly, x, y) {
 }
 
 function filter() {
-  const {n, mask, targ, likely, suspect} = S, query = $('search').value.trim()
+  const {n, mask, targ, likely, marked} = S, query = $('search').value.trim()
   const hit = query && S.name ? S.name.holding(query) : new Uint8Array(query ? n : 0)
   if (/^#?\d+$/.test(query)) { const i = Number(query.replace('#', '')); if (i < n) hit[i] = 1 }
-  const t = $('targ').value, l = $('likely').value, by = S.data[$('by').value], alone = $('suspects').checked
+  const [t, l] = ['targ', 'likely'].map(o => $(o).value === '' ? null : Number($(o).value)), by = S.data[$('by').value], alone = $('marked').checked
   const lo = bound('by-min', -Infinity), hi = bound('by-max', Infinity), x = S.data[$('x').value], y = S.data[$('y').value]
   const ends = ['x-min', 'x-max', 'y-min', 'y-max'].map((o, k) => bound(o, k % 2 ? Infinity : -Infinity))
   const ranged = ends.some(Number.isFinite), poly = show.region
   for (let i = 0; i < n; i++) {
-    mask[i] = (!query || hit[i]) && (!t || targ[i] == t) && (!l || likely[i] == l) && (!alone || suspect[i])
+    mask[i] = (!query || hit[i]) && (t === null || targ[i] === t) && (l === null || likely[i] === l) && (!alone || marked[i])
       && (!by || between(VALUE[by[i]], lo, hi))
     if (!mask[i] || !(ranged || poly)) continue
     const a = VALUE[x[i]], b = VALUE[y[i]]
@@ -155,7 +156,7 @@ async function refresh() {
   const mine = S
   await need($('by').value, $('x').value, $('y').value, $('sort').value)
   if (mine != S) return
-  S.suspect ??= Uint8Array.from({length: S.n}, (_, i) => S.data.p_wrong ? VALUE[S.data.p_wrong[i]] >= .5 : S.targ && S.targ[i] >= 0 && S.likely[i] != S.targ[i])
+  S.marked ??= Uint8Array.from({length: S.n}, (_, i) => S.data.p_wrong ? VALUE[S.data.p_wrong[i]] >= .5 : S.targ && S.targ[i] >= 0 && S.likely[i] != S.targ[i])
   S.kept = filter()
   S.order = sortedBy(sortCodes($('sort').value), S.kept.slice(), show.down)
   show.page = 0
@@ -205,14 +206,19 @@ function place() { // where each item lies on the canvas, in its pixels; −1: n
   Object.assign(S, {placed: key, px, py, ends, ratio, nowhere})
 }
 
-const disk = r => { const o = []; for (let y = -Math.ceil(r); y <= r; y++) for (let x = -Math.ceil(r); x <= r; x++) if (x * x + y * y <= r * r + .2) o.push([x, y]); return o }
+function dot(side) { // the pixels of a dot
+  const res = [], middle = (side - 1) / 2
+  for (let y = 0; y < side; y++) for (let x = 0; x < side; x++)
+    if ((x - middle) ** 2 + (y - middle) ** 2 <= side ** 2 / 4 + .3) res.push([x - Math.round(middle), y - Math.round(middle)])
+  return res
+}
 
 function draw() {
   if (!S.scores.length) return
   place()
-  const canvas = $('map'), ctx = canvas.getContext('2d'), W = canvas.width, H = canvas.height, {px, py, mask, suspect, n, ratio} = S
-  const radius = ratio * (n < 3000 ? 3 : n < 30000 ? 1.8 : n < 200000 ? 1 : .5), stamp = disk(radius), all = S.kept.length == n
-  const layers = [['--grey', i => !mask[i]], ['--blue', i => mask[i] && !suspect[i]], ['--orange', i => mask[i] && suspect[i]]]
+  const canvas = $('map'), ctx = canvas.getContext('2d'), W = canvas.width, H = canvas.height, {px, py, mask, marked, n, ratio} = S
+  const stamp = dot(Math.round(ratio * (n < 3000 ? 6 : n < 30000 ? 4 : n < 200000 ? 2 : 1))), all = S.kept.length == n
+  const layers = [['--grey', i => !mask[i]], ['--blue', i => mask[i] && !marked[i]], ['--orange', i => mask[i] && marked[i]]]
   const image = ctx.createImageData(W, H), out = image.data
   for (const [name, belongs] of all ? layers.slice(1) : layers) {
     const counts = new Uint32Array(W * H), [r, g, b] = rgb(name)
@@ -331,10 +337,10 @@ function curve(rows) {
 function card(i, whole) {
   const [targ, likely] = labelled(i), rows = history(i), p = valued('p_wrong', i), axis = ['y', 'x'].map(o => $(o).value)
   const facts = whole ? S.scores : axis
-  const res = [el('b', {className: whole ? '' : 'clip', textContent: called(i)}), picture(i),
+  const res = [el('b', {className: whole ? '' : 'clip', textContent: whole ? called(i) : short(i)}), picture(i),
     el('p', {}, 'item ' + i + (targ == null ? '' : ', label '), targ == null ? null : el('span', {textContent: targ}),
       likely == null ? null : ' → ', likely == null ? null : el('span', {className: 'other', textContent: likely})),
-    Number.isNaN(p) ? null : el('p', {textContent: `wrong with a probability of ${told(p)}`}),
+    Number.isNaN(p) ? null : el('p', {textContent: `wrong with a probability of ${percent(p)}`}),
     el('p', {className: 'soft', textContent: facts.map(o => `${o} ${told(valued(o, i))}`).join(', ')}),
     rows.length ? el('p', {className: 'soft', textContent: 'probability of the label, epoch by epoch'}) : el('p', {className: 'soft', textContent: S.kept_histories}),
     rows.length ? curve(rows) : null]
@@ -370,7 +376,7 @@ function list() {
   const td = (k, ...kids) => { const e = el('td', {className: heads[k][2] ? 'n' : ''}, ...kids); e.dataset.label = heads[k][1]; return e }
   const rows = Array.from(S.order.slice(show.page * PAGE, (show.page + 1) * PAGE), i => {
     const [targ, likely] = labelled(i), span = o => el('span', {className: 'clip', textContent: o ?? '–'})
-    const numbers = heads.slice(4).map(([key], k) => td(4 + k, told(valued(key, i))))
+    const numbers = heads.slice(4).map(([key], k) => td(4 + k, key == 'p_wrong' ? percent(valued(key, i)) : told(valued(key, i))))
     return el('tr', {}, td(0, picture(i)), td(1, el('button', {type: 'button', className: 'open', onclick: () => detail(i)}, span(short(i)))),
       td(2, span(targ)), td(3, likely == null ? span(className(S.likely ? S.likely[i] : -1)) : el('span', {className: 'clip other', textContent: likely})), ...numbers)
   })
@@ -400,7 +406,7 @@ function listen() {
   const canvas = $('map'), tip = $('tip'), at = e => { const b = canvas.getBoundingClientRect(); return [e.clientX - b.left, e.clientY - b.top] }
   let soon, asked = false
   $('search').oninput = () => { clearTimeout(soon); soon = setTimeout(refresh, 120) }
-  for (const o of ['targ', 'likely', 'by', 'by-min', 'by-max', 'suspects', 'sort']) $(o).onchange = refresh
+  for (const o of ['targ', 'likely', 'by', 'by-min', 'by-max', 'marked', 'sort']) $(o).onchange = refresh
   for (const o of ['x-min', 'x-max', 'y-min', 'y-max']) $(o).onchange = () => { show.region = null; $('brush').replaceChildren(); refresh() }
   for (const o of ['x', 'y']) $(o).onchange = () => { clearRegion(); refresh() }
   for (const o of ['filters', 'axes']) $(o).onsubmit = e => { e.preventDefault(); refresh() }
@@ -427,8 +433,8 @@ function listen() {
   }
   canvas.onpointercancel = () => { drag = null; clearRegion() }
   canvas.onpointerleave = () => { tip.hidden = true }
-  new ResizeObserver(() => S && draw()).observe(canvas)
-  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => draw())
+  new ResizeObserver(() => { $('brush').replaceChildren(); if (S?.kept) draw() }).observe(canvas)
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => S?.kept && draw())
 }
 
 function hover(x, y, e) {
