@@ -8,7 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/report.html.md"""
 __all__ = ['score_codes', 'packed', 'Page', 'Classes', 'split_scores', 'histories', 'thumbnail', 'thumbnails', 'summary_html',
            'losses_html', 'counts_html', 'confusion_html', 'scores_html', 'report', 'xent_report']
 
-# %% ../nbs/08e_report.ipynb #76a10cc5
+# %% ../nbs/08e_report.ipynb #23e2a8c6
 import base64
 import hashlib
 import html
@@ -34,7 +34,7 @@ from .show import Sample, _array, _as_picture, _check_names, _from_name, _is_pic
 from .summary import mistaken, summary, verdict
 from .views import _short, class_pairs, loss_bands
 
-# %% ../nbs/08e_report.ipynb #a71b9c2b
+# %% ../nbs/08e_report.ipynb #ecfd0bd4
 def score_codes(
     x: np.ndarray, # Scores, `n`
 ) -> np.ndarray: # uint16, `n`; 0 is nan
@@ -52,17 +52,22 @@ def packed(
     if not isinstance(data, bytes):
         data = np.ascontiguousarray(data)
         data = data.view(np.uint8).reshape(data.size, -1).T.tobytes()
-    return base64.b64encode(zlib.compress(data, 9)).decode()
+    return base64.b64encode(zlib.compress(data, 6)).decode()
 
-# %% ../nbs/08e_report.ipynb #c93cd9f8
+# %% ../nbs/08e_report.ipynb #819e1081
 class Page:
     "The packed columns of a page, and how large they are."
-    def __init__(self, limit: float): self.scripts, self.size, self.limit = {}, 0, limit * 1e6
+    def __init__(self, limit: float): self.scripts, self.size, self.limit, self.full = {}, 0, limit * 1e6, False
+    @property
+    def room(self) -> float: return max(0., self.limit - self.size)
 
     def add(self, data, kind: str|None = None, needed: bool = True) -> dict|None: # None: it does not fit
-        "Keep a column."
+        "Keep a column. After one that does not fit, no other is tried that is not needed."
+        if self.full and not needed: return None
         text = packed(data)
-        if not needed and self.size + len(text) > self.limit: return None
+        if not needed and len(text) > self.room:
+            self.full = True
+            return None
         key = f'c{len(self.scripts)}'
         self.scripts[key] = text
         self.size += len(text)
@@ -77,17 +82,16 @@ def _names(names: pd.Series) -> tuple: # bytes, or None if there are none; what 
     folder = os.path.commonprefix([o for o in texts if o])
     return ('\0'.join(texts) + '\0').encode('utf-8', 'replace'), folder[:folder.rfind('/') + 1]
 
-# %% ../nbs/08e_report.ipynb #44cdef14
+# %% ../nbs/08e_report.ipynb #59edec80
 class Classes(dict):
     "Names of classes, and their numbers on the page."
     def __init__(self, vocab): super().__init__((o, k) for k, o in enumerate(dict.fromkeys(map(str, vocab or []))))
     def codes(self, names: pd.Series) -> np.ndarray: # int32; −1: no class
         "The numbers of these names. A new name gets the next number."
-        known = names.dropna()
-        for o in pd.unique(known): self.setdefault(str(o), len(self))
-        return names.map(lambda o: -1 if pd.isna(o) else self[str(o)]).to_numpy(dtype=np.int32)
+        at, distinct = pd.factorize(names)                # −1 where there is none
+        return np.array([*(self.setdefault(str(o), len(self)) for o in distinct), -1], dtype=np.int32)[at]
 
-# %% ../nbs/08e_report.ipynb #c4f0e146
+# %% ../nbs/08e_report.ipynb #232d70b2
 _LABELS = ('item', 'name', 'source', 'targ', 'likely')
 
 def split_scores(
@@ -114,8 +118,8 @@ def _first_items(order, k) -> np.ndarray:
     at = np.linspace(0, len(rest), k - len(top), endpoint=False).astype(int)
     return np.r_[top, rest[at]]
 
-# %% ../nbs/08e_report.ipynb #301aa426
-_CELLS, _EPOCHS = 1_500_000, 40 # of the histories on a page; epochs of a history
+# %% ../nbs/08e_report.ipynb #e4f4737d
+_CELLS, _EPOCHS = 1_500_000, 40 # of the histories of a split; epochs of a history
 
 def histories(
     record, # An `XentRecord`
@@ -135,7 +139,7 @@ def histories(
         pred[row[t['item']], j] = t['pred']
     return [found[o][0][2] for o in at], p, record._class_names(pred.ravel())
 
-# %% ../nbs/08e_report.ipynb #2476994c
+# %% ../nbs/08e_report.ipynb #6678b315
 _SIDE = 80 # Pixels
 
 def _image(x: np.ndarray) -> Image.Image: # x of shape `h w` or `h w c`
@@ -181,7 +185,7 @@ def _read(dl, i) -> str:
     try: return thumbnail(read_item(dl, i))
     except Exception as e: return f"could not be read: {e!r}"[:400]
 
-# %% ../nbs/08e_report.ipynb #bf2f3ab4
+# %% ../nbs/08e_report.ipynb #0a9e3e76
 _EARLY = ('p_wrong', 'label_doubt', RANK_BY, 'confidence', 'variability')
 
 def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: # What the script is told; scores; who comes first
@@ -199,22 +203,26 @@ def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: #
     told = dict(split=split, n=len(scores), prefix=folder, first=first, cols=cols, scored=scored, pictures=pictures)
     return told, scores, order
 
-def _add_rest(page, classes, record, told, scores, order) -> list: # The scores that do not fit
-    "Histories and further scores, as far as they fit."
+def _add_histories(page, classes, record, told, order) -> None:
+    "Histories of as many items as there is room for."
     epochs = max(1, min(_EPOCHS, len(record._segment(told['split']).found)))
-    items = np.sort(_first_items(order, _CELLS // epochs))
+    items = np.sort(_first_items(order, int(min(_CELLS, page.room / 6)) // epochs))
     told['epochs'], p, pred = histories(record, told['split'], items)
     kept = [('history_item', items.astype(np.int32), 'class'), ('history_p', p.tobytes(), 'bytes'),
             ('history_pred', classes.codes(pred), 'class')]
     told['cols'].update({o: page.add(data, kind) for o, data, kind in kept})
-    told['kept_histories'] = '' if len(items) == len(scores) else f"The history of {len(items):,} items is on this page, not of this one."
+    left = len(order) - len(items)
+    told['no_history'] = f"The histories of {len(items):,} items are on this page, not that of this one." if left else ''
+
+def _add_scores(page, told, scores) -> list: # The names of those that do not fit
+    "Further scores, as far as they fit."
     for o in scores.columns.difference([*_LABELS, *told['scored']], sort=False):
         col = page.add(score_codes(scores[o].to_numpy(float)), 'score', needed=False)
         if col is not None: told['scored'][o] = col
     told['scores'] = [o for o in scores if o in told['scored']]
     return [o for o in scores if o not in (*_LABELS, *told['scores'])]
 
-# %% ../nbs/08e_report.ipynb #2dd3893c
+# %% ../nbs/08e_report.ipynb #ea64e307
 _svg = partial(ft, 'svg', cls='chart', role='img')
 _text = lambda text, x, y, anchor='start': ft('text', text, x=x, y=y, text_anchor=anchor)
 _p = partial(ft, 'p')
@@ -243,7 +251,7 @@ def summary_html(
     todo = ft('ol', *[ft('li', *_with_code(t)) for t in said[last]])
     return _section('summary', 'Summary', ft('div', *blocks, cls='facts'), ft('h3', last), todo)
 
-# %% ../nbs/08e_report.ipynb #fb891ea7
+# %% ../nbs/08e_report.ipynb #d8328fba
 _COLORS = ('--blue', '--orange', '--green')
 
 def _line(x, y, color) -> FT:
@@ -277,7 +285,7 @@ def losses_html(
     note = _p('Line: the median. Band: from the 10th to the 90th percentile.', cls='soft')
     return _section('losses', 'Losses', ft('div', ft('div', note, svg), ft('div', *told, table), cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #ecf9127b
+# %% ../nbs/08e_report.ipynb #4212cefa
 def counts_html(
     title: str,
     pairs: pd.DataFrame, # Columns targ, likely, items, the most frequent first
@@ -311,7 +319,7 @@ def confusion_html(
     parts.append(counts_html(f'Wrong predictions for {by}, last epoch', mistaken(record, by), 'predicted'))
     return _section('confusion', 'Confusion', ft('div', *parts, cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #dab43397
+# %% ../nbs/08e_report.ipynb #a6296022
 def _bars(v: np.ndarray, marked: np.ndarray, name) -> FT: # Values `n`; is each a suspect?
     "How many items have which value, on a scale of logarithms; suspects in orange."
     finite = np.isfinite(v)
@@ -346,7 +354,7 @@ def scores_html(
     return _section('scores', 'Scores', _p(f'Items, on a scale of logarithms; orange are the marked labels.{told}', cls='soft'),
                     ft('div', *charts, cls='charts'), _more('As a table', table))
 
-# %% ../nbs/08e_report.ipynb #bc037541
+# %% ../nbs/08e_report.ipynb #1725fbfa
 def _file(name) -> str: return (Path(__file__).parent/'page'/name).read_text(encoding='utf-8')
 
 def _head(title, script) -> str:
@@ -382,7 +390,8 @@ def report(
     found = {o: verdict(record, o) for o in splits}
     share = lambda o: round(pictures * len(record.items(o)) / total)
     read = [_add_items(page, classes, record, o, found[o][0], share(o), dls, key_fn) for o in splits]
-    left = [_add_rest(page, classes, record, *o) for o in read]
+    for told, _, order in read: _add_histories(page, classes, record, told, order)
+    left = [_add_scores(page, told, scores) for told, scores, _ in read]
     page.scripts['meta'] = packed(_json(dict(title=title, classes=list(classes), splits=[o for o, _, _ in read])))
     parts = [_nav(title, record), summary_html(summary(record, split, found[split])), _EXPLORE, losses_html(record),
              confusion_html(record, split, found[split][0]), scores_html(read[0][1], left[0])]
@@ -405,7 +414,7 @@ def _write(path, title, parts, page) -> Path:
     part.replace(path)
     return path
 
-# %% ../nbs/08e_report.ipynb #2dd66391
+# %% ../nbs/08e_report.ipynb #3fe9dfbb
 @call_parse
 def xent_report(
     run: str, # Directory or URL of a record

@@ -460,7 +460,7 @@ def test_what_does_not_fit_is_said(plain, visit, tmp_path, monkeypatch):
     page.get_by_label('Name or number').fill(f"#{record.label_issues()['item'].iloc[-2]}")
     settled(page, 1)
     page.locator('#items button.open').click()
-    assert 'The history of 50 items is on this page, not of this one' in page.get_by_role('dialog').inner_text()
+    assert 'The histories of 50 items are on this page, not that of this one' in page.get_by_role('dialog').inner_text()
 
 def test_a_dataset_of_the_record_is_not_touched(tmp_path):
     dls, record, path = acted_on(tmp_path)

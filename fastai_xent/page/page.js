@@ -112,13 +112,16 @@ async function useSplit(at) {
 
 function sortedBy(codes, kept, down) { // counting sort; what has no value comes last
   if (!codes) return down ? kept.reverse() : kept
+  const n = kept.length, none = codes instanceof Int32Array ? -1 : 0, at = new Uint32Array(n), res = new Uint32Array(n)
   let most = 0
-  for (const i of kept) if (codes[i] > most) most = codes[i]
-  const place = i => codes[i] <= (codes instanceof Int32Array ? -1 : 0) ? most + 1 : down ? most - codes[i] : codes[i]
-  const starts = new Uint32Array(most + 3), res = new Uint32Array(kept.length)
-  for (const i of kept) starts[place(i) + 1]++
+  for (let k = 0; k < n; k++) if (codes[kept[k]] > most) most = codes[kept[k]]
+  const starts = new Uint32Array(most + 3)
+  for (let k = 0; k < n; k++) {
+    const c = codes[kept[k]]
+    starts[(at[k] = c <= none ? most + 1 : down ? most - c : c) + 1]++
+  }
   for (let k = 1; k < starts.length; k++) starts[k] += starts[k - 1]
-  for (const i of kept) res[starts[place(i)]++] = i
+  for (let k = 0; k < n; k++) res[starts[at[k]]++] = kept[k]
   return res
 }
 
@@ -217,22 +220,18 @@ function draw() {
   if (!S.scores.length) return
   place()
   const canvas = $('map'), ctx = canvas.getContext('2d'), W = canvas.width, H = canvas.height, {px, py, mask, marked, n, ratio} = S
-  const stamp = dot(Math.round(ratio * (n < 3000 ? 6 : n < 30000 ? 4 : n < 200000 ? 2 : 1))), all = S.kept.length == n
-  const layers = [['--grey', i => !mask[i]], ['--blue', i => mask[i] && !marked[i]], ['--orange', i => mask[i] && marked[i]]]
-  const image = ctx.createImageData(W, H), out = image.data
-  for (const [name, belongs] of all ? layers.slice(1) : layers) {
-    const counts = new Uint32Array(W * H), [r, g, b] = rgb(name)
-    let most = 1
-    for (let i = 0; i < n; i++) if (px[i] >= 0 && belongs(i)) for (const [dx, dy] of stamp) {
-      const at = (py[i] + dy) * W + px[i] + dx
-      if (++counts[at] > most) most = counts[at]
-    }
-    const full = Math.log1p(most)
-    for (let at = 0; at < counts.length; at++) if (counts[at]) {
-      const a = most == 1 ? .9 : .4 + .6 * Math.log1p(counts[at]) / full, old = out[4 * at + 3] / 255 * (1 - a)
-      out[4 * at] = (r * a + out[4 * at] * old) / (a + old), out[4 * at + 1] = (g * a + out[4 * at + 1] * old) / (a + old)
-      out[4 * at + 2] = (b * a + out[4 * at + 2] * old) / (a + old), out[4 * at + 3] = 255 * (a + old)
-    }
+  const side = Math.round(ratio * (n < 3000 ? 6 : n < 30000 ? 4 : n < 200000 ? 2 : 1)), all = S.kept.length == n
+  const stamp = Int32Array.from(dot(side), ([dx, dy]) => dy * W + dx), image = ctx.createImageData(W, H), out = new Uint32Array(image.data.buffer)
+  const layers = ['--grey', '--blue', '--orange'].map(name => ({colour: rgb(name), counts: new Uint32Array(W * H), most: 1}))
+  for (let i = 0; i < n; i++) {
+    if (px[i] < 0) continue
+    const layer = layers[mask[i] ? 1 + marked[i] : 0], counts = layer.counts, at = py[i] * W + px[i]
+    for (let k = 0; k < stamp.length; k++) if (++counts[at + stamp[k]] > layer.most) layer.most = counts[at + stamp[k]]
+  }
+  for (const {colour: [r, g, b], counts, most} of layers) { // those above cover those below
+    const full = Math.log1p(most), rgb = b << 16 | g << 8 | r
+    for (let at = 0; at < counts.length; at++)
+      if (counts[at]) out[at] = (most == 1 ? 230 : 102 + 153 * Math.log1p(counts[at]) / full) << 24 | rgb
   }
   ctx.putImageData(image, 0, 0)
   axes(ctx)
@@ -342,7 +341,7 @@ function card(i, whole) {
       likely == null ? null : ' → ', likely == null ? null : el('span', {className: 'other', textContent: likely})),
     Number.isNaN(p) ? null : el('p', {textContent: `wrong with a probability of ${percent(p)}`}),
     el('p', {className: 'soft', textContent: facts.map(o => `${o} ${told(valued(o, i))}`).join(', ')}),
-    rows.length ? el('p', {className: 'soft', textContent: 'probability of the label, epoch by epoch'}) : el('p', {className: 'soft', textContent: S.kept_histories}),
+    rows.length ? el('p', {className: 'soft', textContent: 'probability of the label, epoch by epoch'}) : el('p', {className: 'soft', textContent: S.no_history}),
     rows.length ? curve(rows) : null]
   if (whole && rows.length) res.push(el('table', {}, el('thead', {}, el('tr', {}, ...['epoch', 'probability', 'predicted'].map(o => el('th', {textContent: o})))),
     el('tbody', {}, ...rows.map(o => el('tr', {}, ...[o.epoch, told(o.p), className(o.pred) ?? '–'].map(v => el('td', {textContent: v})))))))
