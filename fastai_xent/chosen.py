@@ -130,8 +130,8 @@ def flagged(frame) -> pd.DataFrame:
         raise KeyError(f"the frame has no column `item`; it has {', '.join(map(str, frame))}")
     other = {*map(str, frame['split'])} - {'train', 'train_eval'} if 'split' in frame else ()
     if other:
-        raise ValueError(f"the frame has items of {min(other)!r}, expected those of 'train' alone: the number of another "
-                         "split's item is that of some other item in train")
+        raise ValueError(f"the frame has items of {min(other)!r}, expected those of 'train' alone: the number "
+                         "of another split's item is that of some other item in train")
     if 'is_issue' not in frame: return frame
     if frame['is_issue'].dtype == bool: return frame[frame['is_issue'].to_numpy()]
     try: return frame[np.array([class_index([False, True], o) for o in frame['is_issue']], dtype=bool)]

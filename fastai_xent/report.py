@@ -8,7 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/report.html.md"""
 __all__ = ['score_codes', 'packed', 'Page', 'Classes', 'split_scores', 'histories', 'thumbnail', 'thumbnails', 'summary_html',
            'losses_html', 'counts_html', 'confusion_html', 'scores_html', 'report', 'xent_report']
 
-# %% ../nbs/08e_report.ipynb #23e2a8c6
+# %% ../nbs/08e_report.ipynb #b5530058
 import base64
 import hashlib
 import html
@@ -16,25 +16,24 @@ import io
 import json
 import os
 import zlib
-from dataclasses import dataclass
 from functools import partial
 from importlib.metadata import version
+from importlib.resources import files
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
-from fastai.torch_core import no_random
 from fastcore.script import call_parse
 from fastcore.xml import FT, ft, to_xml
 from PIL import Image
 
 from .dynamics import RANK_BY, get_score
 from .record import XentRecord
-from .show import Sample, _array, _as_picture, _check_names, _from_name, _is_picture, _loader, read_item
+from .show import Sample, _as_picture, _check_names, _from_name, _is_picture, _loader, read_item
 from .summary import mistaken, summary, verdict
 from .views import _short, class_pairs, loss_bands
 
-# %% ../nbs/08e_report.ipynb #ecfd0bd4
+# %% ../nbs/08e_report.ipynb #8cda3f5c
 def score_codes(
     x: np.ndarray, # Scores, `n`
 ) -> np.ndarray: # uint16, `n`; 0 is nan
@@ -54,7 +53,7 @@ def packed(
         data = data.view(np.uint8).reshape(data.size, -1).T.tobytes()
     return base64.b64encode(zlib.compress(data, 6)).decode()
 
-# %% ../nbs/08e_report.ipynb #819e1081
+# %% ../nbs/08e_report.ipynb #4b3ff174
 class Page:
     "The packed columns of a page, and how large they are."
     def __init__(self, limit: float): self.scripts, self.size, self.limit, self.full = {}, 0, limit * 1e6, False
@@ -82,7 +81,7 @@ def _names(names: pd.Series) -> tuple: # bytes, or None if there are none; what 
     folder = os.path.commonprefix([o for o in texts if o])
     return ('\0'.join(texts) + '\0').encode('utf-8', 'replace'), folder[:folder.rfind('/') + 1]
 
-# %% ../nbs/08e_report.ipynb #59edec80
+# %% ../nbs/08e_report.ipynb #961f7486
 class Classes(dict):
     "Names of classes, and their numbers on the page."
     def __init__(self, vocab): super().__init__((o, k) for k, o in enumerate(dict.fromkeys(map(str, vocab or []))))
@@ -91,14 +90,14 @@ class Classes(dict):
         at, distinct = pd.factorize(names)                # −1 where there is none
         return np.array([*(self.setdefault(str(o), len(self)) for o in distinct), -1], dtype=np.int32)[at]
 
-# %% ../nbs/08e_report.ipynb #232d70b2
+# %% ../nbs/08e_report.ipynb #a7a5aef6
 _LABELS = ('item', 'name', 'source', 'targ', 'likely')
 
 def split_scores(
     record, # An `XentRecord`
     split: str,
     issues: pd.DataFrame|None, # As from `verdict`
-) -> tuple: # As from `record.scores(split)`, with `p_wrong` and the verdict's `likely` if there is one; items, the most suspect first
+) -> tuple: # `record.scores(split)`, with the verdict's `p_wrong` and `likely`; items, the most suspect first
     "The scores of a split's items, and who comes first."
     scores = record.scores(split)
     if issues is None: return scores, _order(scores)
@@ -118,7 +117,7 @@ def _first_items(order, k) -> np.ndarray:
     at = np.linspace(0, len(rest), k - len(top), endpoint=False).astype(int)
     return np.r_[top, rest[at]]
 
-# %% ../nbs/08e_report.ipynb #e4f4737d
+# %% ../nbs/08e_report.ipynb #f3a64490
 _CELLS, _EPOCHS = 1_500_000, 40 # of the histories of a split; epochs of a history
 
 def histories(
@@ -139,7 +138,7 @@ def histories(
         pred[row[t['item']], j] = t['pred']
     return [found[o][0][2] for o in at], p, record._class_names(pred.ravel())
 
-# %% ../nbs/08e_report.ipynb #6678b315
+# %% ../nbs/08e_report.ipynb #cdcaa0a5
 _SIDE = 80 # Pixels
 
 def _image(x: np.ndarray) -> Image.Image: # x of shape `h w` or `h w c`
@@ -185,10 +184,10 @@ def _read(dl, i) -> str:
     try: return thumbnail(read_item(dl, i))
     except Exception as e: return f"could not be read: {e!r}"[:400]
 
-# %% ../nbs/08e_report.ipynb #0a9e3e76
+# %% ../nbs/08e_report.ipynb #0e9ecea4
 _EARLY = ('p_wrong', 'label_doubt', RANK_BY, 'confidence', 'variability')
 
-def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: # What the script is told; scores; who comes first
+def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: # What the script is told; scores; items
     "The columns that are kept whatever their size."
     scores, order = split_scores(record, split, issues)
     names, folder = _names(scores['name'])
@@ -212,7 +211,8 @@ def _add_histories(page, classes, record, told, order) -> None:
             ('history_pred', classes.codes(pred), 'class')]
     told['cols'].update({o: page.add(data, kind) for o, data, kind in kept})
     left = len(order) - len(items)
-    told['no_history'] = f"The histories of {len(items):,} items are on this page, not that of this one." if left else ''
+    kept = f"The histories of {len(items):,} items are on this page, not that of this one."
+    told['no_history'] = kept if left else ''
 
 def _add_scores(page, told, scores) -> list: # The names of those that do not fit
     "Further scores, as far as they fit."
@@ -222,7 +222,7 @@ def _add_scores(page, told, scores) -> list: # The names of those that do not fi
     told['scores'] = [o for o in scores if o in told['scored']]
     return [o for o in scores if o not in (*_LABELS, *told['scores'])]
 
-# %% ../nbs/08e_report.ipynb #ea64e307
+# %% ../nbs/08e_report.ipynb #3772511e
 _svg = partial(ft, 'svg', cls='chart', role='img')
 _text = lambda text, x, y, anchor='start': ft('text', text, x=x, y=y, text_anchor=anchor)
 _p = partial(ft, 'p')
@@ -251,12 +251,15 @@ def summary_html(
     todo = ft('ol', *[ft('li', *_with_code(t)) for t in said[last]])
     return _section('summary', 'Summary', ft('div', *blocks, cls='facts'), ft('h3', last), todo)
 
-# %% ../nbs/08e_report.ipynb #d8328fba
+# %% ../nbs/08e_report.ipynb #59d8ebe1
 _COLORS = ('--blue', '--orange', '--green')
 
+def _axes(y) -> FT: return ft('path', d=f'M44 16V{y}H388', fill='none', stroke='var(--line)')
+
+def _points(x, y) -> str: return ' '.join(f'{a:.1f},{b:.1f}' for a, b in zip(x, y))
+
 def _line(x, y, color) -> FT:
-    points = ' '.join(f'{a:.1f},{b:.1f}' for a, b in zip(x, y))
-    return ft('polyline', points=points, fill='none', stroke=f'var({color})', stroke_width=2)
+    return ft('polyline', points=_points(x, y), fill='none', stroke=f'var({color})', stroke_width=2)
 
 def _told_losses(split, end, color) -> FT:
     dot = ft('span', '● ', style=f'color:var({color})', aria_hidden='true')
@@ -274,18 +277,23 @@ def losses_html(
     parts, told = [], []
     for k, (split, b) in enumerate(bands.groupby('split', sort=False)):
         color = _COLORS[k % len(_COLORS)]
-        edge = ' '.join(f'{x(e):.1f},{y(v):.1f}' for e, v in [*zip(b['epoch'], b['low']), *zip(b['epoch'][::-1], b['high'][::-1])])
-        parts += [ft('polygon', points=edge, fill=f'var({color})', fill_opacity=.15), _line(x(b['epoch']), y(b['median']), color)]
+        edge = pd.concat([b[['epoch', 'low']].set_axis(['e', 'v'], axis=1),
+                          b[::-1][['epoch', 'high']].set_axis(['e', 'v'], axis=1)])
+        band = _points(x(edge['e']), y(edge['v']))
+        parts += [ft('polygon', points=band, fill=f'var({color})', fill_opacity=.15),
+                  _line(x(b['epoch']), y(b['median']), color)]
         told.append(_told_losses(split, b.iloc[-1], color))
-    axes = [ft('path', d='M44 16V190H388', fill='none', stroke='var(--line)'), _text(f'{most:.2g}', 40, 24, 'end'), _text('0', 40, 194, 'end'),
+    axes = [_axes(190), _text(f'{most:.2g}', 40, 24, 'end'), _text('0', 40, 194, 'end'),
             _text(f'epoch {first}', 44, 208), _text(last, 384, 208, 'end'), _text('loss of an example, nats', 50, 14)]
-    rows = [[o.split, o.epoch, f'{o.rows:,}', *[f'{v:.3g}' for v in (o.mean, o.low, o.median, o.high)]] for o in bands.itertuples()]
+    numbers = lambda o: [f'{v:.3g}' for v in (o.mean, o.low, o.median, o.high)]
+    rows = [[o.split, o.epoch, f'{o.rows:,}', *numbers(o)] for o in bands.itertuples()]
     table = _more('As a table', _table(['split', 'epoch', 'rows', 'mean', '10 %', 'median', '90 %'], rows))
-    svg = _svg(*axes, *parts, viewBox='0 0 400 214', aria_label='Losses of each split, epoch by epoch; the table below has the numbers')
+    svg = _svg(*axes, *parts, viewBox='0 0 400 214',
+               aria_label='Losses of each split, epoch by epoch; the table below has the numbers')
     note = _p('Line: the median. Band: from the 10th to the 90th percentile.', cls='soft')
     return _section('losses', 'Losses', ft('div', ft('div', note, svg), ft('div', *told, table), cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #4212cefa
+# %% ../nbs/08e_report.ipynb #a4c4fe9d
 def counts_html(
     title: str,
     pairs: pd.DataFrame, # Columns targ, likely, items, the most frequent first
@@ -319,7 +327,7 @@ def confusion_html(
     parts.append(counts_html(f'Wrong predictions for {by}, last epoch', mistaken(record, by), 'predicted'))
     return _section('confusion', 'Confusion', ft('div', *parts, cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #a6296022
+# %% ../nbs/08e_report.ipynb #f396bd89
 def _bars(v: np.ndarray, marked: np.ndarray, name) -> FT: # Values `n`; is each a suspect?
     "How many items have which value, on a scale of logarithms; suspects in orange."
     finite = np.isfinite(v)
@@ -327,14 +335,17 @@ def _bars(v: np.ndarray, marked: np.ndarray, name) -> FT: # Values `n`; is each 
     both = [np.histogram(v[finite & o], edges)[0] for o in (~np.isnan(v), marked)]
     top, x = np.log10(max(both[0].max(), 1) + 1), 340 / 40
     h = lambda k: 130 * np.log10(k + 1) / top
-    bars = [ft('rect', x=f'{44 + j * x:.1f}', y=f'{150 - h(k):.1f}', width=f'{x - 1:.1f}', height=f'{h(k):.1f}', fill=f'var({c})')
-            for c, counts in zip(('--blue', '--orange'), both) for j, k in enumerate(counts) if k]
-    ends = [_text(f'{edges[0]:.3g}', 44, 166), _text(f'{edges[-1]:.3g}', 384, 166, 'end'), _text(f'{both[0].max():,}', 40, 24, 'end'),
-            ft('path', d='M44 16V150H388', fill='none', stroke='var(--line)')]
-    return _svg(*ends, *bars, viewBox='0 0 400 172', aria_label=f'Distribution of {name}; the table below has the numbers')
+    bar = lambda j, k, c: ft('rect', x=f'{44 + j * x:.1f}', y=f'{150 - h(k):.1f}', width=f'{x - 1:.1f}',
+                             height=f'{h(k):.1f}', fill=f'var({c})')
+    bars = [bar(j, k, c) for c, counts in zip(_COLORS, both) for j, k in enumerate(counts) if k]
+    ends = [_axes(150), _text(f'{edges[0]:.3g}', 44, 166), _text(f'{edges[-1]:.3g}', 384, 166, 'end'),
+            _text(f'{both[0].max():,}', 40, 24, 'end')]
+    told = f'Distribution of {name}; the table below has the numbers'
+    return _svg(*ends, *bars, viewBox='0 0 400 172', aria_label=told)
 
 def _meaning(score) -> str:
-    return f"{(type(score).__doc__ or '').strip()} From the column{'s' * (len(score.columns) > 1)} {', '.join(score.columns)}."
+    columns = f"From the column{'s' * (len(score.columns) > 1)} {', '.join(score.columns)}."
+    return f"{(type(score).__doc__ or '').strip()} {columns}"
 
 def scores_html(
     scores: pd.DataFrame, # As from `split_scores`
@@ -348,24 +359,27 @@ def scores_html(
         v = scores[o].to_numpy(float)
         means = 'The probability that the label is wrong.' if o == 'p_wrong' else _meaning(get_score(o))
         charts.append(ft('figure', ft('h3', o), _bars(v, marked, o), ft('figcaption', means)))
-        rows.append([o, f'{np.sum(~np.isnan(v)):,}', *[f'{q:.3g}' for q in np.quantile(v[np.isfinite(v)], [0, .1, .5, .9, 1])]])
+        at = np.quantile(v[np.isfinite(v)], [0, .1, .5, .9, 1])
+        rows.append([o, f'{np.sum(~np.isnan(v)):,}', *[f'{q:.3g}' for q in at]])
     told = f" On the map and in the list there is no room for {', '.join(left)}." if left else ''
     table = _table(['score', 'items', 'least', '10 %', 'median', '90 %', 'largest'], rows)
-    return _section('scores', 'Scores', _p(f'Items, on a scale of logarithms; orange are the marked labels.{told}', cls='soft'),
-                    ft('div', *charts, cls='charts'), _more('As a table', table))
+    note = _p(f'Items, on a scale of logarithms; orange are the marked labels.{told}', cls='soft')
+    return _section('scores', 'Scores', note, ft('div', *charts, cls='charts'), _more('As a table', table))
 
-# %% ../nbs/08e_report.ipynb #1725fbfa
-def _file(name) -> str: return (Path(__file__).parent/'page'/name).read_text(encoding='utf-8')
+# %% ../nbs/08e_report.ipynb #d3274bfa
+def _file(name) -> str: return files('fastai_xent').joinpath('page', name).read_text(encoding='utf-8')
 
 def _head(title, script) -> str:
     sha = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    policy = f"default-src 'none'; script-src 'sha256-{sha}'; style-src 'unsafe-inline'; img-src data:; base-uri 'none'; form-action 'none'"
-    return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><meta http-equiv="Content-Security-Policy" content="{policy}">'
+    policy = (f"default-src 'none'; script-src 'sha256-{sha}'; style-src 'unsafe-inline'; img-src data:; "
+              "base-uri 'none'; form-action 'none'")
+    return ('<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+            f'<meta http-equiv="Content-Security-Policy" content="{policy}">'
             f'<meta name="viewport" content="width=device-width, initial-scale=1"><title>{html.escape(title)}</title>\n'
             f'<style>\n{_file("page.css")}</style></head>')
 
 def _nav(title, record) -> FT:
-    links = {'summary': 'Summary', 'explore': 'Every item', 'losses': 'Losses', 'confusion': 'Confusion', 'scores': 'Scores'}
+    links = dict(summary='Summary', explore='Every item', losses='Losses', confusion='Confusion', scores='Scores')
     return ft('header', ft('a', 'To the items', href='#explore', cls='skip'), ft('h1', title),
               ft('p', f'A report of {record._place}, written by fastai_xent {version("fastai_xent")}', cls='soft'),
               ft('nav', *[ft('a', o, href=f'#{k}') for k, o in links.items()], aria_label='Sections'))
@@ -414,7 +428,7 @@ def _write(path, title, parts, page) -> Path:
     part.replace(path)
     return path
 
-# %% ../nbs/08e_report.ipynb #3fe9dfbb
+# %% ../nbs/08e_report.ipynb #2c9e333f
 @call_parse
 def xent_report(
     run: str, # Directory or URL of a record

@@ -1,4 +1,4 @@
-"""What a run says of its data, in words: what was trained, which labels are likely wrong, which classes are confused, what to do next
+"""What a run says of its data, in words: how it ended, which labels are likely wrong, what to do next
 
 Docs: https://fastai-xent.github.io/fastai_xent/summary.html.md"""
 
@@ -18,7 +18,7 @@ from .views import _short, class_pairs
 # %% ../nbs/08d_summary.ipynb #d721e590
 def last_epochs(
     record, # An `XentRecord`
-) -> pd.DataFrame: # Columns split, epoch, rows, right (share), loss (mean, nats); right is nan where a row has many labels
+) -> pd.DataFrame: # Columns split, epoch, rows, right (a share; nan where a row has many labels), loss (mean, nats)
     "How each split ended."
     df = record.sql("""
         with t as (select *, max(epoch) over (partition by split) as final from record
@@ -36,7 +36,8 @@ def trained(
     if not record.epochs: return ["Nothing was recorded yet."]
     classes = f", {count(record.n_classes, 'class').replace('classs', 'classes')}" if record.n_classes else ''
     fits, epochs = count(record.n_fits, 'fit'), count(len({k.epoch for k in record.epochs}), 'epoch')
-    return [f"{fits}, {epochs}: {', '.join(sizes)}{classes}.", *[_told_end(o) for o in last_epochs(record).itertuples()]]
+    ends = [_told_end(o) for o in last_epochs(record).itertuples()]
+    return [f"{fits}, {epochs}: {', '.join(sizes)}{classes}.", *ends]
 
 def _told_end(o) -> str:
     "How a split ended."

@@ -15,7 +15,7 @@ from fastai.torch_core import set_seed
 from helpers import Net, Points, learner, quiet
 from PIL import Image
 
-from fastai_xent.all import XentLossFlat, XentRecord, XentRecorder, XentWriter, prune, relabel
+from fastai_xent.all import XentLossFlat, XentRecorder, XentWriter, prune, relabel
 from fastai_xent.report import report, score_codes, xent_report
 
 ROOT = Path(__file__).parent.parent

@@ -178,8 +178,13 @@ function elsewhere() {
 // -- the map: every item that is chosen, none left out
 
 const MARGIN = {left: 46, right: 10, top: 22, bottom: 34}
-const colour = name => getComputedStyle(document.documentElement).getPropertyValue(name).trim()
-const rgb = name => { const h = colour(name).slice(1), f = h.length == 3 ? [...h].map(o => o + o) : h.match(/../g); return f.map(o => parseInt(o, 16)) }
+const LOOK = {} // colours and the size of the map, read when they change: reading them makes a browser lay out the page
+function look() {
+  const style = getComputedStyle(document.documentElement)
+  for (const o of ['grey', 'blue', 'orange', 'soft', 'ink', 'paper']) LOOK[o] = style.getPropertyValue('--' + o).trim()
+  LOOK.box = $('map').getBoundingClientRect()
+}
+const rgb = name => { const h = LOOK[name].slice(1), f = h.length == 3 ? [...h].map(o => o + o) : h.match(/../g); return f.map(o => parseInt(o, 16)) }
 
 function extent(codes) {
   let lo = Infinity, hi = -Infinity
@@ -190,7 +195,7 @@ function extent(codes) {
 }
 
 function place() { // where each item lies on the canvas, in its pixels; −1: nowhere
-  const canvas = $('map'), box = canvas.getBoundingClientRect(), ratio = window.devicePixelRatio || 1, key = [$('x').value, $('y').value, box.width, box.height, ratio].join()
+  const canvas = $('map'), {box} = LOOK, ratio = window.devicePixelRatio || 1, key = [$('x').value, $('y').value, box.width, box.height, ratio].join()
   if (S.placed == key) return
   canvas.width = Math.max(1, Math.round(box.width * ratio)), canvas.height = Math.max(1, Math.round(box.height * ratio))
   const x = S.data[$('x').value], y = S.data[$('y').value], ends = [extent(x), extent(y)], m = MARGIN
@@ -219,10 +224,10 @@ function dot(side) { // the pixels of a dot
 function draw() {
   if (!S.scores.length) return
   place()
-  const canvas = $('map'), ctx = canvas.getContext('2d'), W = canvas.width, H = canvas.height, {px, py, mask, marked, n, ratio} = S
+  const canvas = $('map'), ctx = canvas.getContext('2d', {willReadFrequently: true}), W = canvas.width, H = canvas.height, {px, py, mask, marked, n, ratio} = S
   const side = Math.round(ratio * (n < 3000 ? 6 : n < 30000 ? 4 : n < 200000 ? 2 : 1)), all = S.kept.length == n
   const stamp = Int32Array.from(dot(side), ([dx, dy]) => dy * W + dx), image = ctx.createImageData(W, H), out = new Uint32Array(image.data.buffer)
-  const layers = ['--grey', '--blue', '--orange'].map(name => ({colour: rgb(name), counts: new Uint32Array(W * H), most: 1}))
+  const layers = ['grey', 'blue', 'orange'].map(name => ({colour: rgb(name), counts: new Uint32Array(W * H), most: 1}))
   for (let i = 0; i < n; i++) {
     if (px[i] < 0) continue
     const layer = layers[mask[i] ? 1 + marked[i] : 0], counts = layer.counts, at = py[i] * W + px[i]
@@ -243,11 +248,11 @@ function draw() {
 }
 
 function axes(ctx) {
-  const {ends, ratio} = S, m = MARGIN, box = $('map').getBoundingClientRect(), text = (o, x, y, align, base) => { ctx.textAlign = align; ctx.textBaseline = base; ctx.fillText(o, x, y) }
+  const {ends, ratio} = S, m = MARGIN, {box} = LOOK, text = (o, x, y, align, base) => { ctx.textAlign = align; ctx.textBaseline = base; ctx.fillText(o, x, y) }
   ctx.save()
   ctx.scale(ratio, ratio)
   ctx.font = '12px system-ui, sans-serif'
-  ctx.fillStyle = ctx.strokeStyle = colour('--soft')
+  ctx.fillStyle = ctx.strokeStyle = LOOK.soft
   const x0 = m.left - 4, y1 = box.height - m.bottom + 4, x1 = box.width - m.right, y0 = m.top
   ctx.beginPath(); ctx.moveTo(x0, y0); ctx.lineTo(x0, y1); ctx.lineTo(x1, y1); ctx.stroke()
   for (const f of [0, .5, 1]) {
@@ -258,9 +263,9 @@ function axes(ctx) {
   text(`${$('x').value} →`, m.left + .75 * (x1 - m.left), y1 + 4, 'center', 'top')
   text(`↑ ${$('y').value}`, 4, 4, 'left', 'top')
   if ($('x').value == 'variability' && $('y').value == 'confidence') {
-    ctx.fillStyle = colour('--ink')
+    ctx.fillStyle = LOOK.ink
     for (const [o, x, y, align] of [['easy', m.left + 6, y0 + 8, 'left'], ['hard', m.left + 6, y1 - 14, 'left'], ['ambiguous', x1 - 4, (y0 + y1) / 2, 'right']]) {
-      ctx.strokeStyle = colour('--paper'); ctx.lineWidth = 3; ctx.textAlign = align; ctx.textBaseline = 'middle'
+      ctx.strokeStyle = LOOK.paper; ctx.lineWidth = 3; ctx.textAlign = align; ctx.textBaseline = 'middle'
       ctx.strokeText(o, x, y); ctx.fillText(o, x, y)
     }
   }
@@ -268,7 +273,7 @@ function axes(ctx) {
 }
 
 function atData(x, y) { // from the page's pixels on the canvas to scores
-  const box = $('map').getBoundingClientRect(), m = MARGIN, [a, b] = S.ends
+  const {box} = LOOK, m = MARGIN, [a, b] = S.ends
   return [a[0] + (x - m.left) / (box.width - m.left - m.right) * (a[1] - a[0]), b[1] - (y - m.top) / (box.height - m.top - m.bottom) * (b[1] - b[0])]
 }
 
@@ -432,8 +437,8 @@ function listen() {
   }
   canvas.onpointercancel = () => { drag = null; clearRegion() }
   canvas.onpointerleave = () => { tip.hidden = true }
-  new ResizeObserver(() => { $('brush').replaceChildren(); if (S?.kept) draw() }).observe(canvas)
-  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => S?.kept && draw())
+  new ResizeObserver(() => { look(); $('brush').replaceChildren(); if (S?.kept) draw() }).observe(canvas)
+  matchMedia('(prefers-color-scheme: dark)').addEventListener('change', () => { look(); if (S?.kept) draw() })
 }
 
 function hover(x, y, e) {
@@ -449,6 +454,7 @@ async function start() {
   META = await unpackJson('meta')
   options($('split'), META.splits.map(o => [o.split, o.split]))
   $('tool').hidden = false
+  look()
   listen()
   await useSplit(0)
   $('wait').remove()
