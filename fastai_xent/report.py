@@ -8,7 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/report.html.md"""
 __all__ = ['score_codes', 'packed', 'Page', 'Classes', 'split_scores', 'histories', 'thumbnail', 'thumbnails', 'summary_html',
            'losses_html', 'counts_html', 'confusion_html', 'scores_html', 'report', 'xent_report']
 
-# %% ../nbs/08e_report.ipynb #b5530058
+# %% ../nbs/08e_report.ipynb #1fbae531
 import base64
 import hashlib
 import html
@@ -33,7 +33,7 @@ from .show import Sample, _as_picture, _check_names, _from_name, _is_picture, _l
 from .summary import mistaken, summary, verdict
 from .views import _short, class_pairs, loss_bands
 
-# %% ../nbs/08e_report.ipynb #8cda3f5c
+# %% ../nbs/08e_report.ipynb #490b7f3f
 def score_codes(
     x: np.ndarray, # Scores, `n`
 ) -> np.ndarray: # uint16, `n`; 0 is nan
@@ -50,10 +50,10 @@ def packed(
     "Deflated, in base64."
     if not isinstance(data, bytes):
         data = np.ascontiguousarray(data)
-        data = data.view(np.uint8).reshape(data.size, -1).T.tobytes()
+        data = data.view(np.uint8).reshape(data.size, data.itemsize).T.tobytes()
     return base64.b64encode(zlib.compress(data, 6)).decode()
 
-# %% ../nbs/08e_report.ipynb #4b3ff174
+# %% ../nbs/08e_report.ipynb #dcd50c76
 class Page:
     "The packed columns of a page, and how large they are."
     def __init__(self, limit: float): self.scripts, self.size, self.limit, self.full = {}, 0, limit * 1e6, False
@@ -81,7 +81,7 @@ def _names(names: pd.Series) -> tuple: # bytes, or None if there are none; what 
     folder = os.path.commonprefix([o for o in texts if o])
     return ('\0'.join(texts) + '\0').encode('utf-8', 'replace'), folder[:folder.rfind('/') + 1]
 
-# %% ../nbs/08e_report.ipynb #961f7486
+# %% ../nbs/08e_report.ipynb #07fbd082
 class Classes(dict):
     "Names of classes, and their numbers on the page."
     def __init__(self, vocab): super().__init__((o, k) for k, o in enumerate(dict.fromkeys(map(str, vocab or []))))
@@ -90,7 +90,7 @@ class Classes(dict):
         at, distinct = pd.factorize(names)                # −1 where there is none
         return np.array([*(self.setdefault(str(o), len(self)) for o in distinct), -1], dtype=np.int32)[at]
 
-# %% ../nbs/08e_report.ipynb #a7a5aef6
+# %% ../nbs/08e_report.ipynb #41d96e75
 _LABELS = ('item', 'name', 'source', 'targ', 'likely')
 
 def split_scores(
@@ -117,7 +117,7 @@ def _first_items(order, k) -> np.ndarray:
     at = np.linspace(0, len(rest), k - len(top), endpoint=False).astype(int)
     return np.r_[top, rest[at]]
 
-# %% ../nbs/08e_report.ipynb #f3a64490
+# %% ../nbs/08e_report.ipynb #5871aa11
 _CELLS, _EPOCHS = 1_500_000, 40 # of the histories of a split; epochs of a history
 
 def histories(
@@ -138,7 +138,7 @@ def histories(
         pred[row[t['item']], j] = t['pred']
     return [found[o][0][2] for o in at], p, record._class_names(pred.ravel())
 
-# %% ../nbs/08e_report.ipynb #cdcaa0a5
+# %% ../nbs/08e_report.ipynb #d15d56a5
 _SIDE = 80 # Pixels
 
 def _image(x: np.ndarray) -> Image.Image: # x of shape `h w` or `h w c`
@@ -184,7 +184,7 @@ def _read(dl, i) -> str:
     try: return thumbnail(read_item(dl, i))
     except Exception as e: return f"could not be read: {e!r}"[:400]
 
-# %% ../nbs/08e_report.ipynb #0e9ecea4
+# %% ../nbs/08e_report.ipynb #62cdb646
 _EARLY = ('p_wrong', 'label_doubt', RANK_BY, 'confidence', 'variability')
 
 def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: # What the script is told; scores; items
@@ -211,7 +211,7 @@ def _add_histories(page, classes, record, told, order) -> None:
             ('history_pred', classes.codes(pred), 'class')]
     told['cols'].update({o: page.add(data, kind) for o, data, kind in kept})
     left = len(order) - len(items)
-    kept = f"The histories of {len(items):,} items are on this page, not that of this one."
+    kept = f"The histories of {len(items):,} items are on this page, that of this one is not."
     told['no_history'] = kept if left else ''
 
 def _add_scores(page, told, scores) -> list: # The names of those that do not fit
@@ -222,7 +222,7 @@ def _add_scores(page, told, scores) -> list: # The names of those that do not fi
     told['scores'] = [o for o in scores if o in told['scored']]
     return [o for o in scores if o not in (*_LABELS, *told['scores'])]
 
-# %% ../nbs/08e_report.ipynb #3772511e
+# %% ../nbs/08e_report.ipynb #01c79621
 _svg = partial(ft, 'svg', cls='chart', role='img')
 _text = lambda text, x, y, anchor='start': ft('text', text, x=x, y=y, text_anchor=anchor)
 _p = partial(ft, 'p')
@@ -251,7 +251,7 @@ def summary_html(
     todo = ft('ol', *[ft('li', *_with_code(t)) for t in said[last]])
     return _section('summary', 'Summary', ft('div', *blocks, cls='facts'), ft('h3', last), todo)
 
-# %% ../nbs/08e_report.ipynb #59d8ebe1
+# %% ../nbs/08e_report.ipynb #19eecfe1
 _COLORS = ('--blue', '--orange', '--green')
 
 def _axes(y) -> FT: return ft('path', d=f'M44 16V{y}H388', fill='none', stroke='var(--line)')
@@ -293,7 +293,7 @@ def losses_html(
     note = _p('Line: the median. Band: from the 10th to the 90th percentile.', cls='soft')
     return _section('losses', 'Losses', ft('div', ft('div', note, svg), ft('div', *told, table), cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #a4c4fe9d
+# %% ../nbs/08e_report.ipynb #0477e184
 def counts_html(
     title: str,
     pairs: pd.DataFrame, # Columns targ, likely, items, the most frequent first
@@ -327,7 +327,7 @@ def confusion_html(
     parts.append(counts_html(f'Wrong predictions for {by}, last epoch', mistaken(record, by), 'predicted'))
     return _section('confusion', 'Confusion', ft('div', *parts, cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #f396bd89
+# %% ../nbs/08e_report.ipynb #6a21dcfd
 def _bars(v: np.ndarray, marked: np.ndarray, name) -> FT: # Values `n`; is each a suspect?
     "How many items have which value, on a scale of logarithms; suspects in orange."
     finite = np.isfinite(v)
@@ -366,7 +366,7 @@ def scores_html(
     note = _p(f'Items, on a scale of logarithms; orange are the marked labels.{told}', cls='soft')
     return _section('scores', 'Scores', note, ft('div', *charts, cls='charts'), _more('As a table', table))
 
-# %% ../nbs/08e_report.ipynb #d3274bfa
+# %% ../nbs/08e_report.ipynb #841a2d14
 def _file(name) -> str: return files('fastai_xent').joinpath('page', name).read_text(encoding='utf-8')
 
 def _head(title, script) -> str:
@@ -428,7 +428,7 @@ def _write(path, title, parts, page) -> Path:
     part.replace(path)
     return path
 
-# %% ../nbs/08e_report.ipynb #2c9e333f
+# %% ../nbs/08e_report.ipynb #ce5a7a4d
 @call_parse
 def xent_report(
     run: str, # Directory or URL of a record
