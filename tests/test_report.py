@@ -283,8 +283,8 @@ def test_items_of_valid_are_not_taken_for_those_of_train(visit, tmp_path):
     choice(page, 'Split').select_option('valid')
     settled(page, 30, 30)
     csv = downloaded(page, tmp_path/'valid.csv')
-    for act in (lambda: prune(dls, record, drop=csv[:3]), lambda: relabel(dls, record, csv)):
-        with pytest.raises(ValueError, match="items of 'valid', expected those of 'train' alone"): act()
+    with pytest.warns(UserWarning, match='all 60 training items stay'): assert len(prune(dls, record, drop=csv[:3]).train_ds) == 60
+    with pytest.warns(UserWarning, match='no label is changed'): assert not len(relabel(dls, record, csv).xent_changes)
 
 
 # -- texts
@@ -490,5 +490,5 @@ def test_package_ships_the_page():
     text = (ROOT/'pyproject.toml').read_text(encoding='utf-8')
     patterns = re.search(r'package-data\]\nfastai_xent = \[(.*)\]', text)[1]
     kept = {o.name for p in re.findall('"(.*?)"', patterns) for o in (ROOT/'fastai_xent').glob(p)}
-    assert kept == {o.name for o in (ROOT/'fastai_xent'/'page').iterdir()} == {'page.js', 'page.css', 'explore.html'}
+    assert kept >= {o.name for o in (ROOT/'fastai_xent'/'page').iterdir()} == {'page.js', 'page.css', 'explore.html'}
     assert 'xent-report = "fastai_xent.report:xent_report"' in text
