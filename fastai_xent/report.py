@@ -8,7 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/report.html.md"""
 __all__ = ['score_codes', 'packed', 'Page', 'Classes', 'split_scores', 'histories', 'thumbnail', 'thumbnails', 'summary_html',
            'losses_html', 'counts_html', 'confusion_html', 'scores_html', 'report', 'xent_report']
 
-# %% ../nbs/08e_report.ipynb #1fbae531
+# %% ../nbs/08e_report.ipynb #8752da57
 import base64
 import hashlib
 import html
@@ -27,13 +27,14 @@ from fastcore.script import call_parse
 from fastcore.xml import FT, ft, to_xml
 from PIL import Image
 
+from .drawing import short
 from .dynamics import RANK_BY, get_score
 from .record import XentRecord
-from .show import Sample, _as_picture, _check_names, _from_name, _is_picture, _loader, read_item
+from .show import Sample, _as_picture, _check_names, _from_name, _is_picture, loader_of, read_item
 from .summary import mistaken, summary, verdict
-from .views import _short, class_pairs, loss_bands
+from .views import class_pairs, loss_bands
 
-# %% ../nbs/08e_report.ipynb #490b7f3f
+# %% ../nbs/08e_report.ipynb #9f2f158c
 def score_codes(
     x: np.ndarray, # Scores, `n`
 ) -> np.ndarray: # uint16, `n`; 0 is nan
@@ -53,7 +54,7 @@ def packed(
         data = data.view(np.uint8).reshape(data.size, data.itemsize).T.tobytes()
     return base64.b64encode(zlib.compress(data, 6)).decode()
 
-# %% ../nbs/08e_report.ipynb #dcd50c76
+# %% ../nbs/08e_report.ipynb #7c111f8e
 class Page:
     "The packed columns of a page, and how large they are."
     def __init__(self, limit: float): self.scripts, self.size, self.limit, self.full = {}, 0, limit * 1e6, False
@@ -81,7 +82,7 @@ def _names(names: pd.Series) -> tuple: # bytes, or None if there are none; what 
     folder = os.path.commonprefix([o for o in texts if o])
     return ('\0'.join(texts) + '\0').encode('utf-8', 'replace'), folder[:folder.rfind('/') + 1]
 
-# %% ../nbs/08e_report.ipynb #07fbd082
+# %% ../nbs/08e_report.ipynb #e00cb53c
 class Classes(dict):
     "Names of classes, and their numbers on the page."
     def __init__(self, vocab): super().__init__((o, k) for k, o in enumerate(dict.fromkeys(map(str, vocab or []))))
@@ -90,7 +91,7 @@ class Classes(dict):
         at, distinct = pd.factorize(names)                # −1 where there is none
         return np.array([*(self.setdefault(str(o), len(self)) for o in distinct), -1], dtype=np.int32)[at]
 
-# %% ../nbs/08e_report.ipynb #41d96e75
+# %% ../nbs/08e_report.ipynb #78177aa1
 _LABELS = ('item', 'name', 'source', 'targ', 'likely')
 
 def split_scores(
@@ -117,7 +118,7 @@ def _first_items(order, k) -> np.ndarray:
     at = np.linspace(0, len(rest), k - len(top), endpoint=False).astype(int)
     return np.r_[top, rest[at]]
 
-# %% ../nbs/08e_report.ipynb #5871aa11
+# %% ../nbs/08e_report.ipynb #893244f7
 _CELLS, _EPOCHS = 1_500_000, 40 # of the histories of a split; epochs of a history
 
 def histories(
@@ -138,7 +139,7 @@ def histories(
         pred[row[t['item']], j] = t['pred']
     return [found[o][0][2] for o in at], p, record._class_names(pred.ravel())
 
-# %% ../nbs/08e_report.ipynb #d15d56a5
+# %% ../nbs/08e_report.ipynb #43d4540c
 _SIDE = 80 # Pixels
 
 def _image(x: np.ndarray) -> Image.Image: # x of shape `h w` or `h w c`
@@ -176,7 +177,7 @@ def thumbnails(
     if dls is None or split not in ('train', 'train_eval', 'valid'):
         return [(int(i), thumbnail(s)) for i, s in zip(rows['item'], map(_from_name, rows['name'].fillna('')))
                 if isinstance(s.inputs[0], Image.Image)]
-    dl = _loader(dls, split)
+    dl = loader_of(dls, split)
     _check_names(record, rows, dl.dataset, split, key_fn)
     return [(int(i), _read(dl, int(i))) for i in rows['item']]
 
@@ -184,7 +185,7 @@ def _read(dl, i) -> str:
     try: return thumbnail(read_item(dl, i))
     except Exception as e: return f"could not be read: {e!r}"[:400]
 
-# %% ../nbs/08e_report.ipynb #62cdb646
+# %% ../nbs/08e_report.ipynb #a015480b
 _EARLY = ('p_wrong', 'label_doubt', RANK_BY, 'confidence', 'variability')
 
 def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: # What the script is told; scores; items
@@ -222,7 +223,7 @@ def _add_scores(page, told, scores) -> list: # The names of those that do not fi
     told['scores'] = [o for o in scores if o in told['scored']]
     return [o for o in scores if o not in (*_LABELS, *told['scores'])]
 
-# %% ../nbs/08e_report.ipynb #01c79621
+# %% ../nbs/08e_report.ipynb #6f916fb4
 _svg = partial(ft, 'svg', cls='chart', role='img')
 _text = lambda text, x, y, anchor='start': ft('text', text, x=x, y=y, text_anchor=anchor)
 _p = partial(ft, 'p')
@@ -251,7 +252,7 @@ def summary_html(
     todo = ft('ol', *[ft('li', *_with_code(t)) for t in said[last]])
     return _section('summary', 'Summary', ft('div', *blocks, cls='facts'), ft('h3', last), todo)
 
-# %% ../nbs/08e_report.ipynb #19eecfe1
+# %% ../nbs/08e_report.ipynb #a6d60bd2
 _COLORS = ('--blue', '--orange', '--green')
 
 def _axes(y) -> FT: return ft('path', d=f'M44 16V{y}H388', fill='none', stroke='var(--line)')
@@ -293,7 +294,7 @@ def losses_html(
     note = _p('Line: the median. Band: from the 10th to the 90th percentile.', cls='soft')
     return _section('losses', 'Losses', ft('div', ft('div', note, svg), ft('div', *told, table), cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #0477e184
+# %% ../nbs/08e_report.ipynb #53a0c0bd
 def counts_html(
     title: str,
     pairs: pd.DataFrame, # Columns targ, likely, items, the most frequent first
@@ -307,9 +308,9 @@ def counts_html(
     shown, n = names[:most], pairs['items'].max()
     count = {(o.targ, o.likely): o.items for o in pairs.itertuples()}
     cell = lambda v: ft('td', f'{v:,}' if v else '', style=f'--share:{v / n:.2f}')
-    head = ft('tr', ft('th', f'label ↓\n{what} →'), *[ft('th', _short(o), scope='col') for o in shown])
-    rows = [ft('tr', ft('th', _short(t), scope='row'), *[cell(count.get((t, o), 0)) for o in shown]) for t in shown]
-    listed = [[_short(o.targ, 60), _short(o.likely, 60), f'{o.items:,}'] for o in pairs[:50].itertuples()]
+    head = ft('tr', ft('th', f'label ↓\n{what} →'), *[ft('th', short(o), scope='col') for o in shown])
+    rows = [ft('tr', ft('th', short(t), scope='row'), *[cell(count.get((t, o), 0)) for o in shown]) for t in shown]
+    listed = [[short(o.targ, 60), short(o.likely, 60), f'{o.items:,}'] for o in pairs[:50].itertuples()]
     left = f' The {most} most often confused of {len(names):,} classes.' if len(names) > most else ''
     return ft('div', title, _p(f"{pairs['items'].sum():,} in {len(pairs):,} pairs of classes.{left}"),
               ft('div', ft('table', ft('thead', head), ft('tbody', *rows), cls='counts'), cls='scroll'),
@@ -327,7 +328,7 @@ def confusion_html(
     parts.append(counts_html(f'Wrong predictions for {by}, last epoch', mistaken(record, by), 'predicted'))
     return _section('confusion', 'Confusion', ft('div', *parts, cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #6a21dcfd
+# %% ../nbs/08e_report.ipynb #2bf72d20
 def _bars(v: np.ndarray, marked: np.ndarray, name) -> FT: # Values `n`; is each a suspect?
     "How many items have which value, on a scale of logarithms; suspects in orange."
     finite = np.isfinite(v)
@@ -366,7 +367,7 @@ def scores_html(
     note = _p(f'Items, on a scale of logarithms; orange are the marked labels.{told}', cls='soft')
     return _section('scores', 'Scores', note, ft('div', *charts, cls='charts'), _more('As a table', table))
 
-# %% ../nbs/08e_report.ipynb #841a2d14
+# %% ../nbs/08e_report.ipynb #fef6b18f
 def _file(name) -> str: return files('fastai_xent').joinpath('page', name).read_text(encoding='utf-8')
 
 def _head(title, script) -> str:
@@ -428,7 +429,7 @@ def _write(path, title, parts, page) -> Path:
     part.replace(path)
     return path
 
-# %% ../nbs/08e_report.ipynb #ce5a7a4d
+# %% ../nbs/08e_report.ipynb #e7cabc6f
 @call_parse
 def xent_report(
     run: str, # Directory or URL of a record

@@ -12,8 +12,9 @@ import warnings
 
 import pandas as pd
 
+from .drawing import short
 from .shown import count
-from .views import _short, class_pairs
+from .views import class_pairs
 
 # %% ../nbs/08d_summary.ipynb #d721e590
 def last_epochs(
@@ -92,7 +93,7 @@ def confused(
     most: int = 3, # So many pairs are named
 ) -> list: # Of sentences; empty if there are no pairs
     "The pairs of classes that are confused most often."
-    first = [f"{_short(o.targ)} where {_short(o.likely)} {verb} ({o.items:,})" for o in pairs[:most].itertuples()]
+    first = [f"{short(o.targ)} where {short(o.likely)} {verb} ({o.items:,})" for o in pairs[:most].itertuples()]
     if len(pairs) > most: first.append(f"and {count(len(pairs) - most, 'more pair')}")
     return [f"{', '.join(first)}; {count(int(pairs['items'].sum()), 'item')} in all."] if first else []
 
