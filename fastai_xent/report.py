@@ -8,7 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/report.html.md"""
 __all__ = ['score_codes', 'packed', 'Page', 'Classes', 'split_scores', 'histories', 'thumbnail', 'thumbnails', 'summary_html',
            'losses_html', 'counts_html', 'confusion_html', 'scores_html', 'report', 'xent_report']
 
-# %% ../nbs/08e_report.ipynb #8752da57
+# %% ../nbs/08e_report.ipynb #94cbfebb
 import base64
 import hashlib
 import html
@@ -34,7 +34,7 @@ from .show import Sample, _as_picture, _check_names, _from_name, _is_picture, lo
 from .summary import mistaken, summary, verdict
 from .views import class_pairs, loss_bands
 
-# %% ../nbs/08e_report.ipynb #9f2f158c
+# %% ../nbs/08e_report.ipynb #00e04bd1
 def score_codes(
     x: np.ndarray, # Scores, `n`
 ) -> np.ndarray: # uint16, `n`; 0 is nan
@@ -54,7 +54,7 @@ def packed(
         data = data.view(np.uint8).reshape(data.size, data.itemsize).T.tobytes()
     return base64.b64encode(zlib.compress(data, 6)).decode()
 
-# %% ../nbs/08e_report.ipynb #7c111f8e
+# %% ../nbs/08e_report.ipynb #ca80ab83
 class Page:
     "The packed columns of a page, and how large they are."
     def __init__(self, limit: float): self.scripts, self.size, self.limit, self.full = {}, 0, limit * 1e6, False
@@ -82,7 +82,7 @@ def _names(names: pd.Series) -> tuple: # bytes, or None if there are none; what 
     folder = os.path.commonprefix([o for o in texts if o])
     return ('\0'.join(texts) + '\0').encode('utf-8', 'replace'), folder[:folder.rfind('/') + 1]
 
-# %% ../nbs/08e_report.ipynb #e00cb53c
+# %% ../nbs/08e_report.ipynb #e8afc3d1
 class Classes(dict):
     "Names of classes, and their numbers on the page."
     def __init__(self, vocab): super().__init__((o, k) for k, o in enumerate(dict.fromkeys(map(str, vocab or []))))
@@ -91,7 +91,7 @@ class Classes(dict):
         at, distinct = pd.factorize(names)                # −1 where there is none
         return np.array([*(self.setdefault(str(o), len(self)) for o in distinct), -1], dtype=np.int32)[at]
 
-# %% ../nbs/08e_report.ipynb #78177aa1
+# %% ../nbs/08e_report.ipynb #2bb6b888
 _LABELS = ('item', 'name', 'source', 'targ', 'likely')
 
 def split_scores(
@@ -118,7 +118,7 @@ def _first_items(order, k) -> np.ndarray:
     at = np.linspace(0, len(rest), k - len(top), endpoint=False).astype(int)
     return np.r_[top, rest[at]]
 
-# %% ../nbs/08e_report.ipynb #893244f7
+# %% ../nbs/08e_report.ipynb #172878be
 _CELLS, _EPOCHS = 1_500_000, 40 # of the histories of a split; epochs of a history
 
 def histories(
@@ -139,7 +139,7 @@ def histories(
         pred[row[t['item']], j] = t['pred']
     return [found[o][0][2] for o in at], p, record._class_names(pred.ravel())
 
-# %% ../nbs/08e_report.ipynb #43d4540c
+# %% ../nbs/08e_report.ipynb #b5fc6886
 _SIDE = 80 # Pixels
 
 def _image(x: np.ndarray) -> Image.Image: # x of shape `h w` or `h w c`
@@ -185,7 +185,7 @@ def _read(dl, i) -> str:
     try: return thumbnail(read_item(dl, i))
     except Exception as e: return f"could not be read: {e!r}"[:400]
 
-# %% ../nbs/08e_report.ipynb #a015480b
+# %% ../nbs/08e_report.ipynb #7ef116c2
 _EARLY = ('p_wrong', 'label_doubt', RANK_BY, 'confidence', 'variability')
 
 def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: # What the script is told; scores; items
@@ -223,7 +223,7 @@ def _add_scores(page, told, scores) -> list: # The names of those that do not fi
     told['scores'] = [o for o in scores if o in told['scored']]
     return [o for o in scores if o not in (*_LABELS, *told['scores'])]
 
-# %% ../nbs/08e_report.ipynb #6f916fb4
+# %% ../nbs/08e_report.ipynb #f190180e
 _svg = partial(ft, 'svg', cls='chart', role='img')
 _text = lambda text, x, y, anchor='start': ft('text', text, x=x, y=y, text_anchor=anchor)
 _p = partial(ft, 'p')
@@ -252,7 +252,7 @@ def summary_html(
     todo = ft('ol', *[ft('li', *_with_code(t)) for t in said[last]])
     return _section('summary', 'Summary', ft('div', *blocks, cls='facts'), ft('h3', last), todo)
 
-# %% ../nbs/08e_report.ipynb #a6d60bd2
+# %% ../nbs/08e_report.ipynb #489f8ee3
 _COLORS = ('--blue', '--orange', '--green')
 
 def _axes(y) -> FT: return ft('path', d=f'M44 16V{y}H388', fill='none', stroke='var(--line)')
@@ -294,7 +294,7 @@ def losses_html(
     note = _p('Line: the median. Band: from the 10th to the 90th percentile.', cls='soft')
     return _section('losses', 'Losses', ft('div', ft('div', note, svg), ft('div', *told, table), cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #53a0c0bd
+# %% ../nbs/08e_report.ipynb #78c3992e
 def counts_html(
     title: str,
     pairs: pd.DataFrame, # Columns targ, likely, items, the most frequent first
@@ -328,7 +328,7 @@ def confusion_html(
     parts.append(counts_html(f'Wrong predictions for {by}, last epoch', mistaken(record, by), 'predicted'))
     return _section('confusion', 'Confusion', ft('div', *parts, cls='charts wide'))
 
-# %% ../nbs/08e_report.ipynb #2bf72d20
+# %% ../nbs/08e_report.ipynb #7071004b
 def _bars(v: np.ndarray, marked: np.ndarray, name) -> FT: # Values `n`; is each a suspect?
     "How many items have which value, on a scale of logarithms; suspects in orange."
     finite = np.isfinite(v)
@@ -367,7 +367,7 @@ def scores_html(
     note = _p(f'Items, on a scale of logarithms; orange are the marked labels.{told}', cls='soft')
     return _section('scores', 'Scores', note, ft('div', *charts, cls='charts'), _more('As a table', table))
 
-# %% ../nbs/08e_report.ipynb #fef6b18f
+# %% ../nbs/08e_report.ipynb #2e0b8d14
 def _file(name) -> str: return files('fastai_xent').joinpath('page', name).read_text(encoding='utf-8')
 
 def _head(title, script) -> str:
@@ -385,6 +385,7 @@ def _nav(title, record) -> FT:
               ft('p', f'A report of {record._place}, written by fastai_xent {version("fastai_xent")}', cls='soft'),
               ft('nav', *[ft('a', o, href=f'#{k}') for k, o in links.items()], aria_label='Sections'))
 
+# %% ../nbs/08e_report.ipynb #47aeec96
 def report(
     record, # An `XentRecord`
     path: str|Path = 'report.html', # The file to write; one that is there is replaced
@@ -429,7 +430,7 @@ def _write(path, title, parts, page) -> Path:
     part.replace(path)
     return path
 
-# %% ../nbs/08e_report.ipynb #e7cabc6f
+# %% ../nbs/08e_report.ipynb #f94c70d5
 @call_parse
 def xent_report(
     run: str, # Directory or URL of a record
