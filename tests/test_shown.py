@@ -130,4 +130,4 @@ def test_questions():
     "What a person sees after `record.` and tab: questions; pictures and exports stand together, under `plot_`, `show_` and `to_`."
     names = [o for o in dir(fill(None, RUN)) if not o.startswith(('_', 'plot_', 'show_', 'to_'))]
     assert len(names) <= 22, names
-    for o in ('top', 'to_df', 'item', 'sql', 'scores', 'score', 'label_issues', 'items', 'epochs', 'splits', 'vocab', 'path'): assert o in names
+    for o in ('top', 'item', 'sql', 'scores', 'score', 'label_issues', 'items', 'epochs', 'splits', 'vocab', 'path'): assert o in names
