@@ -43,7 +43,9 @@ def _login() -> str:
     try: return getpass.getuser()
     except (OSError, KeyError, ImportError): return 'unknown'
 
-def _plain_name(o): return None if pd.isna(o) else o if isinstance(o, str) else int(o)
+def _plain_name(o):
+    if pd.isna(o): return None
+    return o if isinstance(o, str) else int(o)
 
 class Reviews:
     "The decisions of people about the items of a record."

@@ -125,7 +125,7 @@ def test_a_recorder_without_a_learner_shows_the_names(monkeypatch):
 
 # -- a record is left as it was
 
-def contents(folder): return {o.relative_to(folder): o.read_bytes() for o in folder.rglob('*') if o.is_file()}
+def contents(path): return {o.relative_to(path): o.read_bytes() for o in path.rglob('*') if o.is_file()}
 
 def test_looking_changes_nothing(tmp_path):
     "Every picture and every question of an interpretation, of a record on disk."
