@@ -154,6 +154,7 @@ def flagged(
     except ValueError as e:
         raise ValueError(f"the column `is_issue` must be true or false in each row: {e}") from None
 
+# %% ../nbs/06d_chosen.ipynb #3c6e963a
 def item_mask(at, n) -> np.ndarray: # Boolean, `n`
     "Where the items `at` are, if they exist."
     beyond = at[(at < 0) | (at >= n)]

@@ -218,7 +218,7 @@ def _next_list(self: XentCleaner) -> np.ndarray:
     at = self._of(self.split).order(self._pairs(), self.label)
     return at[~np.isin(at, self._decided())][:self.n]
 
-# %% ../nbs/08d_cleaner.ipynb #6452cdf2
+# %% ../nbs/08d_cleaner.ipynb #71f8a2a6
 @patch
 def _show(self: XentCleaner, split, label=-1, kind='todo'):
     "Show the list of a split and a class, or what was decided about it."
@@ -291,7 +291,8 @@ def _read(self: XentCleaner, rows) -> list: # Of `Sample`
 @patch
 def _heard(self: XentCleaner, widget, message, buffers):
     "Leave what was asked for on the page to the thread in which cells run."
-    if self._loop is not None and threading.get_ident() != self._thread: self._loop.call_soon_threadsafe(self._answer, message)
+    elsewhere = self._loop is not None and threading.get_ident() != self._thread
+    if elsewhere: self._loop.call_soon_threadsafe(self._answer, message)
     else: self._answer(message)
 
 @patch
@@ -338,7 +339,7 @@ def _told_decision(n, decision, label, left) -> str:
     if left: told += f" {left} item{'s have' if left != 1 else ' has'} no other likely label: undecided."
     return told.strip()
 
-# %% ../nbs/08d_cleaner.ipynb #e64b9c1f
+# %% ../nbs/08d_cleaner.ipynb #84ac796a
 @patch
 def _undo(self: XentCleaner):
     back = self.reviews.undo()
