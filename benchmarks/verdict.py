@@ -13,12 +13,13 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 
-from fastai_xent.issues import LabelDoubt  # noqa: E402
-from fastai_xent.label_issues import label_issues  # noqa: E402
+import fastai_xent.label_issues as _page  # noqa: E402
+from fastai_xent.issues import LabelDoubt, plateau  # noqa: E402
 
 CACHE = Path(os.environ.get('XENT_CACHE', '/tmp/verdict/cache'))
 Segment = namedtuple('Segment', 'split k n found')
 Column = namedtuple('Column', 'v')
+Columns = namedtuple('Columns', 'columns')
 Column.to_numpy = lambda self: self.v
 
 
@@ -31,7 +32,7 @@ class Kept:
         with np.load(path) as f: self.a = {k: f[k] for k in f.files}
         self.n_classes, self._cache, self._epochs = int(self.a['c']), self, self
         self.y = dict(train=self.a['y'], valid=self.a['yv'])
-        self.wrong = self.a['y'] != self.a['truth']
+        self.wrong, self.states = self.a['y'] != self.a['truth'], {}
     def rows(self, split, e):
         m, p, pred = (self.a[f'{split[0]}_{o}'][e] for o in ('margin', 'p_targ', 'pred'))
         at = np.flatnonzero(~np.isnan(m))
@@ -40,7 +41,8 @@ class Kept:
         return Segment(split, 0, len(self.y[split]), {(0, split, e): None for e in range(len(self.a[f'{split[0]}_margin']))})
     def values(self, _, seg): return [self.y[seg.split]]
     def state(self, reducer, seg):
-        state = reducer.init(seg.n)
+        if seg.split in self.states: return self.states[seg.split]
+        state = self.states[seg.split] = reducer.init(seg.n)
         for _, _, e in seg.found:
             t = self.rows(seg.split, e)
             reducer.update(state, t['item'], np.ones(len(t['item'])), **{o: t[o] for o in reducer.columns})
@@ -48,7 +50,7 @@ class Kept:
     def read(self, found, columns):
         (_, split, e), = found
         t = self.rows(split, e)
-        return pd.Series(dict(columns=[Column(t[o]) for o in columns]))
+        return Columns([Column(t[o]) for o in columns])
     def items(self, split, k): return pd.DataFrame(dict(item=np.arange(len(self.y[split])), name=np.arange(len(self.y[split]))))
     def class_name(self, c): return int(c)
 
@@ -66,10 +68,19 @@ def average_precision(s, w):
     hit = w[np.argsort(-np.nan_to_num(s, nan=-np.inf), kind='stable')]
     return (np.cumsum(hit) / np.arange(1, len(w) + 1))[hit].mean()
 
+def remembered(f):
+    "`f` of arrays, which is asked the same several times."
+    known = {}
+    def asked(*args):
+        key = tuple(o.tobytes() if isinstance(o, np.ndarray) else o for o in args)
+        if key not in known: known[key] = f(*args)
+        return known[key]
+    return asked
+
 def asked(r, **kw):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        return label_issues(r, **kw)
+        return _page.label_issues(r, **kw)
 
 def claims(issues, wrong, end='') -> dict:
     "What is claimed, and does it hold?"
@@ -90,6 +101,7 @@ def reviewed(r, issues, rounds, seed=0):
 
 def measured(r) -> dict:
     "All that is measured of one training."
+    _page.plateau = remembered(plateau)
     issues = asked(r)
     epochs = len(r.a['t_margin'])
     out = dict(set=r.name, regime=r.regime, kind=r.kind, planted=r.share, seed=r.seed, epochs=epochs, n=len(r.wrong), true_rate=r.wrong.mean(), chosen=chosen_on(r),

@@ -40,7 +40,7 @@ def epoch_weight(
     total, gaps, squares = sums
     return float(max(squares / total - (gaps / total)**2, 0)**2 + 1e-12) if total else 0.
 
-# %% ../nbs/04a_issues.ipynb #8e2bcd8f
+# %% ../nbs/04a_issues.ipynb #e227da84
 def _surest(held, confidence, share=.2) -> np.ndarray:
     "The places of the surest `share` of each held class."
     order = np.lexsort((-confidence, held))
@@ -69,7 +69,7 @@ def pair_lift(
 
 # %% ../nbs/04a_issues.ipynb #92b7fd31
 class LabelDoubt(Reducer):
-    "Mean over epochs of softplus(−margin)·(1 + gap)/2, in nats; an epoch counts by its spread of gaps; raised for pairs of classes that are often confused. For label errors."
+    "Mean over epochs of softplus(−margin)·(1 + gap)/2, in nats, by their spread, and raised for frequent pairs. For label errors."
     columns = ('margin', 'p_targ', 'pred', 'targ')
     def init(self, n):
         sums = {o: np.zeros(n, dtype=np.float32) for o in ('weight', 'doubt', 'gap', 'confidence', 'votes')}
@@ -105,7 +105,7 @@ class LabelDoubt(Reducer):
         return pair_lift(held, label, np.nan_to_num(self.mean(state, 'confidence')), rival)
     def finalize(self, state):
         doubt = self.mean(state, 'doubt')
-        with np.errstate(divide='ignore'): x = np.log(np.expm1(doubt))
+        with np.errstate(divide='ignore'): x = doubt + np.log(-np.expm1(-doubt)) # ln(eᵈ − 1), whatever its size
         return np.logaddexp(0, x + .6 * self.lift(state))
 
 register_score('label_doubt', LabelDoubt())
@@ -128,8 +128,8 @@ def plateau(
     n, k, g = count(), count(wrong), count(g)
     n, k, g = n[n > 0], k[n > 0], g[n > 0] / n[n > 0]
     rate = _RATE[:, None, None]                                                              # rate steep bin
-    d = np.clip(rate + np.maximum(1 - chance - rate, 0) * (1 - g)**_STEEP[:, None], 1e-4, 1 - 1e-4)
-    log_p = (k * np.log(d) + (n - k) * np.log(1 - d)).sum(2)
+    d = np.clip(rate + np.maximum(1 - chance - rate, 0) * (1 - g)**_STEEP[:, None], 1e-4, 1 - 1e-4).astype(np.float32)
+    log_p = np.log(d) @ k + np.log(1 - d) @ (n - k)
     log_p -= .5 * np.log(_STEEP / 2)**2                   # a steepness near 2 is likely beforehand
     p = np.exp(log_p - log_p.max()).sum(1)
     mean = (p * _RATE).sum() / p.sum()

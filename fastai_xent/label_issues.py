@@ -26,7 +26,7 @@ def _plain(t: dict) -> np.ndarray:
     lam, known = t['lam'].astype(float), ~np.isnan(t['targ'].astype(float))
     return known & np.isnan(lam) & (row_weight(lam, t['occurrence']) > 0)
 
-def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → three numbers
+def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; each item's last label; epoch → three numbers
     "What a split's rows say of its labels; of each epoch the rate of the plateau, share of agreement, mean confidence."
     targ, = record._cache.values([Label()], seg)
     epochs = {}
@@ -38,7 +38,7 @@ def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; the last 
         epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean()), float(confidence.mean())
     return record._cache.state(LabelDoubt(), seg), np.nan_to_num(targ, nan=-1).astype(int), epochs
 
-# %% ../nbs/05d_label_issues.ipynb #aaaa6de3
+# %% ../nbs/05d_label_issues.ipynb #42e9d13e
 def _n_classes(record) -> int:
     return record.n_classes or 1 + int(record._epochs.read(record._epochs.found(), ['targ'])['targ'].to_pandas().max())
 
@@ -52,8 +52,8 @@ def _rates(record, split, own, n_classes) -> dict: # noise_rate and its bounds, 
     ruled, it = split == 'valid' or (valid is not None and bool(valid.found)), _ruler(own[0], n_classes)
     disagreement, excess, r = it.disagreement, 0., it
     if not ruled:
-        warnings.warn("this record has no rows of 'valid' to measure the noise rate by; what train's own rows give is a lower bound. "
-                      "Give `noise_rate=` if you know it", stacklevel=4)
+        warnings.warn("this record has no rows of 'valid' to measure the noise rate by; what train's own rows give is "
+                      "a lower bound. Give `noise_rate=` if you know it", stacklevel=4)
         disagreement = max(1 - agree for _, agree, _ in own[2].values())
     elif split != 'valid':
         state, _, v_epochs = _doubts(record, valid, n_classes)
@@ -63,16 +63,21 @@ def _rates(record, split, own, n_classes) -> dict: # noise_rate and its bounds, 
     return dict(noise_rate=rate, noise_rate_low=low, noise_rate_high=high, excess_over_valid=excess,
                 reached=reached(r) if r.n else 0., n_valid=r.n)
 
+def _told_rate(rate) -> dict:
+    "A rate that is known."
+    bounds = dict.fromkeys(('noise_rate', 'noise_rate_low', 'noise_rate_high'), float(rate))
+    return dict(bounds, excess_over_valid=0., reached=1., n_valid=0)
+
 def _checked(seg, noise_rate):
     "Raise if there is no basis for a verdict."
     epochs = len(seg.found)
     if epochs < 2:
-        raise ValueError(f"{seg.split!r} has {epochs} epoch{'s' * (epochs != 1)} in segment {seg.k} of this record, expected at least 2: "
-                         "one look at an item is no basis for a verdict on its label")
+        raise ValueError(f"{seg.split!r} has {epochs} epoch{'s' * (epochs != 1)} in segment {seg.k} of this record, "
+                         "expected at least 2: one look at an item is no basis for a verdict on its label")
     if noise_rate is not None and not 0 <= noise_rate < 1:
         raise ValueError(f"noise_rate is {noise_rate}, expected a share from 0 to less than 1")
 
-# %% ../nbs/05d_label_issues.ipynb #3f65a67f
+# %% ../nbs/05d_label_issues.ipynb #72fc6d0a
 _DECISIONS = dict(keep=0., drop=1., relabel=1., unsure=np.nan)
 
 def _places(frame, items) -> np.ndarray:
@@ -82,7 +87,8 @@ def _places(frame, items) -> np.ndarray:
     else: raise KeyError(f"`reviewed` has no column 'item' or 'name'; it has {', '.join(map(str, frame))}")
     unknown = (at < 0) | (at >= len(items)) if len(at) == len(frame) else np.ones(1, dtype=bool)
     if unknown.any() or len(np.unique(at)) < len(at):
-        raise ValueError("`reviewed` must name each item once; some of its rows name no item of this list, or the same one twice")
+        raise ValueError("`reviewed` must name each item once; some of its rows name no item of this list, "
+                         "or the same one twice")
     return at
 
 def _found_wrong(frame) -> np.ndarray: # 1: wrong, 0: right, nan: not decided
@@ -92,9 +98,10 @@ def _found_wrong(frame) -> np.ndarray: # 1: wrong, 0: right, nan: not decided
                        f"it has {', '.join(map(str, frame))}")
     if 'decision' not in frame: return frame['wrong'].astype(float).to_numpy(np.float64, na_value=np.nan)
     other = set(frame['decision'].dropna()) - {*_DECISIONS}
-    if other: raise ValueError(f"{sorted(map(str, other))[0]!r} is no decision, expected one of {', '.join(_DECISIONS)}")
+    if other: raise ValueError(f"{min(map(str, other))!r} is no decision, expected one of {', '.join(_DECISIONS)}")
     wrong = frame['decision'].map(_DECISIONS).to_numpy(np.float64)
-    return np.where((frame['decision'] == 'relabel') & (frame['label'] == frame['targ']), 0., wrong) if 'label' in frame else wrong
+    kept = (frame['label'] == frame['targ']).to_numpy() if 'label' in frame else False
+    return np.where((frame['decision'] == 'relabel') & kept, 0., wrong)
 
 def _decided(frame, df, split) -> tuple: # Places, are they wrong?, the right classes where somebody said
     "The decisions of a person about the rows of `df`."
@@ -106,7 +113,7 @@ def _decided(frame, df, split) -> tuple: # Places, are they wrong?, the right cl
     known = ~np.isnan(wrong)
     return at[known], wrong[known], label.to_numpy(dtype=object)[known]
 
-# %% ../nbs/05d_label_issues.ipynb #1f5e1e20
+# %% ../nbs/05d_label_issues.ipynb #2ecbc0df
 class LabelIssues(pd.DataFrame):
     "All items, the most suspect first. It is a frame, and prints its verdict above itself."
     @property
@@ -126,7 +133,7 @@ def _base(found) -> float:
     "The noise rate from which a review starts."
     return float(np.clip((found['noise_rate_low'] + found['noise_rate_high']) / 2, .01, .5))
 
-# %% ../nbs/05d_label_issues.ipynb #f1031540
+# %% ../nbs/05d_label_issues.ipynb #5b34a6a0
 def _verdict(score, found, threshold, cautious) -> tuple: # p_wrong, is_issue, precision and its bounds
     "What the rates say of each item."
     low, p, high = (p_wrong(score, min(found[f'noise_rate{o}'], .95)) for o in ('_low', '', '_high'))
@@ -142,6 +149,7 @@ def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # Th
     found.update(rates, reviewed=decided[0].tolist())
     return p, issue, rev.share(issue)
 
+# %% ../nbs/05d_label_issues.ipynb #e785fb47
 def label_issues(record,
     split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch
@@ -160,9 +168,9 @@ def label_issues(record,
         raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; "
                          "masks and sequences have one a position")
     name = lambda cs: pd.Series([record.class_name(o) if o >= 0 else None for o in cs], dtype=object)
-    df = record.items(split, seg.k).assign(targ=name(targ), likely=name(np.where(state['rival'] < 0, targ, state['rival'])))
-    told_rate = dict.fromkeys(('noise_rate', 'noise_rate_low', 'noise_rate_high'), noise_rate and float(noise_rate))
-    found = _rates(record, split, doubts, c) if noise_rate is None else dict(told_rate, excess_over_valid=0., reached=1., n_valid=0)
+    likely = np.where(state['rival'] < 0, targ, state['rival'])
+    df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))
+    found = _rates(record, split, doubts, c) if noise_rate is None else _told_rate(noise_rate)
     found['reviewed'] = []
     score = LabelDoubt().finalize(state)
     if reviewed is None: p, issue, precision = _verdict(score, found, threshold, cautious)

@@ -7,14 +7,14 @@ Docs: https://fastai-xent.github.io/fastai_xent/verdict.html.md"""
 # %% auto #0
 __all__ = ['Ruler', 'ruler', 'reached', 'rate_interval', 'precision_interval', 'Reviewed', 'chances', 'draw', 'advice', 'told']
 
-# %% ../nbs/04c_verdict.ipynb #e69e4a5c
+# %% ../nbs/04c_verdict.ipynb #8168fa1b
 from dataclasses import dataclass
 
 import numpy as np
 
 from .issues import _sigmoid, p_wrong, plateau
 
-# %% ../nbs/04c_verdict.ipynb #223e43a7
+# %% ../nbs/04c_verdict.ipynb #5bc8428d
 @dataclass
 class Ruler:
     "What a split that the model was not trained on says of labels."
@@ -36,9 +36,10 @@ def ruler(
     if not len(p): return Ruler(np.nan, np.nan, np.nan, np.nan, np.nan, 0)
     above = lambda which: max(p[which].mean() - 1 / n_classes, 1e-6) if which.any() else np.nan
     firm = above(wrong) / above(~wrong) if wrong.any() and (~wrong).any() else float(wrong.any())
-    return Ruler(*plateau(p, wrong, n_classes), float(wrong.mean()), float(p[p >= np.quantile(p, .9)].mean()), float(firm), len(p))
+    sure = p[p >= np.quantile(p, .9)].mean()
+    return Ruler(*plateau(p, wrong, n_classes), float(wrong.mean()), float(sure), float(firm), len(p))
 
-# %% ../nbs/04c_verdict.ipynb #bfb25a00
+# %% ../nbs/04c_verdict.ipynb #09c197dc
 _Z = 1.64 # standard deviations that hold nine of ten
 
 def reached(r: Ruler) -> float: # From 0 to 1
@@ -61,7 +62,7 @@ def rate_interval(
     low = max(level - _Z * sd, 0)
     return float(np.clip(rate, low, min(high, 1))), float(low), float(min(high, 1))
 
-# %% ../nbs/04c_verdict.ipynb #9756a9e9
+# %% ../nbs/04c_verdict.ipynb #7ed6d6a6
 def precision_interval(
     low: np.ndarray, # Probability of each flagged item, if the noise rate is at its lower bound
     p: np.ndarray, # At the rate itself
@@ -75,7 +76,7 @@ def precision_interval(
     a, b = max(a - error(a), 0), min(b + error(b), 1)
     return float(np.clip(mean, a, b)), float(a), float(b)
 
-# %% ../nbs/04c_verdict.ipynb #d16c49c7
+# %% ../nbs/04c_verdict.ipynb #2d0c3338
 def _logit(p):
     q = np.clip(p, 1e-4, 1 - 1e-4)
     return np.log(q / (1 - q))
@@ -122,7 +123,7 @@ class Reviewed:
         error, mean = _Z * np.sqrt(slope @ self.cov @ slope + q.sum()) / n, p[which].mean()
         return float(mean), float(max(mean - error, 0)), float(min(mean + error, 1))
 
-# %% ../nbs/04c_verdict.ipynb #60e7eaea
+# %% ../nbs/04c_verdict.ipynb #4a36a0f0
 def chances(
     p: np.ndarray, # Probability of each label to be wrong, `n`; nan: not to be drawn
     k: int, # How many are drawn
@@ -149,7 +150,7 @@ def draw(
     at = np.floor(total / total[-1] * round(total[-1]) + np.random.default_rng(seed).random() * .999)
     return order[np.diff(at, prepend=0) > 0]
 
-# %% ../nbs/04c_verdict.ipynb #666bcb61
+# %% ../nbs/04c_verdict.ipynb #ce90ecc0
 def _share(p) -> str: return f'{p:.1%}' if p < .0995 else f'{p:.0%}'
 
 def _range(low, high) -> str:
@@ -160,12 +161,13 @@ def advice(
 ) -> list: # Of sentences
     "What is doubtful about a verdict, and what to do about it."
     width, done = found['noise_rate_high'] - found['noise_rate_low'], found['reached']
+    cleaner = found['excess_over_valid']
     if found['reviewed'] or not width: return []
     hard = "The wrong labels may follow the hard items, which a run alone cannot tell: review 50 and tell me, with " \
            "`issues.to_review(50)` and `label_issues(reviewed=…)`."
     said = [(done < .5, "The model is less sure than the labels ask: train longer."),
             (found['n_valid'] < 200, f"Valid is too small for closer bounds, it has {found['n_valid']:,} items."),
-            (found['excess_over_valid'] > 0, f"Valid is cleaner than train, by about {_share(found['excess_over_valid'])}."),
+            (cleaner > 0, f"Valid is cleaner than train, by about {_share(cleaner)}."),
             (done >= .5 and width > .1, hard)]
     return [sentence for true, sentence in said if true]
 
