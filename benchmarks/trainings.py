@@ -3,7 +3,7 @@
 Their rows lie in XENT_CACHE (default /tmp/verdict/cache), a file each; those that are there are not made again.
 
 Noise: `sym`, any other class; `pair`, the next class; `class`, each class with a rate and likely targets of its own; `confusable`, drawn
-from the softened predictions of a logistic regression on other items, so that it sits on hard items, as human mistakes do.
+from the softened predictions of a weak model of other items, so that it sits on hard items, as human mistakes do.
 Data: `XENT_DATA` (default ../shared/data), and Debian's package dataset-fashion-mnist; what is missing is skipped."""
 import json
 import os
@@ -24,6 +24,7 @@ from noise import adult, bag, digits, fashion, mlp  # noqa: E402
 from overhead import DATA, cnn  # noqa: E402
 from sklearn.datasets import load_breast_cancer, load_wine, make_classification  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
+from sklearn.naive_bayes import MultinomialNB  # noqa: E402
 from torch import nn  # noqa: E402
 
 CACHE = Path(os.environ.get('XENT_CACHE', '/tmp/verdict/cache'))
@@ -112,12 +113,12 @@ def features(x):
     return seen[:, 1:]
 
 def weak_logits(x, y, other, c):
-    "What a logistic regression on the items `other` makes of all items."
+    "What a weak model of the items `other` makes of all items: naive Bayes of words, logistic regression of numbers."
     f = features(x)
-    model = LogisticRegression(C=.1, max_iter=200).fit(f[other], y[other])
+    model = MultinomialNB() if x.dtype == torch.long else LogisticRegression(C=.1, max_iter=200)
+    model.fit(f[other], y[other])
     z = np.full((len(y), c), -8.)
-    log_p = np.log(model.predict_proba(f) + 1e-6)
-    z[:, model.classes_] = log_p
+    z[:, model.classes_] = np.log(model.predict_proba(f) + 1e-6)
     return z
 
 def confused(z, y, share, rng):

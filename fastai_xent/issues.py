@@ -40,7 +40,7 @@ def epoch_weight(
     total, gaps, squares = sums
     return float(max(squares / total - (gaps / total)**2, 0)**2 + 1e-12) if total else 0.
 
-# %% ../nbs/04a_issues.ipynb #e227da84
+# %% ../nbs/04a_issues.ipynb #7bd9c512
 def _surest(held, confidence, share=.2) -> np.ndarray:
     "The places of the surest `share` of each held class."
     order = np.lexsort((-confidence, held))

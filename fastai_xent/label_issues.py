@@ -38,7 +38,7 @@ def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; each item
         epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean()), float(confidence.mean())
     return record._cache.state(LabelDoubt(), seg), np.nan_to_num(targ, nan=-1).astype(int), epochs
 
-# %% ../nbs/05d_label_issues.ipynb #42e9d13e
+# %% ../nbs/05d_label_issues.ipynb #eefa4cae
 def _n_classes(record) -> int:
     return record.n_classes or 1 + int(record._epochs.read(record._epochs.found(), ['targ'])['targ'].to_pandas().max())
 
@@ -77,7 +77,7 @@ def _checked(seg, noise_rate):
     if noise_rate is not None and not 0 <= noise_rate < 1:
         raise ValueError(f"noise_rate is {noise_rate}, expected a share from 0 to less than 1")
 
-# %% ../nbs/05d_label_issues.ipynb #72fc6d0a
+# %% ../nbs/05d_label_issues.ipynb #b27b8cc3
 _DECISIONS = dict(keep=0., drop=1., relabel=1., unsure=np.nan)
 
 def _places(frame, items) -> np.ndarray:
@@ -113,7 +113,7 @@ def _decided(frame, df, split) -> tuple: # Places, are they wrong?, the right cl
     known = ~np.isnan(wrong)
     return at[known], wrong[known], label.to_numpy(dtype=object)[known]
 
-# %% ../nbs/05d_label_issues.ipynb #2ecbc0df
+# %% ../nbs/05d_label_issues.ipynb #f9a74cf9
 class LabelIssues(pd.DataFrame):
     "All items, the most suspect first. It is a frame, and prints its verdict above itself."
     @property
@@ -125,15 +125,18 @@ class LabelIssues(pd.DataFrame):
         seed: int = 0,
     ) -> pd.DataFrame: # Rows of this frame, in its order, and `chance`, how likely each was to be drawn
         "Items for a person to look at; hand the decisions to `label_issues(reviewed=…)`, and ask again."
-        p = np.where(self['item'].isin(self.attrs['reviewed']), np.nan, self['p_wrong'])
-        if not self.attrs['reviewed']: p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
-        return pd.DataFrame(self).assign(chance=chances(p, n)).iloc[np.sort(draw(p, n, seed))]
+        p, issue = np.where(self['item'].isin(self.attrs['reviewed']), np.nan, self['p_wrong']), self['is_issue'].to_numpy()
+        if not self.attrs['reviewed']:
+            p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
+            issue = p >= .5
+        asked = np.sort(draw(p, issue, n, seed))
+        return pd.DataFrame(self).assign(chance=chances(p, issue, n)).iloc[asked]
 
 def _base(found) -> float:
     "The noise rate from which a review starts."
     return float(np.clip((found['noise_rate_low'] + found['noise_rate_high']) / 2, .01, .5))
 
-# %% ../nbs/05d_label_issues.ipynb #5b34a6a0
+# %% ../nbs/05d_label_issues.ipynb #aa5aa4c7
 def _verdict(score, found, threshold, cautious) -> tuple: # p_wrong, is_issue, precision and its bounds
     "What the rates say of each item."
     low, p, high = (p_wrong(score, min(found[f'noise_rate{o}'], .95)) for o in ('_low', '', '_high'))
@@ -149,7 +152,7 @@ def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # Th
     found.update(rates, reviewed=decided[0].tolist())
     return p, issue, rev.share(issue)
 
-# %% ../nbs/05d_label_issues.ipynb #e785fb47
+# %% ../nbs/05d_label_issues.ipynb #cc1d28e5
 def label_issues(record,
     split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch

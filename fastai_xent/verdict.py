@@ -7,14 +7,14 @@ Docs: https://fastai-xent.github.io/fastai_xent/verdict.html.md"""
 # %% auto #0
 __all__ = ['Ruler', 'ruler', 'reached', 'rate_interval', 'precision_interval', 'Reviewed', 'chances', 'draw', 'advice', 'told']
 
-# %% ../nbs/04c_verdict.ipynb #8168fa1b
+# %% ../nbs/04c_verdict.ipynb #8700aae7
 from dataclasses import dataclass
 
 import numpy as np
 
 from .issues import _sigmoid, p_wrong, plateau
 
-# %% ../nbs/04c_verdict.ipynb #5bc8428d
+# %% ../nbs/04c_verdict.ipynb #bd6e80d3
 @dataclass
 class Ruler:
     "What a split that the model was not trained on says of labels."
@@ -39,7 +39,7 @@ def ruler(
     sure = p[p >= np.quantile(p, .9)].mean()
     return Ruler(*plateau(p, wrong, n_classes), float(wrong.mean()), float(sure), float(firm), len(p))
 
-# %% ../nbs/04c_verdict.ipynb #09c197dc
+# %% ../nbs/04c_verdict.ipynb #a6dd501c
 _Z = 1.64 # standard deviations that hold nine of ten
 
 def reached(r: Ruler) -> float: # From 0 to 1
@@ -54,15 +54,15 @@ def rate_interval(
     "The noise rate, between bounds that hold it nine times in ten."
     if not r.n: return np.nan, 0., 1.
     d, done, sd = max(r.disagreement, disagreement), reached(r), float(np.hypot(r.sd, .03 * (excess > 0)))
-    level = done * r.level + excess
+    level = min(done * r.level + excess, d)
     part = np.clip(.5 + 2.5 * (r.firm - .5), .4, 1)
     error = np.sqrt((d * (1 - d) + 1 / r.n) / r.n)
-    high = max(part * d + _Z * error, min(level, d) + _Z * sd)
+    high = max(part * d + _Z * error, level + _Z * sd)
     rate = level + done * np.clip(r.firm - .6, 0, .5) * max(d - level, 0)
-    low = max(level - _Z * sd, 0)
+    low = max(.9 * level - _Z * sd, 0)
     return float(np.clip(rate, low, min(high, 1))), float(low), float(min(high, 1))
 
-# %% ../nbs/04c_verdict.ipynb #7ed6d6a6
+# %% ../nbs/04c_verdict.ipynb #6f85f40c
 def precision_interval(
     low: np.ndarray, # Probability of each flagged item, if the noise rate is at its lower bound
     p: np.ndarray, # At the rate itself
@@ -76,7 +76,7 @@ def precision_interval(
     a, b = max(a - error(a), 0), min(b + error(b), 1)
     return float(np.clip(mean, a, b)), float(a), float(b)
 
-# %% ../nbs/04c_verdict.ipynb #2d0c3338
+# %% ../nbs/04c_verdict.ipynb #a5fe85dd
 def _logit(p):
     q = np.clip(p, 1e-4, 1 - 1e-4)
     return np.log(q / (1 - q))
@@ -120,16 +120,17 @@ class Reviewed:
         seen[self.at] = True
         q = np.where(seen, 0, p * (1 - p))[which]
         slope, n = (q[:, None] * self.x[which]).sum(0), which.sum()
-        error, mean = _Z * np.sqrt(slope @ self.cov @ slope + q.sum()) / n, p[which].mean()
+        error, mean = 1.3 * _Z * np.sqrt(slope @ self.cov @ slope + q.sum()) / n, p[which].mean()
         return float(mean), float(max(mean - error, 0)), float(min(mean + error, 1))
 
-# %% ../nbs/04c_verdict.ipynb #4a36a0f0
+# %% ../nbs/04c_verdict.ipynb #483badab
 def chances(
     p: np.ndarray, # Probability of each label to be wrong, `n`; nan: not to be drawn
+    issue: np.ndarray, # Which items are flagged, `n`
     k: int, # How many are drawn
 ) -> np.ndarray: # Chance of each item to be drawn, `n`; they add up to `k`
     "How likely `draw` takes each item."
-    size = np.nan_to_num(np.sqrt(np.maximum(p * (1 - p), 0) + .02) * np.where(p >= .5, 9, 1))
+    size = np.nan_to_num(np.sqrt(np.maximum(p * (1 - p), 0) + .02) * np.where(issue, 9, 1))
     k, sure = min(k, int((size > 0).sum())), np.zeros(len(p), dtype=bool)
     while k > sure.sum():                                     # an item is drawn once
         size = np.where(sure, 0, size)
@@ -140,17 +141,18 @@ def chances(
 
 def draw(
     p: np.ndarray, # Probability of each label to be wrong, `n`; nan: not to be drawn
+    issue: np.ndarray, # Which items are flagged, `n`
     k: int, # How many
     seed: int = 0,
 ) -> np.ndarray: # Places of `k` items
     "Items to look at, from which `Reviewed` learns most."
     order = np.argsort(-np.nan_to_num(p, nan=-1), kind='stable')
-    total = np.cumsum(chances(p, k)[order])
+    total = np.cumsum(chances(p, issue, k)[order])
     if not total.any(): return order[:0]
     at = np.floor(total / total[-1] * round(total[-1]) + np.random.default_rng(seed).random() * .999)
     return order[np.diff(at, prepend=0) > 0]
 
-# %% ../nbs/04c_verdict.ipynb #ce90ecc0
+# %% ../nbs/04c_verdict.ipynb #03bff0d6
 def _share(p) -> str: return f'{p:.1%}' if p < .0995 else f'{p:.0%}'
 
 def _range(low, high) -> str:

@@ -48,7 +48,7 @@ def test_bounds_hold_what_was_planted(rho, hard):
         sure, gap, true = planted(2000, rho, hard, seed=seed)
         _, low, high = rate_interval(ruler(sure, gap, 5))
         held.append(low <= true <= high)
-        assert high - low < .25
+        assert high - low < (.45 if hard else .25)
     assert sum(held) >= 9
 
 def test_a_plateau_that_was_not_reached_bounds_nothing_from_below():
@@ -122,15 +122,15 @@ def test_scores_of_any_size():
 
 @given(st.lists(shares | st.just(np.nan), min_size=1, max_size=80).map(np.array), st.integers(1, 60), st.integers(0, 1000))
 def test_draw(p, k, seed):
-    at, known = draw(p, k, seed), int((~np.isnan(p)).sum())
+    at, known = draw(p, p > .5, k, seed), int((~np.isnan(p)).sum())
     assert len(at) == len(set(at)) == min(k, known) and not np.isnan(p[at]).any()
-    chance = chances(p, k)
+    chance = chances(p, p > .5, k)
     assert chance.sum() == pytest.approx(min(k, known)) and ((0 <= chance) & (chance <= 1 + 1e-9)).all()
 
 def test_draw_keeps_its_chances():
     p = np.random.default_rng(0).beta(.3, 2, 300)
-    taken = np.mean([np.isin(np.arange(300), draw(p, 40, seed)) for seed in range(3000)], axis=0)
-    np.testing.assert_allclose(taken, chances(p, 40), atol=.04)
+    taken = np.mean([np.isin(np.arange(300), draw(p, p > .3, 40, seed)) for seed in range(3000)], axis=0)
+    np.testing.assert_allclose(taken, chances(p, p > .3, 40), atol=.04)
 
 def claimed(seed, shift, slope, n=3000):
     "What a run claims, and what is true."
@@ -144,17 +144,18 @@ def test_a_hundred_decisions_tell_rate_and_precision(shift, slope):
     rates, precisions, held = [], [], []
     for seed in range(20):
         p, wrong = claimed(seed, shift, slope)
-        seen = draw(p, 50, seed)
-        more = Reviewed(p, seen, wrong[seen]).p()
+        seen = draw(p, p >= .5, 50, seed)
+        rev = Reviewed(p, seen, wrong[seen])
+        more = rev.p()
         more[seen] = np.nan
-        seen = np.r_[seen, draw(more, 50, seed)]
+        seen = np.r_[seen, draw(more, rev.p(-1.64) >= .5, 50, seed)]
         rev = Reviewed(p, seen, wrong[seen])
         issue = rev.p(-1.64) >= .5
         rate, low, high = rev.share(np.ones(len(p), dtype=bool))
-        rates.append(abs(rate - wrong.mean()) < .05)
+        rates.append(abs(rate - wrong.mean()))
         held.append(low <= wrong.mean() <= high)
-        if issue.any(): precisions.append(abs(rev.share(issue)[0] - wrong[issue].mean()) < .05)
-    assert sum(rates) >= 18 and sum(held) >= 16 and sum(precisions) >= .85 * len(precisions)
+        if issue.any(): precisions.append(abs(rev.share(issue)[0] - wrong[issue].mean()))
+    assert sum(held) >= 18 and np.mean(rates) < .045 and np.mean([0., *precisions]) < .045
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 60))
 def test_decided_items_are_known_and_the_order_stays(seed, k):
