@@ -53,6 +53,7 @@ class Kept:
         return Columns([Column(t[o]) for o in columns])
     def items(self, split, k): return pd.DataFrame(dict(item=np.arange(len(self.y[split])), name=np.arange(len(self.y[split]))))
     def class_name(self, c): return int(c)
+    def _told_ledger(self, split): return ''
 
     def rankings(self) -> dict: # large: suspect
         "Scores of the same rows."

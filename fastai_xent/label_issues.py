@@ -14,6 +14,7 @@ from html import escape
 import numpy as np
 import pandas as pd
 
+from .bars import over
 from .dynamics import Label, row_weight
 from .issues import LabelDoubt, gap_confidence, noise_rate, p_wrong, plateau
 from .verdict import Reviewed, Ruler, chances, draw, precision_interval, rate_interval, reached, ruler, told
@@ -26,21 +27,26 @@ def _plain(t: dict) -> np.ndarray:
     lam, known = t['lam'].astype(float), ~np.isnan(t['targ'].astype(float))
     return known & np.isnan(lam) & (row_weight(lam, t['occurrence']) > 0)
 
-def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; each item's last label; epoch → three numbers
-    "What a split's rows say of its labels; of each epoch the rate of the plateau, share of agreement, mean confidence."
+def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; last labels; epoch → three numbers
+    """What a split's rows say of its labels.
+
+    Of each epoch the rate of the plateau, the share of agreement and the mean confidence."""
     targ, = record._cache.values([Label()], seg)
     epochs = {}
-    for k, found in seg.found.items():
+    for k, found in over(list(seg.found.items()), f'reading the epochs of {seg.split}'):
         t = {o: c.to_numpy() for o, c in zip(_READ, record._epochs.read({k: found}, _READ).columns)}
         plain = _plain(t)
         if not plain.any(): continue
         gap, confidence = gap_confidence(t['margin'][plain], t['p_targ'][plain])
-        epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean()), float(confidence.mean())
+        rate, agree = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean())
+        epochs[k[2]] = rate, agree, float(confidence.mean())
     return record._cache.state(LabelDoubt(), seg), np.nan_to_num(targ, nan=-1).astype(int), epochs
 
-# %% ../nbs/05d_label_issues.ipynb #eefa4cae
+# %% ../nbs/05d_label_issues.ipynb #235ae3aa
 def _n_classes(record) -> int:
-    return record.n_classes or 1 + int(record._epochs.read(record._epochs.found(), ['targ'])['targ'].to_pandas().max())
+    if record.n_classes: return record.n_classes
+    targ = record._epochs.read(record._epochs.found(), ['targ'])['targ']
+    return 1 + int(targ.to_pandas().max())
 
 def _ruler(state, n_classes) -> Ruler:
     mean = lambda o: LabelDoubt().mean(state, o)
@@ -77,7 +83,7 @@ def _checked(seg, noise_rate):
     if noise_rate is not None and not 0 <= noise_rate < 1:
         raise ValueError(f"noise_rate is {noise_rate}, expected a share from 0 to less than 1")
 
-# %% ../nbs/05d_label_issues.ipynb #b27b8cc3
+# %% ../nbs/05d_label_issues.ipynb #eefb3fa8
 _DECISIONS = dict(keep=0., drop=1., relabel=1., unsure=np.nan)
 
 def _places(frame, items) -> np.ndarray:
@@ -113,7 +119,7 @@ def _decided(frame, df, split) -> tuple: # Places, are they wrong?, the right cl
     known = ~np.isnan(wrong)
     return at[known], wrong[known], label.to_numpy(dtype=object)[known]
 
-# %% ../nbs/05d_label_issues.ipynb #f9a74cf9
+# %% ../nbs/05d_label_issues.ipynb #1a2802dd
 class LabelIssues(pd.DataFrame):
     "All items, the most suspect first. It is a frame, and prints its verdict above itself."
     @property
@@ -125,7 +131,8 @@ class LabelIssues(pd.DataFrame):
         seed: int = 0,
     ) -> pd.DataFrame: # Rows of this frame, in its order, and `chance`, how likely each was to be drawn
         "Items for a person to look at; hand the decisions to `label_issues(reviewed=…)`, and ask again."
-        p, issue = np.where(self['item'].isin(self.attrs['reviewed']), np.nan, self['p_wrong']), self['is_issue'].to_numpy()
+        p, issue = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])), self['is_issue']
+        p, issue = p.to_numpy(np.float64), issue.to_numpy()
         if not self.attrs['reviewed']:
             p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
             issue = p >= .5
@@ -136,7 +143,7 @@ def _base(found) -> float:
     "The noise rate from which a review starts."
     return float(np.clip((found['noise_rate_low'] + found['noise_rate_high']) / 2, .01, .5))
 
-# %% ../nbs/05d_label_issues.ipynb #aa5aa4c7
+# %% ../nbs/05d_label_issues.ipynb #7ffaf71a
 def _verdict(score, found, threshold, cautious) -> tuple: # p_wrong, is_issue, precision and its bounds
     "What the rates say of each item."
     low, p, high = (p_wrong(score, min(found[f'noise_rate{o}'], .95)) for o in ('_low', '', '_high'))
@@ -152,7 +159,7 @@ def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # Th
     found.update(rates, reviewed=decided[0].tolist())
     return p, issue, rev.share(issue)
 
-# %% ../nbs/05d_label_issues.ipynb #cc1d28e5
+# %% ../nbs/05d_label_issues.ipynb #07e3dac2
 def label_issues(record,
     split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch
@@ -167,6 +174,10 @@ def label_issues(record,
     _checked(seg, noise_rate)
     c = _n_classes(record)
     state, targ, _ = doubts = _doubts(record, seg, c)
+    if doubted := record._told_ledger(split):
+        warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed "
+                      "or targets exchanged unseen, they were trained on other labels; "
+                      "`record.meta['ledger']` says more", stacklevel=2)
     if (targ < 0).all():
         raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; "
                          "masks and sequences have one a position")

@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .backward import FusedLoss, _rows_loss, _version
-from .fused import fused_pass, in_memory, traced
+from .cpu_kernels import fused_pass, in_memory, traced
 from .numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
     _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _wide, _wide_dtype, xent_stats)
@@ -36,8 +36,8 @@ def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
     "Who computes this batch?"
     if probs or WAY == 'torch' or traced(pred): return 'torch'
     if WAY == 'triton' or pred.is_cuda:
-        from fastai_xent import kernels
-        return 'triton' if kernels.usable(pred, WAY == 'triton') else 'torch'
+        from fastai_xent import gpu_kernels
+        return 'triton' if gpu_kernels.usable(pred, WAY == 'triton') else 'torch'
     return 'fused' if not label_smoothing and in_memory(pred) else 'torch'
 
 # %% ../nbs/01_losses.ipynb #89ebc440
@@ -126,12 +126,13 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     if z.dtype is not torch.float32 and z.dtype is not torch.float64: z = z.float()
     done = call.done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
     if done is None: return None
-    if needs_grad: return FusedLoss.apply(pred, (y, call.weight, axis, ignore_index, reduction, done))
+    if needs_grad:
+        return FusedLoss.apply(pred, (y, call.weight, axis, ignore_index, reduction, done))
     return _rows_loss(done, y) if done.loss is None else done.loss
 
 def _by_triton(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor|None:
     "Loss and statistics by the Triton kernel; None if it does not run."
-    from fastai_xent.kernels import bad_target, kernel_loss
+    from fastai_xent.gpu_kernels import bad_target, kernel_loss
     ignore_index, eps, axis = call.settings
     c, facts = pred.shape[axis], {'stats': None}
     late.look()
@@ -173,7 +174,8 @@ def _mean_by_torch(z, y, kw: dict) -> Tensor:
     "The mean of `F.cross_entropy`, but 0 if no row counts."
     counts = lambda: _counts(y, kw['weight'], kw['ignore_index'])
     mean = lambda: _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts(), 'mean')
-    if y.device.type != 'cpu' or traced(z): return mean()    # to look at the loss is to wait for it
+    if y.device.type != 'cpu' or traced(z):
+        return mean()  # to look at the loss is to wait for it
     loss = F.cross_entropy(z, y, **kw)
     return loss if math.isfinite(loss.item()) or counts().any() else mean()
 
@@ -189,7 +191,7 @@ class XentLoss(nn.CrossEntropyLoss):
     "`nn.CrossEntropyLoss` that also knows each row's loss, gradient norm, margin and more."
     _by_name, _vocab, _told = None, None, False
     def __init__(self,
-        weight=None, # A weight for each class: `c` numbers in the order of the vocab; or a dict or Series by name
+        weight=None, # A weight for each class: `c` numbers in the vocab's order, or a dict or Series
         size_average=None, # Deprecated by torch: see `reduction`
         ignore_index: int = -100, # Rows with this target add nothing to loss or gradient
         reduce=None, # Deprecated by torch: see `reduction`
@@ -284,7 +286,8 @@ def stats(self: XentLoss) -> XentStats:
     "The statistics of the last call's rows, in the shape of its targets, without a graph."
     last = self._last
     if last is not None and last.stats is None: last.stats = _late_stats(last)
-    if last is None or last.stats is None: raise RuntimeError("no statistics yet: call the loss first")
+    if last is None or last.stats is None:
+        raise RuntimeError("no statistics yet: call the loss first")
     return last.stats
 
 def _late_stats(call: _Call) -> XentStats|None:
