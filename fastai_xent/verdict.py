@@ -179,7 +179,8 @@ def told(
 ) -> str:
     "A verdict in words."
     low, high, k = found['noise_rate_low'], found['noise_rate_high'], found['n_issues']
-    rate = f"about {_share(found['noise_rate'])}, {_range(low, high)}" if high > low else _share(found['noise_rate'])
+    rate = _share(found['noise_rate'])
+    if high > low: rate = f"about {rate}, " * (found['reached'] >= .5) + _range(low, high)
     words = [f"Wrong labels among {n:,}: {rate}."]
     if not k: words.append("None is flagged.")
     else:

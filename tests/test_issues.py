@@ -278,7 +278,7 @@ def test_masks_have_no_label_to_doubt():
     with pytest.raises(ValueError, match='expected one class an item'): record.label_issues()
 
 def test_repeated_and_mixed_rows_count_by_their_share():
-    e = dict(item=np.array([0, 0, 1]), weight=np.array([.5, 1., 1.]), margin=np.array([-2., 1, 2]), p_targ=np.array([.1, .6, .8]), pred=np.array([1., 0, 0]))
+    e = dict(item=np.array([0, 0, 1]), weight=np.array([.5, 1., 1.]), margin=np.array([-2., 1, 2]), p_targ=np.array([.1, .6, .8]), pred=np.array([1., 0, 0]), targ=np.zeros(3))
     score, _ = plain(2, [e])
     np.testing.assert_allclose(LabelDoubt().finalize(run(2, [e])), score, rtol=1e-5)
 

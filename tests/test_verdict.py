@@ -113,7 +113,7 @@ def test_labels_that_go_wrong_at_random_have_next_to_no_pairs(seed):
 def test_scores_of_any_size():
     r, m = LabelDoubt(), np.float32([-1e4, -90, 0, 90, 1e4])
     state = r.init(6)
-    r.update(state, np.arange(5), np.ones(5), margin=m, p_targ=1 / (1 + np.exp(-m.astype(float))), pred=np.ones(5), targ=np.zeros(5))
+    r.update(state, np.arange(5), np.ones(5), margin=m, p_targ=np.float32([0, 0, .5, 1, 1]), pred=np.ones(5), targ=np.zeros(5))
     np.testing.assert_allclose(r.finalize(state)[:3], r.mean(state, 'doubt')[:3], rtol=1e-6)
     assert np.isfinite(r.finalize(state)[:5]).all() and np.isnan(r.finalize(state)[5])
 
