@@ -137,7 +137,7 @@ def confused(z, y, share, rng):
 def noisy(y, c, kind, share, rng, z=None):
     if not share: return y.copy()
     if kind == 'confusable': return confused(z, y, share, rng)
-    n, i = len(y), np.arange(len(y))
+    n = len(y)
     if kind in ('sym', 'pair'):
         y, k = y.copy(), rng.permutation(n)[:round(share * n)]
         y[k] = (y[k] + (1 if kind == 'pair' else rng.integers(1, c, len(k)))) % c

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .issues import _sigmoid, p_wrong, plateau
+from .issues import _sigmoid, plateau
 
 # %% ../nbs/04d_verdict.ipynb #bd6e80d3
 @dataclass
