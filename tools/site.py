@@ -11,7 +11,7 @@ if sys.version_info < (3, 11): sys.exit('the site needs Python 3.11 or later, si
 
 import links, maths, smalldocs.site, yaml
 from nbdev.config import get_config, nbpath2html
-from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml
+from nbdev.quarto import refresh_quarto_yml
 from nbdev.serve import proc_nbs
 from readme import directives, prose
 from smalldocs.check import scan
@@ -115,7 +115,6 @@ def build():
     "Build the site; the number of its pages and what is wrong with it."
     cfg = get_config(ROOT)
     refresh_quarto_yml()
-    nbdev_sidebar()
     proc, wrong = processed()
     rename(proc)
     drop_formats(proc)
