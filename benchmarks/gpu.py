@@ -19,7 +19,7 @@ REPEATS, WARM = 21, 3
 # -- what is compared: each takes logits and targets, and leaves a gradient in the logits
 
 def ours(pred, targ):
-    from fastai_xent.kernels import KernelLoss
+    from fastai_xent.gpu_kernels import KernelLoss
     KernelLoss.apply(pred, targ, None, -100, 0., 1, 'mean', {'stats': None}).backward()
 
 def eager(pred, targ): F.cross_entropy(pred, targ).backward()
@@ -94,7 +94,7 @@ def copy_bandwidth(nbytes=2**31):
 
 def row(shape, dtype, ceiling, flush):
     "Measure all rivals on logits of `shape`."
-    from fastai_xent.kernels import _pass
+    from fastai_xent.gpu_kernels import _pass
     gen = torch.Generator('cuda').manual_seed(0)
     pred = torch.randn(shape, generator=gen, device='cuda', dtype=dtype).mul_(3).requires_grad_()
     targ = torch.randint(0, shape[1], (shape[0], *shape[2:]), generator=gen, device='cuda')

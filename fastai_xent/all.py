@@ -7,8 +7,11 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 # %% auto #0
 __all__ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'RANK_BY',
            'RecordReplaced', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder',
-           'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'get_score', 'head_in_loss', 'linear_xent', 'prune',
-           'register_score', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'draw_items', 'get_score', 'head_in_loss',
+           'linear_xent', 'plot_class_issues', 'plot_class_pairs', 'plot_data_map', 'plot_history', 'plot_losses',
+           'plot_runs', 'plot_score', 'plot_training_time', 'plot_two_runs', 'plot_two_scores', 'prune',
+           'register_score', 'relabel', 'reweight', 'show_history', 'show_items', 'show_top', 'softmax_jacobian',
+           'xent_grad', 'xent_stats']
 
 # %% ../nbs/10_all.ipynb #84e34e1a
 # ruff: noqa: F401
@@ -24,13 +27,24 @@ from .recorder import XentRecorder
 from .records import XentRecords
 from .batch import NotRecordable
 from .sampler import XentSampler
+from .show import draw_items, show_history, show_items, show_top
 from .taps import NoItemIdentity
+from fastai_xent.views import (
+    plot_class_issues, plot_class_pairs, plot_data_map, plot_history, plot_losses, plot_runs, plot_score,
+    plot_training_time, plot_two_runs, plot_two_scores,
+)
 from .writer import RecordReplaced, XentWriter
 
 # %% ../nbs/10_all.ipynb #8125224d
-_all_ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'RANK_BY', 'RecordReplaced', 'Reducer', 'SCORES',
-         'XentLoss', 'XentLossFlat', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'get_score', 'head_in_loss',
-         'linear_xent', 'prune', 'register_score', 'relabel', 'reweight', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+_all_ = [
+    'LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable',
+    'RANK_BY', 'RecordReplaced', 'Reducer', 'SCORES', 'XentLoss', 'XentLossFlat', 'XentRecord',
+    'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats', 'XentWriter', 'draw_items', 'get_score',
+    'head_in_loss', 'linear_xent', 'plot_class_issues', 'plot_class_pairs', 'plot_data_map', 'plot_history',
+    'plot_losses', 'plot_runs', 'plot_score', 'plot_training_time', 'plot_two_runs', 'plot_two_scores',
+    'prune', 'register_score', 'relabel', 'reweight', 'show_history', 'show_items', 'show_top',
+    'softmax_jacobian', 'xent_grad', 'xent_stats',
+]
 
 # %% ../nbs/10_all.ipynb #22660ba0
 document(*(globals()[o] for o in _all_))

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .fused import FusedPass, fused_pass
+from .cpu_kernels import FusedPass, fused_pass
 from .numerics import _derivable_grad, _may_reuse
 
 # %% ../nbs/00e_backward.ipynb #bcd649b5

@@ -17,7 +17,7 @@ from fastai.callback.mixup import MixHandler
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
-from .fused import FusedPass
+from .cpu_kernels import FusedPass
 from .linear import Features
 from .losses import XentLoss
 from .numerics import XentStats, _plain, _rows

@@ -98,21 +98,13 @@ def check_items(
                          f"use the `dls` that were recorded{hint}")
 
 # %% ../nbs/06d_chosen.ipynb #77d1d8df
-_ASK_THE_LOSS = "the loss could not be asked for that of a row; use one such as `XentLossFlat`"
-_HOW_TO_GET = dict(grand="ask for it with `XentRecorder(head='auto')`", loss=_ASK_THE_LOSS, grad_norm=_ASK_THE_LOSS)
-
 def score_name(by) -> str: return type(by).__name__ if isinstance(by, Reducer) else by
 
 def known_score(record, by) -> np.ndarray: # `n`, nan for an item that has none
     "The score of every training item, or an error if no item has one."
     score = record.score(by)
-    if not np.isnan(score).all(): return score
-    columns = get_score(by).columns
-    hint = next((f" ({_HOW_TO_GET[o]})" for o in columns if o in _HOW_TO_GET), '')
-    has = [o for o in record.scores() if o not in ('item', 'name', 'source', 'targ', 'likely')]
-    raise ValueError(f"no training item has the score {score_name(by)!r}: the record has nothing in "
-                     f"{' and '.join(f'`{o}`' for o in columns)}{hint}; "
-                     f"it has the scores {', '.join(has) or 'of no kind'}")
+    record._check_score(get_score(by), score)
+    return score
 
 def item_numbers(values) -> np.ndarray: # int64
     "Items as whole numbers, which a file may have made floats or text of."

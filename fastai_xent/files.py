@@ -13,7 +13,6 @@ import os
 import re
 import threading
 import uuid
-import weakref
 import zlib
 from pathlib import Path
 
@@ -26,18 +25,22 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 # %% ../nbs/05_files.ipynb #af89d452
+class _Memory(MemoryFileSystem):
+    "Files in memory that belong to one record: fsspec's own are shared by all of a process, and by its threads."
+    cachable = False                                      # or every call would give the same object
+    def __init__(self):
+        super().__init__()
+        self.store, self.pseudo_dirs = {}, ['']
+
 def _file_system(path: str|Path|None) -> tuple: # file system, root
     "Where a path leads; None leads to a place of its own in memory."
-    if path is None: return MemoryFileSystem(), f'/xent-{uuid.uuid4().hex}'
+    if path is None: return _Memory(), '/record'
     if '://' in str(path): return _store(str(path))
     return LocalFileSystem(), str(path.absolute())
 
 def _store(url: str) -> tuple:
     try: return fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as e: raise type(e)(f"{url} cannot be reached: {e}") from e
-
-def _forget(fs, root):
-    if fs.exists(root): fs.rm(root, recursive=True)
 
 class Place:
     "A directory, on a local disk, on any file system that fsspec knows, or in memory."
@@ -47,7 +50,6 @@ class Place:
         self.path = path if path is None or '://' in str(path) else Path(path).expanduser()
         self.fs, self.root = _file_system(self.path)
         self.local = isinstance(self.fs, LocalFileSystem)
-        if path is None: weakref.finalize(self, _forget, self.fs, self.root)
 
     def __repr__(self): return 'in memory' if self.path is None else str(self.path)
     def at(self, name: str = '') -> str: return f'{self.root}/{name}' if name else self.root

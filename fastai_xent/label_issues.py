@@ -73,6 +73,9 @@ def label_issues(record,
     _checked(seg, noise_rate)
     c = _n_classes(record)
     state, targ, _ = doubts = _doubts(record, seg, c)
+    if doubted := record._told_ledger(split):
+        warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed or targets exchanged "
+                      "unseen, they were trained on other labels than these; `record.meta['ledger']` says more", stacklevel=2)
     if (targ < 0).all():
         raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; "
                          "masks and sequences have one a position")

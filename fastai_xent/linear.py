@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from .fused import fused_pass, usable
+from .cpu_kernels import fused_pass, usable
 from .losses import (
     _REDUCTIONS, XentLossFlat, _Call, _divisor, _first_bad, _read_first, _reduce, _tell_bad_targ)
 from .numerics import (

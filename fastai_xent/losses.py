@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .backward import FusedLoss, _rows_loss, _version
-from .fused import fused_pass, in_memory, traced
+from .cpu_kernels import fused_pass, in_memory, traced
 from .numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
     _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _wide, _wide_dtype, xent_stats)
@@ -36,8 +36,8 @@ def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
     "Who computes this batch?"
     if probs or WAY == 'torch' or traced(pred): return 'torch'
     if WAY == 'triton' or pred.is_cuda:
-        from fastai_xent import kernels
-        return 'triton' if kernels.usable(pred, WAY == 'triton') else 'torch'
+        from fastai_xent import gpu_kernels
+        return 'triton' if gpu_kernels.usable(pred, WAY == 'triton') else 'torch'
     return 'fused' if not label_smoothing and in_memory(pred) else 'torch'
 
 # %% ../nbs/01_losses.ipynb #89ebc440
@@ -131,7 +131,7 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
 
 def _by_triton(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor|None:
     "Loss and statistics by the Triton kernel; None if it does not run."
-    from fastai_xent.kernels import bad_target, kernel_loss
+    from fastai_xent.gpu_kernels import bad_target, kernel_loss
     ignore_index, eps, axis = call.settings
     c, facts = pred.shape[axis], {'stats': None}
     late.look()

@@ -25,9 +25,10 @@ from fastcore.basics import patch
 
 from . import export as _export, label_issues as _label_issues, shown
 from .cache import LABELS, Segment, StateCache
-from .dynamics import RANK_BY, get_score
+from .dynamics import RANK_BY, SCORES, Reducer, get_score
 from .epochs import FORMAT, Compact, Epochs, layout_of
 from .files import Place
+from .later import with_later
 from .parquet import ALL, ROWS, with_key
 
 # %% ../nbs/05g_record.ipynb #00a6b968
@@ -43,6 +44,7 @@ def _missing(name):
 class _Renamed(type):
     def __getattr__(cls, name): raise _missing(name)
 
+@with_later
 class XentRecord(metaclass=_Renamed):
     "What happened to every example of a run, epoch by epoch."
     def __init__(self,
@@ -138,6 +140,11 @@ def _strays(self: XentRecord) -> dict: return {k: o for k, o in self._epochs.fou
 
 @patch
 def _told_strays(self: XentRecord) -> str: return told_epochs(self._strays())
+
+@patch
+def _told_ledger(self: XentRecord, split: str|None = None) -> str:
+    "In which epochs the losses of the rows do not add up to the Learner's; empty if there are none."
+    return told_epochs(o[:3] for o in self.meta.get('ledger', []) if split in (None, o[1]))
 
 @patch
 def _columns(self: XentRecord) -> list:
@@ -383,9 +390,24 @@ def top(self: XentRecord,
     "The items a person should look at first."
     seg, reducer = self._segment(split, segment), _readable(by)
     score, targ, likely = self._cache.values([reducer, *LABELS], seg)
+    if not np.isnan(likely).all(): self._check_score(reducer, score, split, segment)      # items were seen
     order = _first(-score if reducer.largest_first else score, k)
     classes = dict(targ=self._class_names(targ[order]), likely=self._class_names(likely[order]))
     return self._items_at(split, seg.k, order).assign(**classes, score=score[order])
+
+_ASK_THE_LOSS = "the loss could not be asked for that of a row; use one such as `XentLossFlat`"
+_HOW_TO_GET = dict(grand="ask for it with `XentRecorder(head='auto')`", loss=_ASK_THE_LOSS, grad_norm=_ASK_THE_LOSS)
+
+@patch
+def _check_score(self: XentRecord, by: Reducer, score, split='train', segment=-1):
+    "Raise if no item has this score."
+    if not np.isnan(score).all(): return
+    name = next((k for k, v in SCORES.items() if v is by), type(by).__name__)
+    hint = next((f" ({_HOW_TO_GET[o]})" for o in by.columns if o in _HOW_TO_GET), '')
+    has = [o for o in self.scores(split, segment) if o not in ('item', 'name', 'source', 'targ', 'likely')]
+    raise ValueError(f"no item of {split!r} has the score {name!r}: the record has nothing in "
+                     f"{' and '.join(f'`{o}`' for o in by.columns)}{hint}; "
+                     f"it has the scores {', '.join(has) or 'of no kind'}")
 
 def _first(x: np.ndarray, k: int) -> np.ndarray: # Places, at most `k`
     "Where the smallest numbers are, ties in their order; nan is nowhere."

@@ -114,6 +114,42 @@ class XentRecorder(Callback):
         "How long the recorded fits have taken."
         return self._life.fit_seconds
 
+# %% ../nbs/06c_recorder.ipynb #794b3713
+@patch(as_prop=True)
+def _whose(self: XentRecorder) -> dict:
+    "The DataLoaders of the items, and how they are called. Without a Learner the names alone are shown."
+    return dict(dls=None if self.learn is None else self.learn.dls, key_fn=self.key_fn)
+
+@patch
+def show_top(self: XentRecorder,
+    k: int = 9, # Number of items
+    by=None, # A name in `SCORES`, or a `Reducer`; None: as `record.top` has it
+    split: str = 'train',
+    cols: int|None = None, # Pictures side by side; None: a square
+    size: float = 2., # Inches a picture
+) -> None:
+    "Show the items that a person should look at first."
+    self.record.show_top(k=k, by=by, split=split, cols=cols, size=size, **self._whose)
+
+@patch
+def show_items(self: XentRecorder,
+    items, # Columns item, targ, likely, as of `record.top()` or `record.label_issues()`
+    split: str = 'train',
+    title: str|None = None,
+    cols: int|None = None, # Pictures side by side; None: a square
+    size: float = 2., # Inches a picture
+) -> None:
+    "Show these items, each with its label, the likely class, and its score."
+    self.record.show_items(items, split=split, title=title, cols=cols, size=size, **self._whose)
+
+@patch
+def show_history(self: XentRecorder,
+    item: int, # Index in the split's dataset
+    split: str = 'train',
+) -> None:
+    "Show an item beside what happened to it, epoch by epoch."
+    self.record.show_history(item, split=split, **self._whose)
+
 # %% ../nbs/06c_recorder.ipynb #0dcfa389
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss', 'after_train',
           'after_validate', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
@@ -322,7 +358,6 @@ def _tell_of_loss(self: XentRecorder, now):
     why = now.rows.why_no_loss
     if not why: return
     self._tell(f"has no loss and no gradient of single rows, and records the other columns: the loss is not asked, as {why}")
-
 
 # %% ../nbs/06c_recorder.ipynb #99b5f32d
 @patch

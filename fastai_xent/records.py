@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from .classes import vocab_difference
 from .dynamics import RANK_BY, get_score
+from .later import with_later
 from .record import XentRecord, is_record
 
 # %% ../nbs/05j_records.ipynb #a5596d60
@@ -83,6 +84,7 @@ def _difference(a: XentRecord, b: XentRecord, split: str) -> str:
     return f"the items have no names, and {other.sum():,} of {len(one):,} have other labels, the first is item {other.argmax()}: {x[other.argmax()]} and {y[other.argmax()]}"
 
 # %% ../nbs/05j_records.ipynb #308c1c77
+@with_later
 class XentRecords:
     "Records side by side: seeds, models, settings, folds."
     def __init__(self,

@@ -16,7 +16,7 @@ from fastai.losses import BaseLoss
 from torch import Tensor, nn
 
 from .asking import Asked, _compiled_from
-from .fused import fused_stats
+from .cpu_kernels import fused_stats
 from .linear import LinearXentLossFlat
 from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats

@@ -13,7 +13,7 @@ import torch
 
 from .asking import Asked
 from .batch import Batch, NotRecordable, check_sums
-from .fused import FusedPass
+from .cpu_kernels import FusedPass
 from .ledger import Balance, Ledger
 from .losses import _version
 from .numerics import XentStats, xent_stats

@@ -26,8 +26,9 @@ from matplotlib.colors import ListedColormap
 from PIL import Image
 from torch import Tensor
 
+from .drawing import ORANGE, shades
 from .items import item_names
-from .views import _ORANGE, _columns, _shades, item_history, plot_history
+from .views import _columns, item_history, plot_history
 
 # %% ../nbs/08a_show.ipynb #f46ec375
 class Sample(NamedTuple):
@@ -238,9 +239,9 @@ def _fits(m, mask) -> bool:
 
 def _draw_map(ax, sample, m, fits):
     doubt = 1 - np.nan_to_num(m['p_targ'], nan=1.)
-    if not fits: return show_image(doubt, ctx=ax, cmap=_shades(), vmin=0, vmax=1)
+    if not fits: return show_image(doubt, ctx=ax, cmap=shades(), vmin=0, vmax=1)
     for x in sample.inputs: _draw_part(x, ax)
-    ax.imshow(np.ones_like(doubt), cmap=ListedColormap([_ORANGE]), alpha=.8 * doubt, interpolation='nearest')
+    ax.imshow(np.ones_like(doubt), cmap=ListedColormap([ORANGE]), alpha=.8 * doubt, interpolation='nearest')
 
 def _map_panel(sample, m) -> _Panel:
     "Where an item goes wrong."
@@ -288,7 +289,7 @@ def _panels(record, items, samples, split, width) -> tuple: # Panels, and how ma
 def _draw_panel(ax, panel):
     panel.draw(ax)
     ax.tick_params(labelsize=6)
-    color = _ORANGE if panel.differs else plt.rcParams['text.color']
+    color = ORANGE if panel.differs else plt.rcParams['text.color']
     ax.set_title(panel.caption, fontsize=8, color=color, parse_math=False)
 
 def _item_panel(row, sample, width) -> _Panel:

@@ -30,7 +30,8 @@ def _facts(record) -> dict: # what → in words
     columns = record._columns()
     if columns: facts['columns'] = ', '.join(columns)
     if cost and cost['fit']: facts['recording'] = f"took {cost['recording'] / cost['fit']:.1%} of the fit{'' if fits == 1 else 's'}"
-    stray = record._told_strays()
+    ledger, stray = record._told_ledger(), record._told_strays()
+    if ledger: facts['losses'] = f"{ledger}: those of the rows do not add up to the Learner's, see record.meta['ledger']"
     if stray: facts['stray epochs'] = f'{stray}: no list of items covers them, and they are not read'
     return facts
 

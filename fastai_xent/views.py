@@ -6,65 +6,25 @@ Docs: https://fastai-xent.github.io/fastai_xent/views.html.md"""
 
 # %% auto #0
 __all__ = ['loss_bands', 'plot_losses', 'data_map', 'plot_data_map', 'item_history', 'plot_history', 'score_bins', 'plot_score',
-           'class_pairs', 'plot_class_pairs', 'class_issues', 'plot_class_issues', 'plot_two_scores', 'plot_two_runs',
-           'training_time', 'plot_training_time', 'save_picture']
+           'class_pairs', 'plot_class_pairs', 'class_issues', 'plot_class_issues', 'plot_two_scores', 'plot_runs',
+           'plot_two_runs', 'training_time', 'plot_training_time', 'save_picture']
 
 # %% ../nbs/08_views.ipynb #5717412b
-import textwrap
 from itertools import cycle
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
-from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
-from matplotlib.patheffects import Normal, Stroke
 
-from .dynamics import Rows, get_score, row_weight
+from fastai_xent.drawing import (
+    AGREES, BLUE, DOTS, GREEN, GREY, ORANGE, axis_of, put_circles, put_counts, put_dots, put_legend, put_title, short,
+)
+from .dynamics import RANK_BY, Rows, get_score, row_weight
 from .issues import gap_confidence
 from .records import XentRecords
-
-# %% ../nbs/08_views.ipynb #9f44e6af
-_BLUE, _ORANGE, _GREEN, _GREY = '#0072B2', '#D55E00', '#009E73', '#888888' # after Okabe and Ito
-_AGREES = LinearSegmentedColormap.from_list('agrees', [_ORANGE, '#A0A0A0', _BLUE])
-_DOTS = 5_000
-
-def _axis(ax, width=6., height=3.6):
-    "The axis to draw on."
-    return plt.subplots(figsize=(width, height), layout='constrained')[1] if ax is None else ax
-
-def _shades() -> LinearSegmentedColormap:
-    "Blue, from few to many: near the background, near the text."
-    ink = np.array(to_rgb(plt.rcParams['text.color']))
-    paper, blue = np.full(3, float(ink.mean() < .5)), np.array(to_rgb(_BLUE))
-    return LinearSegmentedColormap.from_list('shades', [.7 * paper + .3 * blue, blue, .3 * blue + .7 * ink])
-
-def _short(name, n=24) -> str:
-    "A class's name, its middle left out if it is long."
-    name = str(name)
-    return name if len(name) <= n else f"{name[:n - n // 3]}…{name[1 - n // 3:]}"
-
-def _title(ax, text, legend=0):
-    "The finding, as wide as the axis, with room for the rows of a legend below it."
-    ax.figure.draw_without_rendering()                    # the layout settles how wide the axis is
-    letters = max(20, int(ax.get_position().width * ax.figure.get_figwidth() * 14))
-    text = '\n'.join(textwrap.fill(o, letters) for o in text.split('\n'))
-    ax.set_title(text, loc='left', fontsize=10, pad=6 + 15 * legend, parse_math=False)
-
-def _legend(ax, handles, cols=5):
-    "A legend that covers nothing: it stands between the title and the plot."
-    legend = ax.legend(handles=handles, loc='lower left', bbox_to_anchor=(0, 1), ncols=cols, frameon=False, fontsize=8,
-                       borderaxespad=.2, borderpad=0, handlelength=1.4, columnspacing=1.2)
-    for o in legend.get_texts(): o.set_parse_math(False)
-
-def _dots(ax, x, y, **kw):
-    "A point an item, or how many items lie in each cell."
-    if len(x) <= _DOTS: return ax.scatter(x, y, s=10, lw=0, **kw)
-    return ax.hexbin(x, y, gridsize=60, mincnt=1, norm=LogNorm(), cmap=_shades(), lw=.2)
-
-def _circles(ax, x, y): ax.scatter(x, y, s=40, facecolors='none', edgecolors=_ORANGE, lw=1.2)
 
 # %% ../nbs/08_views.ipynb #a595bfeb
 def loss_bands(
@@ -87,22 +47,22 @@ def plot_losses(
     ax: Axes|None = None,
 ) -> Axes:
     "Median loss an epoch of each split, the band from the 10th to the 90th percentile, and the mean."
-    ax, bands = _axis(ax), loss_bands(record)
+    ax, bands = axis_of(ax), loss_bands(record)
     handles, told = [], []
-    for (split, b), color in zip(bands.groupby('split'), cycle((_BLUE, _ORANGE, _GREEN))):
+    for (split, b), color in zip(bands.groupby('split'), cycle((BLUE, ORANGE, GREEN))):
         ax.fill_between(b['epoch'], b['low'], b['high'], color=color, alpha=.25, lw=0)
         handles += ax.plot(b['epoch'], b['median'], '.-', color=color, label=split)
         ax.plot(b['epoch'], b['mean'], 'x', ms=5, color=color)
         end = b.iloc[-1]
         told.append(f"{split}: half of {end['rows']:,} rows end below {end['median']:.2g}, "
                     f"one in ten above {end['high']:.2g}")
-    handles += [Patch(color=_GREY, alpha=.4, lw=0, label='10–90 %'),
-                Line2D([], [], color=_GREY, marker='.', label='median'),
-                Line2D([], [], color=_GREY, marker='x', ls='', label='mean')]
+    handles += [Patch(color=GREY, alpha=.4, lw=0, label='10–90 %'),
+                Line2D([], [], color=GREY, marker='.', label='median'),
+                Line2D([], [], color=GREY, marker='x', ls='', label='mean')]
     ax.set(xlabel='epoch', ylabel='loss of an example (nats)', ylim=(0, None))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    _legend(ax, handles, 6)
-    _title(ax, '\n'.join(told), legend=1)
+    put_legend(ax, handles, 6)
+    put_title(ax, '\n'.join(told), legend=1)
     return ax
 
 # %% ../nbs/08_views.ipynb #74a31d45
@@ -127,19 +87,19 @@ def plot_data_map(
     ax: Axes|None = None,
 ) -> Axes:
     "Confidence against variability, coloured by correctness; of many items, how many are where. The corners are named."
-    ax, m = _axis(ax, 5.6, 4.2), data_map(record, split)
-    dots = _dots(ax, m['variability'], m['confidence'], c=m['correctness'], cmap=_AGREES, vmin=0, vmax=1)
-    many = len(m) > _DOTS
+    ax, m = axis_of(ax, 5.6, 4.2), data_map(record, split)
+    dots = put_dots(ax, m['variability'], m['confidence'], c=m['correctness'], cmap=AGREES, vmin=0, vmax=1)
+    many = len(m) > DOTS
     ax.figure.colorbar(dots, ax=ax, label='items in a cell' if many else 'share of epochs predicted right')
     _corners(ax, m['corner'])
     if mark is not None:
         at = m.reindex(mark).dropna(subset='confidence')
-        _circles(ax, at['variability'], at['confidence'])
-        ax.text(.57, .86, f'circled: {len(at):,}', color=_ORANGE, ha='right', fontsize=9)
+        put_circles(ax, at['variability'], at['confidence'])
+        ax.text(.57, .86, f'circled: {len(at):,}', color=ORANGE, ha='right', fontsize=9)
     ax.set(xlabel='variability of the label\'s probability', ylabel='confidence (mean probability of the label)',
            xlim=(-.012, .58), ylim=(-.025, 1.025))
     shares = ', '.join(f"{(m['corner'] == o).mean():.0%} {o}" for o in ('easy', 'ambiguous', 'hard'))
-    _title(ax, f"{split}, {len(m):,} items: {shares}")
+    put_title(ax, f"{split}, {len(m):,} items: {shares}")
     return ax
 
 _NAMED = ('easy', .57, .97, 'right', 0), ('hard', .57, .03, 'right', 0), ('ambiguous', .535, .5, 'center', 90)
@@ -147,9 +107,9 @@ _NAMED = ('easy', .57, .97, 'right', 0), ('hard', .57, .03, 'right', 0), ('ambig
 def _corners(ax, corner):
     "The edge of what is possible, the borders between the corners, and their names."
     t = np.linspace(-np.pi / 2, np.pi / 2, 100)
-    ax.plot(.5 * np.cos(t), .5 + .5 * np.sin(t), color=_GREY, lw=.8)
-    ax.plot([_STEADY] * 2, .5 + np.array([-1, 1]) * (.25 - _STEADY**2)**.5, ':', color=_GREY, lw=.8)
-    ax.plot([0, _STEADY], [.5, .5], ':', color=_GREY, lw=.8)
+    ax.plot(.5 * np.cos(t), .5 + .5 * np.sin(t), color=GREY, lw=.8)
+    ax.plot([_STEADY] * 2, .5 + np.array([-1, 1]) * (.25 - _STEADY**2)**.5, ':', color=GREY, lw=.8)
+    ax.plot([0, _STEADY], [.5, .5], ':', color=GREY, lw=.8)
     for name, x, y, ha, turn in _NAMED:
         ax.text(x, y, f"{name}: {(corner == name).sum():,}", ha=ha, va='center', fontsize=9, rotation=turn)
 
@@ -178,15 +138,15 @@ def plot_history(
     ax: Axes|None = None,
 ) -> Axes:
     "The probability of an item's label and of the strongest other class, epoch by epoch."
-    ax, h = _axis(ax, 5, 3), item_history(record, item, split)
-    handles = ax.plot(h['epoch'], h['p_targ'], 'o-', ms=4, color=_BLUE, label="its label")
+    ax, h = axis_of(ax, 5, 3), item_history(record, item, split)
+    handles = ax.plot(h['epoch'], h['p_targ'], 'o-', ms=4, color=BLUE, label="its label")
     if h['p_rival'].notna().any():
-        handles += ax.plot(h['epoch'], h['p_rival'], 's--', ms=4, color=_ORANGE, label='strongest other class')
+        handles += ax.plot(h['epoch'], h['p_rival'], 's--', ms=4, color=ORANGE, label='strongest other class')
     _name_changes(ax, h)
     ax.set(xlabel='epoch', ylabel='probability', ylim=(-.03, 1.3), yticks=np.linspace(0, 1, 6))
     ax.xaxis.get_major_locator().set_params(integer=True)
-    _legend(ax, handles)
-    _title(ax, _told_history(h, item, split), legend=1)
+    put_legend(ax, handles)
+    put_title(ax, _told_history(h, item, split), legend=1)
     return ax
 
 def _name_changes(ax, h):
@@ -196,8 +156,8 @@ def _name_changes(ax, h):
         if c is None or (k and pred[k - 1] == c): continue
         right = c == h['targ'][k]
         y = max(h['p_targ'][k], np.nan_to_num(h['p_rival'][k]))
-        ax.annotate(_short(c, 12), (h['epoch'][k], y), (1, 5), textcoords='offset points', rotation=25,
-                    rotation_mode='anchor', fontsize=8, color=_BLUE if right else _ORANGE, parse_math=False)
+        ax.annotate(short(c, 12), (h['epoch'][k], y), (1, 5), textcoords='offset points', rotation=25,
+                    rotation_mode='anchor', fontsize=8, color=BLUE if right else ORANGE, parse_math=False)
 
 def _told_history(h, item, split) -> str:
     "What the rows say, in a line."
@@ -205,13 +165,13 @@ def _told_history(h, item, split) -> str:
     if h['pred'].isna().all():
         return f"{head}: its labels have the mean probability {h['p_targ'].iloc[-1]:.2f} in the end"
     counts = h['pred'].map(str).value_counts()
-    targ, pred = _short(h['targ'].iloc[-1]), _short(counts.index[0])
+    targ, pred = short(h['targ'].iloc[-1]), short(counts.index[0])
     return f"{head}, labelled {targ}: predicted {pred} in {counts.iloc[0]} of {n} rows"
 
 # %% ../nbs/08_views.ipynb #22a74fcb
 def score_bins(
     record, # An `XentRecord`
-    by='margin_loss', # A name in `SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     k: int = 20, # How many items come before the cut
     split: str = 'train',
     bins: int = 60,
@@ -229,25 +189,25 @@ def score_bins(
 # %% ../nbs/08_views.ipynb #28139fe2
 def plot_score(
     record, # An `XentRecord`
-    by='margin_loss', # A name in `SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     k: int = 20, # How many items come before the cut
     split: str = 'train',
     ax: Axes|None = None,
 ) -> Axes:
     "How a score is distributed, and where the first `k` items begin."
-    ax, b = _axis(ax), score_bins(record, by, k, split)
+    ax, b = axis_of(ax), score_bins(record, by, k, split)
     width, n, cut = b['high'] - b['low'], b.attrs['items'], b.attrs['cut']
     name, first = by if isinstance(by, str) else type(by).__name__, min(k, n)
-    ax.bar(b['low'], b['items'], width, align='edge', color=_BLUE)
-    ax.bar(b['low'], b['first'], width, align='edge', color=_ORANGE)
-    if np.isfinite(cut): ax.axvline(cut, color=_ORANGE, lw=1)
+    ax.bar(b['low'], b['items'], width, align='edge', color=BLUE)
+    ax.bar(b['low'], b['first'], width, align='edge', color=ORANGE)
+    if np.isfinite(cut): ax.axvline(cut, color=ORANGE, lw=1)
     ax.set(xlabel=name, ylabel='items', yscale='log', ylim=(.7, None))
-    _legend(ax, [Patch(color=_BLUE, label='items'), Patch(color=_ORANGE, label=f'the first {first:,}')])
+    put_legend(ax, [Patch(color=BLUE, label='items'), Patch(color=ORANGE, label=f'the first {first:,}')])
     side = 'more' if get_score(by).largest_first else 'less'
     told = [f"{split}: {first:,} of {n:,} items have a {name} of {cut:.3g} or {side}"] if np.isfinite(cut) else []
     inf = b.attrs['infinite']
     if inf: told.append(f"{inf:,} of {n:,} items of {split} have an infinite {name}, and are not drawn")
-    _title(ax, '\n'.join(told), legend=1)
+    put_title(ax, '\n'.join(told), legend=1)
     return ax
 
 # %% ../nbs/08_views.ipynb #7aa432e8
@@ -279,27 +239,18 @@ def plot_class_pairs(
     names = list(dict.fromkeys(pairs[['targ', 'likely']].to_numpy().ravel()))[:most]
     names = [o for o in record.meta['vocab'] or [] if o in names] or sorted(names)
     table = pairs.pivot(index='targ', columns='likely', values='items').reindex(index=names, columns=names).fillna(0)
-    shown = [_short(o) for o in names]
-    ax = _axis(ax, *[1.6 + .32 * len(names) + .07 * max(map(len, shown), default=0)] * 2)
-    if names: _count_table(ax, table.to_numpy(dtype=int), shown)
+    shown = [short(o) for o in names]
+    ax = axis_of(ax, *[1.6 + .32 * len(names) + .07 * max(map(len, shown), default=0)] * 2)
+    if names: put_counts(ax, table.to_numpy(dtype=int), shown)
     ax.set(xlabel='likely', ylabel='label')
-    _title(ax, _told_pairs(pairs, int(table.to_numpy().sum())))
+    put_title(ax, _told_pairs(pairs, int(table.to_numpy().sum())))
     return ax
 
 def _told_pairs(pairs, drawn) -> str:
     if not len(pairs): return "no suspect has a likely class other than its label"
     n, first = pairs['items'].sum(), pairs.iloc[0]
-    most = f"labelled {_short(first['targ'])} where {_short(first['likely'])} is likely ({first['items']:,})"
+    most = f"labelled {short(first['targ'])} where {short(first['likely'])} is likely ({first['items']:,})"
     return f"{n:,} suspects{f', {drawn:,} drawn' if drawn < n else ''}\nmost often {most}"
-
-def _count_table(ax, counts, names):
-    "Counts in cells, written where they are not 0."
-    ax.imshow(np.ma.masked_equal(counts, 0), cmap=_shades(), vmin=0, vmax=max(counts.max(initial=0), 1))
-    for i, j in np.argwhere(counts):
-        ax.text(j, i, f'{counts[i, j]:,}', ha='center', va='center', fontsize=8, color='white',
-                path_effects=[Stroke(linewidth=1.5, foreground='black'), Normal()])
-    ax.set_xticks(range(len(names)), names, rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
-    ax.set_yticks(range(len(names)), names, parse_math=False)
 
 # %% ../nbs/08_views.ipynb #b13dbc35
 def class_issues(
@@ -325,17 +276,17 @@ def plot_class_issues(
     "The share of each class's labels that are issues."
     c = class_issues(record.label_issues() if issues is None else issues)
     d = c[:most]
-    ax = _axis(ax, 5, 1.2 + .22 * len(d))
-    ax.barh(range(len(d)), 100 * d['share'], color=_ORANGE)
+    ax = axis_of(ax, 5, 1.2 + .22 * len(d))
+    ax.barh(range(len(d)), 100 * d['share'], color=ORANGE)
     for k, row in enumerate(d.itertuples()):
         ax.annotate(f"{row.issues:,} of {row.items:,}", (100 * row.share, k), (3, 0), textcoords='offset points',
                     va='center', fontsize=8)
-    ax.set_yticks(range(len(d)), [_short(o) for o in d['targ']], parse_math=False)
+    ax.set_yticks(range(len(d)), [short(o) for o in d['targ']], parse_math=False)
     ax.set(xlabel='issues, % of the labels of the class', xlim=(0, max(100 * d['share'].max() * 1.25, 1)))
     ax.invert_yaxis()
     rest = f"\nthe {len(d)} of {len(c):,} classes with the largest share" if len(c) > len(d) else ''
-    _title(ax, f"{c['issues'].sum():,} of {c['items'].sum():,} labels are issues, "
-               f"most of {_short(c['targ'][0])} ({c['share'][0]:.0%}){rest}")
+    put_title(ax, f"{c['issues'].sum():,} of {c['items'].sum():,} labels are issues, "
+               f"most of {short(c['targ'][0])} ({c['share'][0]:.0%}){rest}")
     return ax
 
 # %% ../nbs/08_views.ipynb #b23eba98
@@ -349,8 +300,8 @@ def plot_two_scores(
 ) -> Axes:
     "One score against another."
     s = pd.DataFrame({o: record.score(o, split) for o in (x, y)})
-    ax, n = _against(_axis(ax, 5, 4), s, mark)
-    _title(ax, f"{split}, {n:,} items: {_agreement(s)}")
+    ax, n = _against(axis_of(ax, 5, 4), s, mark)
+    put_title(ax, f"{split}, {n:,} items: {_agreement(s)}")
     return ax
 
 def _agreement(s) -> str: return f"rank correlation {s.dropna().rank().corr().iloc[0, 1]:.2f}"
@@ -358,32 +309,48 @@ def _agreement(s) -> str: return f"rank correlation {s.dropna().rank().corr().il
 def _against(ax, s, mark=None) -> tuple: # axis, number of items drawn
     "The second column against the first, where both are finite numbers."
     d = s[np.isfinite(s).all(axis=1)]
-    dots = _dots(ax, d.iloc[:, 0], d.iloc[:, 1], color=_BLUE, alpha=.6)
-    if len(d) > _DOTS: ax.figure.colorbar(dots, ax=ax, label='items in a cell')
-    if mark is not None: _circles(ax, *d.reindex(mark).to_numpy().T)
+    dots = put_dots(ax, d.iloc[:, 0], d.iloc[:, 1], color=BLUE, alpha=.6)
+    if len(d) > DOTS: ax.figure.colorbar(dots, ax=ax, label='items in a cell')
+    if mark is not None: put_circles(ax, *d.reindex(mark).to_numpy().T)
     ax.set_xlabel(s.columns[0], parse_math=False)
     ax.set_ylabel(s.columns[1], parse_math=False)
     return ax, len(d)
 
 # %% ../nbs/08_views.ipynb #ef57f4c5
+def plot_runs(
+    runs: XentRecords,
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
+    k: int = 20, # How many first items are compared
+    split: str = 'train',
+    names=None, # Of two of the runs; None: the first two
+    ax: Axes|None = None,
+) -> Axes:
+    "The score of each item in two of the runs."
+    runs = _two(runs, names)
+    s = runs.scores(by, split)
+    k = min(k, int(s.notna().sum().min()))
+    ax, n = _against(axis_of(ax, 5, 4), s)
+    both = round(k * runs.overlap(k, by, split).iloc[0, 1])
+    name = by if isinstance(by, str) else type(by).__name__
+    for run, put in zip(s, (ax.set_xlabel, ax.set_ylabel)): put(f"{name} in run {run}", parse_math=False)
+    put_title(ax, f"{split}, {n:,} items: {_agreement(s)},\n{both} of the first {k} are the same")
+    return ax
+
+def _two(runs, names) -> XentRecords:
+    names = list(runs.records)[:2] if names is None else list(names)
+    if len(names) == 2 and {*names} <= {*runs.records}: return XentRecords({o: runs[o] for o in names}, runs.on)
+    raise ValueError(f"the runs are {', '.join(runs.records)}, expected two of them, got {', '.join(names) or 'none'}")
+
 def plot_two_runs(
     record, # An `XentRecord`
     other, # An `XentRecord` of the same items
-    by='margin_loss', # A name in `SCORES`, or a `Reducer`
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     k: int = 20, # How many first items are compared
     split: str = 'train',
     ax: Axes|None = None,
 ) -> Axes:
     "The score of each item in two runs."
-    runs = XentRecords([record, other])
-    s = runs.scores(by, split)
-    k = min(k, int(s.notna().sum().min()))
-    ax, n = _against(_axis(ax, 5, 4), s)
-    both = round(k * runs.overlap(k, by, split).iloc[0, 1])
-    name = by if isinstance(by, str) else type(by).__name__
-    for run, put in zip(s, (ax.set_xlabel, ax.set_ylabel)): put(f"{name} in run {run}", parse_math=False)
-    _title(ax, f"{split}, {n:,} items: {_agreement(s)},\n{both} of the first {k} are the same")
-    return ax
+    return plot_runs(XentRecords([record, other]), by, k, split, ax=ax)
 
 # %% ../nbs/08_views.ipynb #a3ba6cd3
 def training_time(
@@ -404,17 +371,17 @@ def plot_training_time(
     ax: Axes|None = None,
 ) -> Axes:
     "The rows that each item took, by what it had still to learn; the area is the training time."
-    ax, t = _axis(ax), training_time(record, split)
-    kinds = dict(wrong=(_ORANGE, 'predicted wrong'), wavering=(_GREY, 'right, to be forgotten'),
-                 learned=(_BLUE, 'right for good'))
+    ax, t = axis_of(ax), training_time(record, split)
+    kinds = dict(wrong=(ORANGE, 'predicted wrong'), wavering=(GREY, 'right, to be forgotten'),
+                 learned=(BLUE, 'right for good'))
     part = np.arange(len(t)) * min(len(t), 300) // len(t)
     d = t[list(kinds)].groupby(part).mean()
     edges = 100 * np.r_[0, np.cumsum(np.bincount(part))] / len(t)
     heights = [np.r_[d[o], d[o].iloc[-1]] for o in kinds]
     ax.stackplot(edges, *heights, colors=[c for c, _ in kinds.values()], step='post', lw=0)
     ax.set(xlabel='items, % (those with the most to learn first)', ylabel='rows an item', xlim=(0, 100))
-    _legend(ax, [Patch(color=c, label=name) for c, name in kinds.values()])
-    _title(ax, f"{split}: {_told_time(t)}", legend=1)
+    put_legend(ax, [Patch(color=c, label=name) for c, name in kinds.values()])
+    put_title(ax, f"{split}: {_told_time(t)}", legend=1)
     return ax
 
 def _told_time(t) -> str:

@@ -493,13 +493,13 @@ class Own(torch.nn.Module):
 def test_a_score_that_no_item_has_is_an_error():
     dls = of(TfmdDL(Farther(N), bs=4, shuffle=True, num_workers=0))
     record = record_of(dls, loss=Own())
-    words = r"no training item has the score '{}': the record has nothing in `{}`.*; it has the scores margin_loss, el2n, aum"
+    words = r"no item of 'train' has the score '{}': the record has nothing in `{}`.*; it has the scores margin_loss, el2n, aum"
     for by, hint in (('loss', '.*use one such as `XentLossFlat`'), ('grad_norm', '.*use one such as'), ('last_loss', ''), ('grand', ".*XentRecorder.head='auto'.")):
         for kw in (dict(drop=.2), dict(keep=.5), dict(n_drop=3), dict(n_keep=3), dict(drop=lambda df: df['score'] > 0)):
             with pytest.raises(ValueError, match=words.format(by, by.replace('last_', '')) if not hint else f"score '{by}'.*{hint}"): prune(dls, record, by=by, **kw)
-    with pytest.raises(ValueError, match="no training item has the score 'Odd'"): prune(dls, record, drop=.2, by=Odd('grand'))
+    with pytest.raises(ValueError, match="no item of 'train' has the score 'Odd'"): prune(dls, record, drop=.2, by=Odd('grand'))
     record.score = lambda by=None, *_: np.full(N, np.nan)
-    with pytest.raises(ValueError, match="no training item has the score 'margin_loss'"): reweight(dls, record)
+    with pytest.raises(ValueError, match="no item of 'train' has the score 'margin_loss'"): reweight(dls, record)
 
 class Odd(dynamics.MeanColumn):
     @property

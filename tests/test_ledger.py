@@ -14,7 +14,7 @@ from fastai.torch_core import set_seed
 from helpers import Net, Points, learner, same_bits, state, warned
 from torch import nn
 
-from fastai_xent import fused
+from fastai_xent import cpu_kernels
 from fastai_xent.batch import Batch
 from fastai_xent.ledger import Ledger, Scalars, divisor
 from fastai_xent.losses import XentLoss, XentLossFlat
@@ -145,11 +145,11 @@ def test_mixing_in_a_collate_function(behind):
 
 def test_a_broken_row(monkeypatch):
     "Our own mistake: one number of one row is another."
-    real = fused.FusedPass.__init__
+    real = cpu_kernels.FusedPass.__init__
     def broken(self, *args, **kw):
         real(self, *args, **kw)
         self.facts[0, 0] += .01
-    monkeypatch.setattr(fused.FusedPass, '__init__', broken)
+    monkeypatch.setattr(cpu_kernels.FusedPass, '__init__', broken)
     rec = XentRecorder()
     with warned() as said: learner([rec]).fit(1)
     assert len(said) == 2 and '5 of 5 batches' in said[0]
@@ -242,3 +242,17 @@ def test_a_pass_without_losses():
     assert rows.balance().differ.tolist() == []
     rows.add(0, Batch(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long), XentLoss(), 1))
     assert rows.balance().differ.tolist() == [] and 'all of 0 batches' in str(rows.balance())
+
+
+# -- who asks the record is told
+
+def test_the_record_does_not_pass_such_rows_off_as_plain():
+    "Its repr says so, and a verdict on labels comes with a warning that names the epochs."
+    _, record = told([MixesAndSwaps], epochs=3)
+    assert "losses: train 0, 1, 2: those of the rows do not add up to the Learner's" in ' '.join(repr(record).split())
+    assert 'do not add up' in record._repr_html_()
+    with pytest.warns(UserWarning, match=r"do not add up to the Learner's \(train 0, 1, 2\)"): record.label_issues(noise_rate=.1)
+    _, record = told(epochs=3)
+    assert 'add up' not in repr(record)
+    with warned() as said: record.label_issues(noise_rate=.1)
+    assert not any('add up' in o for o in said)

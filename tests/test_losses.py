@@ -32,7 +32,7 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from fastai_xent import losses
-from fastai_xent.fused import fused_stats
+from fastai_xent.cpu_kernels import fused_stats
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
 

@@ -236,3 +236,13 @@ def test_what_is_not_adopted(tmp_path):
     new = XentWriter(tmp_path / 'new', resume=True, adopt=True)          # nothing there: a new record
     fill(new, RUN)
     assert XentRecord(tmp_path / 'new').n_epochs == 3
+
+
+def test_records_in_memory_share_nothing():
+    "fsspec's own memory is one for the whole process: while one record lists its files, another's thread would change it."
+    from fsspec.implementations.memory import MemoryFileSystem
+    from fastai_xent.files import Place
+    before, places = dict(MemoryFileSystem.store), [Place(), Place()]
+    for k, p in enumerate(places): p.write(f'a/{k}', lambda f: f.write(b'1'))
+    assert [p.files() for p in places] == [['a/0'], ['a/1']]
+    assert MemoryFileSystem.store == before

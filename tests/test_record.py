@@ -8,6 +8,7 @@ import duckdb
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import at_most
 from hypothesis import given, settings
 from runs import RUN, expected, fill, frame, put, rows, runs, same_frame
@@ -187,3 +188,13 @@ def test_a_newer_format(tmp_path):
     (path / '_record.json').write_text(json.dumps({**meta, 'unknown': 1}))
     assert XentRecord(path).n_epochs == 3
 
+
+
+def test_a_score_that_nobody_has_is_an_error():
+    "An empty table would look as if there were nothing to see."
+    w = XentWriter(items=range(3))
+    w.add(split='train', epoch=0, item=[0, 1, 2], pred=torch.eye(3), targ=torch.tensor([0, 1, 1]))
+    w.close()
+    record = w.record
+    with pytest.raises(ValueError, match="no item of 'train' has the score 'grand'.*head='auto'.*it has the scores"): record.top(3, by='grand')
+    assert len(record.top(3)) == 3

@@ -1,7 +1,10 @@
 "How records introduce themselves, what `help` says, and where what was called otherwise has gone."
 import inspect
 import pickle
+import subprocess
+import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -96,10 +99,32 @@ def test_old_names(name, now):
         assert name not in dir(o)
     assert pickle.loads(pickle.dumps(record)).epochs == record.epochs
 
-def test_old_modules():
-    for name, now in dict(store='fastai_xent.record and fastai_xent.writer', bridges='fastai_xent.export').items():
-        with pytest.raises(AttributeError, match=f"fastai_xent.{name} is {now} now"): getattr(fastai_xent, name)
+MOVED = dict(store='fastai_xent.record and fastai_xent.writer', bridges='fastai_xent.export',
+             fused='fastai_xent.cpu_kernels', kernels='fastai_xent.gpu_kernels')
+
+
+def refused(line, error):
+    "What Python says when it runs `line` in a process where only this package can be imported."
+    env = {'PYTHONPATH': str(Path(fastai_xent.__file__).parent.parent)}
+    res = subprocess.run([sys.executable, '-S', '-c', line], env=env, capture_output=True, text=True)
+    assert res.returncode == 1
+    kind, _, what = res.stderr.splitlines()[-1].partition(': ')
+    assert kind == error
+    return what
+
+
+@pytest.mark.parametrize('name, now', MOVED.items())
+def test_old_modules(name, now):
+    with pytest.raises(AttributeError, match=f"fastai_xent.{name} is {now} now"): getattr(fastai_xent, name)
+    for line in (f'from fastai_xent.{name} import *', f'from fastai_xent import {name}', f'import fastai_xent.{name}'):
+        assert refused(line, 'ModuleNotFoundError') == f'fastai_xent.{name} is {now} now'
+
+
+def test_modules_that_never_were():
     with pytest.raises(AttributeError, match="no attribute 'nonsense'"): fastai_xent.nonsense
+    assert refused('import fastai_xent.nonsense', 'ModuleNotFoundError') == "No module named 'fastai_xent.nonsense'"
+    assert refused('import store', 'ModuleNotFoundError') == "No module named 'store'"  # none of ours
+
 
 def test_questions():
     "What a person sees after `record.` and tab."

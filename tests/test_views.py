@@ -105,12 +105,12 @@ def test_classes_of_any_kind(name, vocab):
     if vocab is None: assert any('0' in o for o in texts)
 
 def test_many_points_are_drawn_as_a_density():
-    few, many = seen(n=40), seen(n=views._DOTS + 1)
+    few, many = seen(n=40), seen(n=views.DOTS + 1)
     assert len(views.plot_data_map(few).collections[0].get_offsets()) == 40
     cells = views.plot_data_map(many).collections[0]
-    assert type(cells).__name__ == 'PolyCollection' and cells.get_array().sum() == views._DOTS + 1
+    assert type(cells).__name__ == 'PolyCollection' and cells.get_array().sum() == views.DOTS + 1
     ax = views.plot_two_scores(many)
-    assert ax.collections[0].get_array().sum() == views._DOTS + 1
+    assert ax.collections[0].get_array().sum() == views.DOTS + 1
 
 def test_corners_of_the_data_map():
     "Sure, never believed, and to and fro."

@@ -11,8 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from fastai_xent import fused, losses
-from fastai_xent.fused import fused_pass, fused_stats
+from fastai_xent import cpu_kernels, losses
+from fastai_xent.cpu_kernels import fused_pass, fused_stats
 from fastai_xent.losses import XentLoss
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
 from fastai_xent.batch import Batch
@@ -117,7 +117,7 @@ def test_a_forked_process_gets_threads_of_its_own():
 
 TWICE = """
 import hashlib, sys, torch
-from fastai_xent.fused import fused_pass
+from fastai_xent.cpu_kernels import fused_pass
 torch.set_num_threads(1)
 digest = hashlib.md5()
 for shape in ((70, 300), (64, 10), (3, 5000)):
@@ -137,8 +137,8 @@ def test_without_a_compiler_torch_does_the_work_after_one_warning(monkeypatch):
     z, y = problem((6, 4))
     want = XentLoss()(z, y)
     def missing(keep): raise ImportError('no numba here')
-    monkeypatch.setattr(fused, '_compile', missing)
-    fused._kernels.cache_clear()
+    monkeypatch.setattr(cpu_kernels, '_compile', missing)
+    cpu_kernels._kernels.cache_clear()
     try:
         leaf = z.clone().requires_grad_()
         with pytest.warns(RuntimeWarning, match='numba does not compile.*no numba here'): loss = XentLoss()(leaf, y)
@@ -151,15 +151,15 @@ def test_without_a_compiler_torch_does_the_work_after_one_warning(monkeypatch):
             assert_close(fused_stats(z, y), xent_stats(z, y), equal_nan=True)
         assert_close(loss.detach(), want)
         assert_close(leaf.grad, xent_grad(z, y) / (y != -100).sum())
-    finally: fused._kernels.cache_clear()
+    finally: cpu_kernels._kernels.cache_clear()
 
 def test_wrong_kernels_are_not_used(monkeypatch):
-    real = fused._compile
-    monkeypatch.setattr(fused, '_compile', lambda keep: real(keep)._replace(total=lambda losses, klass: 7.))
-    fused._kernels.cache_clear()
+    real = cpu_kernels._compile
+    monkeypatch.setattr(cpu_kernels, '_compile', lambda keep: real(keep)._replace(total=lambda losses, klass: 7.))
+    cpu_kernels._kernels.cache_clear()
     try:
         with pytest.warns(RuntimeWarning, match='ArithmeticError: two equal logits give'): assert fused_pass(torch.zeros(2, 3), torch.tensor([0, 1])) is None
-    finally: fused._kernels.cache_clear()
+    finally: cpu_kernels._kernels.cache_clear()
 
 def test_who_traces_gets_torch_s_operations():
     z, y = problem((6, 4), ignore=0)

@@ -15,8 +15,8 @@ from torch.testing import assert_close
 pytest.importorskip('triton')
 interpreter = pytest.importorskip('triton.runtime.interpreter')
 
-from fastai_xent import kernels
-from fastai_xent.kernels import KernelLoss, bad_target, kernel_loss, usable, xent_forward
+from fastai_xent import gpu_kernels
+from fastai_xent.gpu_kernels import KernelLoss, bad_target, kernel_loss, usable, xent_forward
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
 
 inf, nan = math.inf, math.nan
@@ -185,7 +185,7 @@ def test_expanded_logits():
 
 def test_dense_views_are_not_copied():
     for z, axis in [(torch.empty(2, 5, 3, 4), 1), (torch.empty(2, 5, 3, 4).to(memory_format=torch.channels_last), 1), (torch.empty(5, 4, 3), 0), (torch.empty(4, 10)[:, :7], 1)]:
-        assert kernels._tiles(z, True, axis, False, 2**14)[0] is z
+        assert gpu_kernels._tiles(z, True, axis, False, 2**14)[0] is z
 
 
 def test_nothing_unasked():
@@ -254,7 +254,7 @@ def test_nothing_is_learned_from_a_bad_batch(reduction):
 @pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
 @pytest.mark.parametrize('shape', [(6, 5), (2, 5, 3, 4)])
 def test_backward(shape, reduction, options, dtype, limit, monkeypatch):
-    if limit: monkeypatch.setattr(kernels, 'LIMIT', limit)
+    if limit: monkeypatch.setattr(gpu_kernels, 'LIMIT', limit)
     pred, targ, kw = problem(shape, dtype=dtype, **options)
     leaf = pred.clone().requires_grad_()
     args = kw.get('weight'), kw['ignore_index'], kw['label_smoothing'], 1, reduction, None
@@ -287,7 +287,7 @@ def test_guess_does_not_change_a_bit():
         loss = KernelLoss.apply(leaf, targ, None, -100, 0., 1, 'mean', None)
         grads.append(torch.autograd.grad(loss, leaf, torch.tensor(up, device=DEVICE))[0])
     for g in grads[1:2] + grads[3:]: assert_close(g, grads[0], **EXACT)
-    assert_close(kernels._guess(DEVICE).item(), .5)
+    assert_close(gpu_kernels._guess(DEVICE).item(), .5)
 
 
 def test_right_guess_leaves_the_gradient_alone(monkeypatch):
@@ -295,7 +295,7 @@ def test_right_guess_leaves_the_gradient_alone(monkeypatch):
     leaf = pred.requires_grad_()
     for _ in range(2):
         seen = []
-        monkeypatch.setattr(kernels, '_rescale', lambda grad, *a, real=kernels._rescale: (seen.append(grad.clone()), real(grad, *a)))
+        monkeypatch.setattr(gpu_kernels, '_rescale', lambda grad, *a, real=gpu_kernels._rescale: (seen.append(grad.clone()), real(grad, *a)))
         (res,) = torch.autograd.grad(KernelLoss.apply(leaf, targ, None, -100, 0., 1, 'mean', None) * 1024, leaf)
         monkeypatch.undo()
     assert_close(seen[0], res, **EXACT)
@@ -330,7 +330,7 @@ def test_weights_of_zero_average_to_zero():
 
 
 def test_more_rows_than_counters(monkeypatch):
-    monkeypatch.setattr(kernels, '_PARTS', 4)
+    monkeypatch.setattr(gpu_kernels, '_PARTS', 4)
     n = 1024 * 9 + 77
     targ = torch.arange(n, device=DEVICE) % 3
     pred = torch.randn(n, 2, generator=torch.Generator().manual_seed(0)).to(DEVICE)
@@ -341,7 +341,7 @@ def test_more_rows_than_counters(monkeypatch):
 def test_no_graph_no_gradient(monkeypatch):
     pred, targ, _ = problem((6, 5))
     asked = []
-    monkeypatch.setattr(kernels, '_pass', lambda *a, real=kernels._pass: (asked.append(a[7]), real(*a))[1])
+    monkeypatch.setattr(gpu_kernels, '_pass', lambda *a, real=gpu_kernels._pass: (asked.append(a[7]), real(*a))[1])
     with torch.no_grad(): KernelLoss.apply(pred.clone().requires_grad_(), targ, None, -100, 0., 1, 'mean', None)
     KernelLoss.apply(pred, targ, None, -100, 0., 1, 'mean', None)
     KernelLoss.apply(pred.clone().requires_grad_(), targ, None, -100, 0., 1, 'mean', None)
@@ -367,7 +367,7 @@ def test_usable():
 
 
 def test_without_triton(monkeypatch):
-    monkeypatch.setattr(kernels, 'find_spec', lambda name: None)
+    monkeypatch.setattr(gpu_kernels, 'find_spec', lambda name: None)
     assert not usable(torch.zeros(2, 3), True)
 
 
@@ -375,8 +375,8 @@ def test_failure_warns_once(monkeypatch):
     pred, targ, _ = problem((6, 5))
     on_gpu = SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device('meta'))
     def broken(*a): raise RuntimeError('no compiler')
-    monkeypatch.setattr(kernels, '_try', broken)
-    monkeypatch.setattr(kernels, '_broken', set())
+    monkeypatch.setattr(gpu_kernels, '_try', broken)
+    monkeypatch.setattr(gpu_kernels, '_broken', set())
     with pytest.warns(RuntimeWarning, match='does not run on meta.*RuntimeError: no compiler'): assert kernel_loss(on_gpu, targ) is None
     with warnings.catch_warnings():
         warnings.simplefilter('error')
@@ -387,24 +387,24 @@ def test_failure_warns_once(monkeypatch):
 
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float16, torch.bfloat16], ids=str)
 def test_the_small_problem_is_solved(dtype):
-    kernels._try.__wrapped__(torch.device(DEVICE), dtype)
+    gpu_kernels._try.__wrapped__(torch.device(DEVICE), dtype)
 
 
 @pytest.mark.parametrize('wrong', ['loss', 'grad', *XentStats._fields])
 def test_a_wrong_answer_to_the_small_problem_is_noticed(monkeypatch, wrong):
-    real = kernels._pass
+    real = gpu_kernels._pass
     def spoilt(*args, **kw):
         out = real(*args, **kw)
         if wrong == 'loss' : return out._replace(rows=out.rows * 1.01)
         if wrong == 'grad': return out._replace(grad=out.grad * 1.01)
         return out._replace(stats=out.stats._replace(**{wrong: getattr(out.stats, wrong) + 1}))
-    monkeypatch.setattr(kernels, '_pass', spoilt)
-    with pytest.raises(ArithmeticError, match='answers to a small problem are wrong'): kernels._try.__wrapped__(torch.device(DEVICE), torch.float32)
+    monkeypatch.setattr(gpu_kernels, '_pass', spoilt)
+    with pytest.raises(ArithmeticError, match='answers to a small problem are wrong'): gpu_kernels._try.__wrapped__(torch.device(DEVICE), torch.float32)
 
 
 def test_memory_runs_out_loudly(monkeypatch):
     def full(*a): raise torch.OutOfMemoryError('full')
-    monkeypatch.setattr(kernels, '_try', full)
+    monkeypatch.setattr(gpu_kernels, '_try', full)
     with pytest.raises(torch.OutOfMemoryError): kernel_loss(SimpleNamespace(is_cuda=True, dtype=torch.float32, device=torch.device('meta')), None)
 
 
@@ -416,7 +416,7 @@ def test_the_process_is_not_interpreted():
     before = tl.load, tl.reduce, tl.tensor.__add__
     xent_forward(*problem((6, 5))[:2])
     assert (tl.load, tl.reduce, tl.tensor.__add__) == before
-    assert type(triton.jit(kernels._rescale_kernel)).__name__ == 'JITFunction'
+    assert type(triton.jit(gpu_kernels._rescale_kernel)).__name__ == 'JITFunction'
 
 
 def test_refusals():
@@ -463,17 +463,17 @@ def test_compiles(shape, dtype, options, monkeypatch, tmp_path):
     pred, targ, kw = problem(shape, dtype=dtype, **options)
     there = SimpleNamespace(get_current_device=lambda: 0, get_current_stream=lambda device: 0, get_current_target=lambda: target)
     monkeypatch.setattr(driver, '_active' if hasattr(driver, '_active') else 'active', there)
-    monkeypatch.setattr(kernels, '_launch', build)
+    monkeypatch.setattr(gpu_kernels, '_launch', build)
     args = pred, targ, kw.get('weight'), -100, kw['label_smoothing'], 1
-    out = kernels._pass(*args, 'mean', True, True)
-    kernels._rescale(out.grad, torch.ones(()), out.used, out.found)
+    out = gpu_kernels._pass(*args, 'mean', True, True)
+    gpu_kernels._rescale(out.grad, torch.ones(()), out.used, out.found)
     assert len(built) == 3
     most = 8 if triton.__version__.startswith('3.8.') and shape[-1] == 512 else 0     # bytes
     assert all(stack(k.asm['cubin']) <= most for k in built)
     if pred.shape[0] == 2: return                     # the other variants differ no more with the shape
-    kernels._pass(*args, 'sum', True, False)
-    kernels._pass(*args, 'none', False, True)
-    kernels._pass(*args, 'none', False, False)
+    gpu_kernels._pass(*args, 'sum', True, False)
+    gpu_kernels._pass(*args, 'none', False, True)
+    gpu_kernels._pass(*args, 'none', False, False)
     assert len(built) == 7
 
 
