@@ -17,11 +17,11 @@ demo: $(INSTALLED)
 
 # Run every notebook and every test but the slow ones.
 test: $(INSTALLED)
-	$(PY) -m pytest -m 'not slow'
+	$(PY) -m pytest -n auto --dist worksteal -m 'not slow'
 
 # Run every notebook and every test.
 test-all: $(INSTALLED)
-	$(PY) -m pytest
+	$(PY) -m pytest -n auto --dist worksteal
 
 # Build the site into _docs, and check it.
 docs: $(INSTALLED)

@@ -34,4 +34,4 @@ setup(
     long_description=long_description(),
     long_description_content_type='text/markdown',
     install_requires=listed('requirements'),
-    extras_require={'dev': listed('dev_requirements')})
+    extras_require={o.removesuffix('_requirements'): listed(o) for o in cfg if o.endswith('_requirements')})

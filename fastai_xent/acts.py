@@ -23,22 +23,24 @@ from fastai.torch_core import no_random
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
 from .chosen import (as_recorded, check_distinct, check_items, flagged, item_mask, item_numbers,
-                                items_named, known_score, labels_of, record_classes, score_name, targets, train_field)
+                                items_named, known_score, labels_of, record_classes, score_name, targets,
+                                train_field)
 from .classes import class_index, is_missing, read_as_missing
 from .datasets import class_of, fewer_items, label_kind, label_of, other_labels, part
 from .dynamics import RANK_BY, get_score
 from .record import XentRecord
 
 # %% ../nbs/07_acts.ipynb #45216e30
-_TORCH_SETTINGS = ('batch_size', 'drop_last', 'num_workers', 'collate_fn', 'pin_memory', 'timeout', 'worker_init_fn',
-                   'multiprocessing_context', 'generator', 'prefetch_factor', 'persistent_workers',
-                   'pin_memory_device', 'in_order')
+_TORCH_SETTINGS = ('batch_size', 'drop_last', 'num_workers', 'collate_fn', 'pin_memory', 'timeout',
+                   'worker_init_fn', 'multiprocessing_context', 'generator', 'prefetch_factor',
+                   'persistent_workers', 'pin_memory_device', 'in_order')
 
 def _check_torch(dl):
     "Raise if a torch loader chooses its items in a way of its own."
     sampler, batches = dl.sampler, dl.batch_sampler
     plain = type(batches) is BatchSampler and type(sampler) in (RandomSampler, SequentialSampler)
-    if plain and not (type(sampler) is RandomSampler and (sampler.replacement or sampler._num_samples)): return
+    own = type(sampler) is RandomSampler and (sampler.replacement or sampler._num_samples)
+    if plain and not own: return
     raise TypeError(f"a torch DataLoader with a {type(sampler).__name__} and a {type(batches).__name__} "
                     "has its own choice of items; expected shuffle=True or False")
 
@@ -47,7 +49,8 @@ def _torch_like(dl, ds, wgts=None):
     _check_torch(dl)
     kw = {o: getattr(dl, o) for o in _TORCH_SETTINGS if hasattr(dl, o)}
     if wgts is None: kw['shuffle'] = type(dl.sampler) is RandomSampler
-    else: kw['sampler'] = WeightedRandomSampler(wgts.tolist(), len(wgts), generator=dl.generator)
+    else:
+        kw['sampler'] = WeightedRandomSampler(wgts.tolist(), len(wgts), generator=dl.generator)
     return torch.utils.data.DataLoader(ds, **kw)
 
 def _like(dl, ds, keep):
@@ -76,6 +79,7 @@ def _check_loader(dl):
         raise ValueError(f"the training loader reads {dl.n} of {len(dl.dataset)} items (`n=`); make it "
                          "without `n=`")
 
+# %% ../nbs/07_acts.ipynb #0a6315e2
 _COLUMNS = dict(what=object, old=object, new=object, weight=float, score=float, p_wrong=float, why=object)
 
 def _class_names(record, classes) -> list: # None where there is no class
@@ -87,7 +91,8 @@ def _changes(record, at, **cols) -> pd.DataFrame: # Columns item, name, source, 
     "What an act does to the items `at`."
     df = record.items('train').iloc[at].reset_index(drop=True).astype({'name': object})
     cols = {'old': _class_names(record, targets(record)[at].tolist()), **cols}
-    def column(k, kind): return pd.Series(cols.get(k, [None] * len(df)), index=df.index, dtype=kind)
+    def column(k, kind):
+        return pd.Series(cols.get(k, [None] * len(df)), index=df.index, dtype=kind)
     return df.assign(**{k: column(k, kind) for k, kind in _COLUMNS.items()})
 
 def _acted(dls, dl, changes) -> DataLoaders:
@@ -120,6 +125,9 @@ def _check_choice(how, what, balanced):
                         f"of items is `n_{how}={what!r}`")
     elif _is_share(what) and not 0 <= what <= 1:
         raise ValueError(f"the share is {what}, expected a number from 0 to 1")
+    elif how == 'keep' and isinstance(what, pd.DataFrame) and 'decision' in what:
+        raise ValueError("a frame of decisions says what to drop: give it as `drop=`; `keep=` would drop all that "
+                         "nobody has looked at")
     if balanced and not _is_share(what):
         raise ValueError("`balanced=True` needs a share, such as `keep=.7`")
 
@@ -134,7 +142,8 @@ def _first(score, what, groups) -> np.ndarray: # Boolean, `n`
         res[at[np.argsort(-score[at], kind='stable')[:k]]] = True
     return res
 
-def _choose(record, how, what, by, groups) -> tuple: # Which stay, `n`; scores or None; what was named, in words
+# %% ../nbs/07_acts.ipynb #a90bb0e1
+def _choose(record, how, what, by, groups) -> tuple: # Which stay, `n`; scores or None; in words
     "Which items stay."
     drops = how.endswith('drop')
     if not (_is_share(what) or how.startswith('n_')):
@@ -150,17 +159,22 @@ def _remarks(stays, score, named, drops, balanced, targ, class_name) -> list:
     "What a person should know of these items."
     n, said = len(stays), []
     whole = np.setdiff1d(targ[targ >= 0], targ[~stays]) if balanced and drops and not stays.all() else []
-    if len(whole): said.append(f"no item of class {', '.join(str(class_name(c)) for c in whole)} is dropped: "
-                               "the share of so few comes to none")
-    if stays.all(): said.append(f"all {n} training items stay: {'none is' if drops else 'all are'} {named}")
+    if len(whole):
+        names = ', '.join(str(class_name(c)) for c in whole)
+        said.append(f"no item of class {names} is dropped: the share of so few comes to none")
+    if stays.all():
+        said.append(f"all {n} training items stay: {'none is' if drops else 'all are'} {named}")
     unseen = 0 if score is None else int(np.isnan(score).sum())
-    if unseen: said.append(f"{unseen} of {n} training items have no score, and stay; {n - stays.sum()} are dropped, "
-                           f"which are {'' if drops else 'not '}{named}")
+    if unseen:
+        said.append(f"{unseen} of {n} training items have no score, and stay; {n - stays.sum()} are dropped, "
+                    f"which are {'' if drops else 'not '}{named}")
     gone = [class_name(c) for c in np.setdiff1d(targ, targ[stays]) if c >= 0]
-    if gone: said.append(f"no training item of class {', '.join(map(str, gone))} is left; "
-                         "with `balanced=True` a share is taken from each class")
+    if gone:
+        said.append(f"no training item of class {', '.join(map(str, gone))} is left; "
+                    "with `balanced=True` a share is taken from each class")
     return said
 
+# %% ../nbs/07_acts.ipynb #5905cc5b
 def prune(
     dls, # DataLoaders
     record: XentRecord, # Of a training with these `dls`
@@ -202,7 +216,7 @@ def _frame_weights(frame, n) -> tuple: # Weights `n`, why, p_wrong `n`
     w[at] = frame['weight'].to_numpy(dtype=float, na_value=np.nan)
     return w, 'given', p
 
-def _weights(weights, record, n) -> tuple: # Weights `n`, why, and what they are made of, by its column in the table
+def _weights(weights, record, n) -> tuple: # Weights `n`, why, and what they are made of, by column
     "The weights that an argument means."
     if weights is None:
         score = known_score(record, RANK_BY)
@@ -228,10 +242,12 @@ def _balance(w, targ, class_name) -> np.ndarray: # `n`
         w[its] *= its.sum() / w[its].sum()
     return w
 
+# %% ../nbs/07_acts.ipynb #29eb8485
 def _weighted(dl, w):
     "A loader like `dl` that draws by weight."
     if isinstance(dl, torch.utils.data.DataLoader): return _torch_like(dl, dl.dataset, w)
-    known = {TfmdDL: WeightedDL, WeightedDL: WeightedDL, TabDataLoader: TabWeightedDL, TabWeightedDL: TabWeightedDL}
+    known = {TfmdDL: WeightedDL, WeightedDL: WeightedDL,
+             TabDataLoader: TabWeightedDL, TabWeightedDL: TabWeightedDL}
     cls = known.get(type(dl))
     if cls is None:
         raise TypeError(f"the training loader is a {type(dl).__name__}, which orders its items in its own "
@@ -273,11 +289,11 @@ def _wanted(issues) -> tuple: # Items, labels, is each label a name, p_wrong, wh
     "Which items shall have which label."
     if isinstance(issues, dict):
         return item_numbers(list(issues)), list(issues.values()), False, None, ['given'] * len(issues)
-    frame = flagged(issues)
-    col = next((o for o in ('new', 'likely') if o in frame), None)
+    frame = flagged(issues, 'relabel')
+    col = 'label' if 'decision' in frame else next((o for o in ('new', 'likely') if o in frame), None)
     if col is None:
         raise KeyError(f"the frame has no column `new` or `likely`; it has {', '.join(map(str, frame))}")
-    why = 'given' if col == 'new' else 'the class that the model believes'
+    why = dict(new='given', likely='the class that the model believes', label='decided by a person')[col]
     why = frame['why'].tolist() if 'why' in frame else [why] * len(frame)
     p = frame['p_wrong'].to_numpy(dtype=float, na_value=np.nan) if 'p_wrong' in frame else None
     return item_numbers(frame['item']), frame[col].tolist(), True, p, why
@@ -289,7 +305,8 @@ def _classes(at, labels, names, is_name) -> list: # None where no label is given
     def read(i, label):
         if label is None or (is_missing(label) and not lost): return None
         try: return find(type(label), label)
-        except ValueError as e: raise ValueError(f"item {i} cannot get this label: {e}") from None
+        except ValueError as e:
+            raise ValueError(f"item {i} cannot get this label: {e}") from None
     return [read(i, label) for i, label in zip(at, labels)]
 
 def _old_classes(labels: dict, names) -> list:
@@ -300,6 +317,7 @@ def _old_classes(labels: dict, names) -> list:
     raise TypeError(f"item {other} has no single class as its label, but {labels[other]!r:.80}; "
                     "expected the number or the name of a class, or a tensor or array of one number")
 
+# %% ../nbs/07_acts.ipynb #c2fab565
 def _check_trained(ds, record, classes, field):
     "Raise if items that were trained as these classes do not have their labels in the dataset."
     ds, targ, names = as_recorded(ds), targets(record), record_classes(record)
@@ -309,9 +327,9 @@ def _check_trained(ds, record, classes, field):
             seen.update(class_of(o, names) for o in labels_of(ds, [i], field))
             if c in seen: break
         if seen - {None} and c not in seen:
-            raise ValueError(f"items that were trained as class {record.class_name(c)!r} (number {c}) have the label "
-                             f"{max(seen - {None})} in the dataset: something after it changes labels, or they were "
-                             "changed since; relabel where the labels are made")
+            raise ValueError(f"items that were trained as class {record.class_name(c)!r} (number {c}) have the "
+                             f"label {max(seen - {None})} in the dataset: something after it changes labels, or "
+                             "they were changed since; relabel where the labels are made")
 
 def _typed(ds, i, field) -> tuple: # None if the item cannot be read
     "The type of an item, and its label."
@@ -330,18 +348,20 @@ def _read_back(ds, new_ds, labels, changed, field, names):
         same = now[0] is was[0] and label_kind(now[1]) == label_kind(was[1])
         classes = [class_of(o, names) for o in (now[1], was[1], labels[i])]
         if same and classes[0] == changed[i] and classes[1] == classes[2]: continue
-        raise TypeError(f"item {i} was read back as {now[0]} with the label {now[1]!r}, expected class {changed[i]} "
-                        f"in an item like {was[0]} with {was[1]!r}: this dataset cannot be relabelled here")
+        raise TypeError(f"item {i} was read back as {now[0]} with the label {now[1]!r}, expected class "
+                        f"{changed[i]} in an item like {was[0]} with {was[1]!r}: this dataset cannot be "
+                        "relabelled here")
 
 def _why(old, new, given) -> str:
     "Why an item has its label now."
     if new is None: return 'no label is given: kept'
     return 'has this label already: kept' if new == old else given
 
+# %% ../nbs/07_acts.ipynb #f0832b10
 def relabel(
     dls, # DataLoaders
     record: XentRecord, # Of a training with these `dls`
-    issues, # A frame with columns `item` and `new` or `likely` (and `is_issue`), or a dict from item to class
+    issues, # A frame with columns `item` and `new` or `likely` (and `is_issue`), or of decisions; or item → class
     *,
     key=None, # Where an item that is a dict or a dataclass has its label, such as 'labels'
     key_fn=None, # The recorder's `key_fn`, if it had one

@@ -30,7 +30,8 @@ from .numerics import _plain
 # %% ../nbs/02_asking.ipynb #cc5303ed
 def _random_states(device) -> tuple:
     "The random states of Python, numpy and torch, there and on the CPU."
-    on_gpu = torch.cuda.get_rng_state(device) if device.type == 'cuda' and torch.cuda.is_initialized() else None
+    used = device.type == 'cuda' and torch.cuda.is_initialized()
+    on_gpu = torch.cuda.get_rng_state(device) if used else None
     return random.getstate(), np.random.get_state(), torch.get_rng_state(), on_gpu
 
 @contextmanager
@@ -56,7 +57,8 @@ _DATA = (int, float, list, dict, set, deque, np.ndarray, Tensor, nn.Module)
 
 def _around(f: FunctionType) -> dict:
     "The variables around a function that it may read or change, by name."
-    names = set(f.__code__.co_names).union(*(o.co_names for o in f.__code__.co_consts if inspect.iscode(o)))
+    inner = [o.co_names for o in f.__code__.co_consts if inspect.iscode(o)]
+    names = set(f.__code__.co_names).union(*inner)
     own = {k: f.__globals__[k] for k in names if k in f.__globals__}
     own.update({k: c.cell_contents for k, c in zip(f.__code__.co_freevars, f.__closure__ or ())})
     return {k: v for k, v in own.items() if isinstance(v, _DATA)}
@@ -77,23 +79,30 @@ def _is_small(x) -> bool:
         x = todo.pop()
         if id(x) in seen: continue
         seen.add(id(x))
-        n += _AN_OBJECT + (x.numel() if isinstance(x, Tensor) else x.size if isinstance(x, np.ndarray) else 0)
+        n += _AN_OBJECT + _numbers(x)
         todo += _held(x)
     return n <= _MOST_HELD
+
+def _numbers(x) -> int:
+    if isinstance(x, Tensor): return x.numel()
+    return x.size if isinstance(x, np.ndarray) else 0
 
 def copied(
     loss_func, # A function, or an object that can be called
 ): # The same, with all that it may change when it is called
     "A loss that can be called without a trace in the first."
     if isinstance(loss_func, functools.partial):
-        return functools.partial(copied(loss_func.func), *deepcopy(loss_func.args), **deepcopy(loss_func.keywords))
+        args, keywords = deepcopy(loss_func.args), deepcopy(loss_func.keywords)
+        return functools.partial(copied(loss_func.func), *args, **keywords)
     if not isinstance(loss_func, FunctionType): return deepcopy(loss_func)
     f, own = loss_func, deepcopy(_around(loss_func))
-    cells = tuple(CellType(own.get(k, c.cell_contents)) for k, c in zip(f.__code__.co_freevars, f.__closure__ or ()))
+    cells = zip(f.__code__.co_freevars, f.__closure__ or ())
+    cells = tuple(CellType(own.get(k, c.cell_contents)) for k, c in cells)
     res = FunctionType(f.__code__, {**f.__globals__, **own}, f.__name__, deepcopy(f.__defaults__), cells)
     res.__kwdefaults__ = deepcopy(f.__kwdefaults__)
     res.__dict__.update(deepcopy(f.__dict__))
-    if f.__globals__.get(f.__name__) is f: res.__globals__[f.__name__] = res     # it may keep something in itself
+    if f.__globals__.get(f.__name__) is f:                # it may keep something in itself
+        res.__globals__[f.__name__] = res
     return res
 
 # %% ../nbs/02_asking.ipynb #78f6c2f0
@@ -109,8 +118,10 @@ def _state(x):
     return {k: v for k, v in state.items() if k != '_fits'} if isinstance(x, XentLoss) else state
 
 def _same_value(a, b) -> bool:
-    if isinstance(a, Tensor): return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
-    if isinstance(a, np.ndarray): return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, Tensor):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
+    if isinstance(a, np.ndarray):
+        return a.shape == b.shape and bool(((a == b) | ((a != a) & (b != b))).all())
     return bool(a == b or (a != a and b != b))
 
 def alike(a, b, seen=None) -> bool:
@@ -119,20 +130,24 @@ def alike(a, b, seen=None) -> bool:
     if a is b or (id(a), id(b)) in seen: return True
     seen.add((id(a), id(b)))
     if type(a) is not type(b): return False
-    if isinstance(a, dict): return a.keys() == b.keys() and all(alike(v, b[k], seen) for k, v in a.items())
-    if isinstance(a, (list, tuple, deque)): return len(a) == len(b) and all(alike(x, y, seen) for x, y in zip(a, b))
+    if isinstance(a, dict):
+        return a.keys() == b.keys() and all(alike(v, b[k], seen) for k, v in a.items())
+    if isinstance(a, (list, tuple, deque)):
+        return len(a) == len(b) and all(alike(x, y, seen) for x, y in zip(a, b))
     state = _state(a)
     return _same_value(a, b) if state is None else alike(state, _state(b), seen)
 
 # %% ../nbs/02_asking.ipynb #d1653a1d
 _MOST_CALLS = 8 # rows that are asked one after the other
 
-def _called(loss): return loss.forward if isinstance(loss, nn.Module) else loss    # without its hooks
+def _called(loss):
+    return loss.forward if isinstance(loss, nn.Module) else loss  # without its hooks
 
 def _at_once(loss, z, y):
     own = 'reduction' in getattr(loss, '__dict__', {})
     with NoneReduce(loss) as lf: rows = _called(lf)(z, y)
-    if not own and 'reduction' in getattr(loss, '__dict__', {}): del loss.reduction      # its class has one
+    if not own and 'reduction' in getattr(loss, '__dict__', {}):
+        del loss.reduction  # its class has one
     return rows
 
 def _each(loss, z, y):
@@ -140,24 +155,28 @@ def _each(loss, z, y):
         warnings.simplefilter('ignore')               # vmap tells what it does slowly
         return torch.func.vmap(lambda p, t: _called(loss)(p[None], t[None]))(z, y)
 
-def _in_turn(loss, z, y): return torch.stack([_plain(_called(loss)(p[None], t[None])) for p, t in zip(z, y)])
+def _in_turn(loss, z, y):
+    return torch.stack([_plain(_called(loss)(p[None], t[None])) for p, t in zip(z, y)])
 
 def _can_leave_out(loss) -> bool:
     "Has this loss a `reduction`, as an attribute or an argument?"
     if hasattr(loss, 'reduction'): return True
     try: return 'reduction' in inspect.signature(_called(loss)).parameters
-    except (TypeError, ValueError): return False      # some that are written in C have no signature
+    except (TypeError, ValueError):
+        return False  # some that are written in C have no signature
 
 def _ways(loss, targ: Tensor, axis: int) -> list:
     "The ways that may be tried, the cheapest first."
     ways = [_at_once] if _can_leave_out(loss) else []
-    if targ.ndim > 1 or axis != 1: return ways        # a mask's loss says nothing of its pixels
+    if targ.ndim > 1 or axis != 1:
+        return ways  # a mask's loss says nothing of its pixels
     return ways + [_each] + [_in_turn] * (len(targ) <= _MOST_CALLS)
 
 # %% ../nbs/02_asking.ipynb #f3815610
 def _compiled_from(loss_func):
     "A loss as it was before `torch.compile` wrapped it: other shapes would make it compile again."
-    for name in ('_orig_mod', '_torchdynamo_orig_callable'): loss_func = getattr(loss_func, name, loss_func)
+    for name in ('_orig_mod', '_torchdynamo_orig_callable'):
+        loss_func = getattr(loss_func, name, loss_func)
     return loss_func
 
 def _reason(e: Exception) -> str:
@@ -166,6 +185,7 @@ def _reason(e: Exception) -> str:
     first, *_ = str(e).strip().split('. ')[0].splitlines() or ['']
     return f"{type(e).__name__} when it is asked: {first}"
 
+# %% ../nbs/02_asking.ipynb #26d304fb
 class Asked:
     "A loss that can be asked for the loss of each row; or not, and `why`."
     def __init__(self,
@@ -176,7 +196,7 @@ class Asked:
         self.loss_func, self.loss, self.moved = loss_func, _compiled_from(loss_func), False
         self.axis = getattr(self.loss, 'axis', 1) % pred.ndim
         if isinstance(self.loss, BaseLoss) and type(self.loss).__call__ is BaseLoss.__call__:
-            self.loss, self.moved = self.loss.func, True       # this has the classes in axis 1, and does not flatten
+            self.loss, self.moved = self.loss.func, True  # this has the classes in axis 1, and does not flatten
         ignore_index = getattr(self.loss, 'ignore_index', None)
         self.ignore_index = ignore_index if isinstance(ignore_index, int) else -100
         self.is_known = type(self.loss).__module__.startswith(('torch.', 'fastai.'))
@@ -190,12 +210,13 @@ class Asked:
         pred: Tensor, # Logits, `n c d…`
         targ: Tensor, # Classes, `n d…`
         mix: tuple|None = None, # For mixed rows: the other items' classes, and the share of the row's own
-    ) -> tuple: # In the shape of `targ`: losses, and lengths of their gradients in the logits; nan if it is not asked
+    ) -> tuple: # In the shape of `targ`: losses, and lengths of their gradients in the logits; or nan
         "Ask for this batch."
         try:
             if self.is_known and self.way: return self._ask(self.loss, pred, targ, mix)
             if self.way:
-                with random_kept(pred.device): return self._ask(copied(self.loss), pred, targ, mix)
+                with random_kept(pred.device):
+                    return self._ask(copied(self.loss), pred, targ, mix)
         except Exception as e: self._give_up(e)
         nothing = torch.full(targ.shape, torch.nan, device=pred.device)
         return nothing, nothing
@@ -215,7 +236,8 @@ class Asked:
 
     def _answer(self, loss, z, y) -> Tensor: # In the shape of `y`
         rows = self._call(self.way, loss, z, y)
-        if rows.shape == y.shape or (rows.numel() == y.numel() and y.ndim == 1): return rows.reshape(y.shape)
+        if rows.shape == y.shape or (rows.numel() == y.numel() and y.ndim == 1):
+            return rows.reshape(y.shape)
         raise NotAsked(f"it gives losses of shape {list(rows.shape)} for targets of shape {list(y.shape)}")
 
     def _call(self, way, loss, z, y) -> Tensor:
@@ -228,14 +250,15 @@ def _reduced_by(rows: Tensor, ok: Tensor, whole: Tensor, rtol: float) -> str|Non
     if whole.numel() != 1 or not whole.isfinite(): return None
     reduced = torch.stack([rows.mean(), rows[ok].mean(), rows.sum()]).double()
     same = torch.isclose(reduced, whole.double().reshape(1), rtol=rtol, atol=1e-6).tolist()
-    return 'mean' if same[0] or same[1] else 'sum' if same[2] else None
+    if same[0] or same[1]: return 'mean'
+    return 'sum' if same[2] else None
 
 def _varied(pred: Tensor, targ: Tensor, axis: int, ignore_index: int) -> tuple:
     "Logits and classes made from those of a batch, as different from row to row as can be."
     n, c = targ.numel(), pred.shape[axis]
     k = torch.arange(n, device=targ.device).view(targ.shape)
-    scale = torch.linspace(.1, 4, n, device=pred.device, dtype=pred.dtype).view(targ.shape).unsqueeze(axis)
-    return pred.detach() * scale, torch.where(targ == ignore_index, targ, (targ + k) % c)
+    scale = torch.linspace(.1, 4, n, device=pred.device, dtype=pred.dtype).view(targ.shape)
+    return pred.detach() * scale.unsqueeze(axis), torch.where(targ == ignore_index, targ, (targ + k) % c)
 
 @patch
 def _try(self: Asked, pred, targ):
@@ -260,7 +283,8 @@ def _look_for_traces(self: Asked, loss, before, device):
     "Raise if the copy that was called is not what it was, or has drawn random numbers."
     drawn = not alike(before, _random_states(device))
     if drawn: raise NotAsked("it draws random numbers: each call gives another loss")
-    if not alike(loss, self.loss): raise NotAsked("it keeps something from call to call, so asking would change it")
+    if not alike(loss, self.loss):
+        raise NotAsked("it keeps something from call to call, so asking would change it")
 
 @patch
 def _first_answer(self: Asked, loss, pred, targ) -> Tensor:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_kernels import FusedPass, fused_pass
+from .cpu_kernels import FusedPass
 from .numerics import _derivable_grad, _may_reuse
 
 # %% ../nbs/00e_backward.ipynb #bcd649b5
@@ -47,7 +47,8 @@ class FusedLoss(torch.autograd.Function):
     @staticmethod
     def backward(ctx, up):
         pred, grad = ctx.saved_tensors
-        if torch.is_grad_enabled(): res = _again(pred, up, ctx.call, ctx.versions)    # create_graph
+        if torch.is_grad_enabled():
+            res = _again(pred, up, ctx.call, ctx.versions)  # create_graph
         else: res = _handed_over(grad, up, *ctx.call)
         return res if res.dtype is pred.dtype else res.to(pred.dtype), None
 
@@ -56,7 +57,8 @@ def _handed_over(grad, up, y, weight, axis, ignore_index, reduction, done) -> Te
     if reduction == 'none':
         up = up.masked_fill(_ignored(done, y), 0.).unsqueeze(axis)
         return grad.mul_(up) if _may_reuse(up) else grad * up
-    if not _may_reuse(up): return (grad * up).masked_fill(_ignored(done, y).unsqueeze(axis), 0.)
+    if not _may_reuse(up):
+        return (grad * up).masked_fill(_ignored(done, y).unsqueeze(axis), 0.)
     factor = up.item()
     if factor != 1: grad.mul_(factor)
     if not math.isfinite(factor): grad.masked_fill_(_ignored(done, y).unsqueeze(axis), 0.)

@@ -44,19 +44,20 @@ class MixTap:
         vars(self.cb)['before_batch'] = self._before_batch
         return self
     def remove(self):
-        if getattr(vars(self.cb).get('before_batch'), '__self__', None) is self: del vars(self.cb)['before_batch']
+        now = vars(self.cb).get('before_batch')
+        if getattr(now, '__self__', None) is self: del vars(self.cb)['before_batch']
     def _before_batch(self):
         self.seen.perm, self.own = None, self.cb.learn.yb
         with self.seen: type(self.cb).before_batch(self.cb)
 
     def mixed(self,
         n: int, # Rows of the batch
-    ) -> tuple: # Each row's partner, as its place in the batch; the partners' targets; the share of the row's own item
+    ) -> tuple: # Each row's partner, a place in the batch; the partners' targets; its own item's share
         "How the batch was mixed."
         perm, lam = self.seen.perm, self.cb.lam
         if perm is None or len(perm) != n:
-            raise NotRecordable(f"{type(self.cb).__name__} has mixed this batch of {n} rows in a way of its own: "
-                                "who was mixed with whom is not known; fastai's MixUp and CutMix are followed")
+            raise NotRecordable(f"{type(self.cb).__name__} has mixed this batch of {n} rows in a way of its own: who "
+                                "was mixed with whom is not known; fastai's MixUp and CutMix are followed")
         return perm, self.cb.yb1, lam.detach().flatten().expand(n)
 
 def put_back(learn) -> None:
@@ -83,21 +84,26 @@ class Batch:
     @property
     def n(self) -> int: return self.pred.shape[0 if self.axis else 1]
     @property
-    def n_classes(self) -> int: return self.pred.shape[self.axis] if self.stats is None else self.loss_func.n_classes
+    def n_classes(self) -> int:
+        return self.pred.shape[self.axis] if self.stats is None else self.loss_func.n_classes
     @cached_property
     def settings(self) -> XentSettings|None: return xent_settings(self.loss_func)
     @cached_property
     def came(self) -> FusedPass|XentStats|None:
         "The statistics that came with the loss, if they did."
-        last = None if self.stats is not None or self.settings is None else _last_call(self)
-        return self.stats if last is None else last.stats if last.done is None else last.done
+        if self.stats is not None: return self.stats
+        last = None if self.settings is None else _last_call(self)
+        if last is None: return None
+        return last.stats if last.done is None else last.done
 
 def _last_call(b: Batch):
     "What the loss remembers of its last call, if that was for this very batch."
     func = b.loss_func if isinstance(b.loss_func, XentLoss) else getattr(b.loss_func, 'func', None)
     last = func._last if isinstance(func, XentLoss) and b.mix is None else None
-    if last is None or last.pred.data_ptr() != b.pred.data_ptr() or last.pred.shape != b.pred.shape: return None
-    return last if last.targ.data_ptr() == b.targ.data_ptr() and last.targ.numel() == b.targ.numel() else None
+    if last is None: return None
+    same = last.pred.data_ptr() == b.pred.data_ptr() and last.pred.shape == b.pred.shape
+    same = same and last.targ.data_ptr() == b.targ.data_ptr() and last.targ.numel() == b.targ.numel()
+    return last if same else None
 
 # %% ../nbs/02b_batch.ipynb #0fe78cf4
 def _one_tensor(pred) -> Tensor:
@@ -112,8 +118,10 @@ def _one_tensor(pred) -> Tensor:
         part = '[0]'
     elif hasattr(pred, 'dtype'): what = f" of {pred.dtype}"
     how = '' if part is None else f", or a callback: `def after_pred(self): self.learn.pred = self.pred{part}`"
-    if part == '[0]': how += " (fastai's text models do so with `RNNCallback`, which `cbs=rnn_cbs()` brings)"
-    raise NotRecordable(f"the model gives a {kind}{what}, expected a tensor of class logits; let it give that{how}")
+    if part == '[0]':
+        how += " (fastai's text models do so with `RNNCallback`, which `cbs=rnn_cbs()` brings)"
+    raise NotRecordable(f"the model gives a {kind}{what}, expected a tensor of class logits; "
+                        f"let it give that{how}")
 
 def _one_target(yb) -> Tensor:
     "The targets, if they are one tensor."
@@ -139,7 +147,8 @@ def _fitting(targ, pred, axis, loss_func, settings) -> Tensor:
     elif soft and known and targ.shape == pred.shape: return targ
     elif soft: why = ": a regression, or several labels an item; expected classes"
     elif _without_ones(targ.shape) == _without_ones(rows): return targ.view(rows)
-    elif targ.shape == pred.shape: why = f": several labels an item; expected one class an item, in shape {rows}"
+    elif targ.shape == pred.shape:
+        why = f": several labels an item; expected one class an item, in shape {rows}"
     else: why = f"; expected targets of shape {rows}"
     raise NotRecordable(f"targets are {targ.dtype} of shape {list(targ.shape)} "
                         f"for predictions of shape {list(pred.shape)} and {loss_func}{why}")
@@ -147,19 +156,21 @@ def _fitting(targ, pred, axis, loss_func, settings) -> Tensor:
 def _without_ones(shape) -> list: return [s for s in shape if s != 1]
 
 # %% ../nbs/02b_batch.ipynb #d0a5a31c
-def _sums(p: Tensor, axis: int) -> Tensor: # How many rows are wrong; the first one's place, sum and smallest share
+def _sums(p: Tensor, axis: int) -> Tensor: # How many are wrong; of the first the place, sum, least share
     "Which rows are no probabilities that add up to one?"
-    total, least = p.sum(axis, dtype=torch.float64 if p.is_cpu else torch.float32).flatten(), p.amin(axis).flatten()
+    total = p.sum(axis, dtype=torch.float64 if p.is_cpu else torch.float32).flatten()
+    least = p.amin(axis).flatten()
     near = 1e-3 if torch.finfo(p.dtype).eps < 1e-5 else 2e-2
     bad = ~((total - 1).abs() <= near) | (least < 0)
     first = bad.to(torch.uint8).argmax()
-    return torch.stack([bad.sum(), first, total.take(first), least.take(first)])     # an index would wait for `first`
+    # `take`, since an index would wait for `first`
+    return torch.stack([bad.sum(), first, total.take(first), least.take(first)])
 
-_MULTI_HOT = ("rows of targets are no probabilities. For several labels an item (multi-hot) there is a loss like "
-              "`BCEWithLogitsLossFlat`, which has no cross-entropy to record; shares that are meant as probabilities "
-              "are to be divided by their sum")
-_NO_LOG = ("rows of predictions are no log-probabilities, as `nll_loss` takes them. End the model with `log_softmax`, "
-           "or use `XentLossFlat` on its logits")
+_MULTI_HOT = ("rows of targets are no probabilities. For several labels an item (multi-hot) there is a loss "
+              "like `BCEWithLogitsLossFlat`, which has no cross-entropy to record; shares that are meant as "
+              "probabilities are to be divided by their sum")
+_NO_LOG = ("rows of predictions are no log-probabilities, as `nll_loss` takes them. End the model with "
+           "`log_softmax`, or use `XentLossFlat` on its logits")
 
 def check_sums(
     found: list, # As of `_sums`
@@ -186,7 +197,8 @@ def read_batch(
 ) -> Batch:
     "Logits and classes of the current batch, or `NotRecordable`."
     loss_func = learn.loss_func
-    if isinstance(getattr(loss_func, '__self__', None), MixHandler): loss_func = loss_func.__self__.old_lf
+    if isinstance(getattr(loss_func, '__self__', None), MixHandler):
+        loss_func = loss_func.__self__.old_lf
     pred, targ = _one_tensor(learn.pred), _one_target(learn.yb if mix_tap is None else mix_tap.own)
     loss = getattr(learn, 'loss', None)
     if isinstance(pred, Features): return _features_batch(pred, targ, loss_func, loss, mix_tap)
@@ -198,7 +210,8 @@ def read_batch(
     if mix_tap is not None:
         batch.partner, other, lam = mix_tap.mixed(batch.n)
         batch.mix = (_plain(other[0]).view(batch.targ.shape), lam.to(pred.device))
-    if batch.targ.is_floating_point() or settings is not None and settings.log_probs: _look_at_sums(batch)
+    if batch.targ.is_floating_point() or settings is not None and settings.log_probs:
+        _look_at_sums(batch)
     return batch
 
 def _features_batch(pred, targ, loss_func, loss, mix_tap):
@@ -207,4 +220,5 @@ def _features_batch(pred, targ, loss_func, loss, mix_tap):
         raise NotRecordable("the head is in the loss (`head_in_loss`), and a callback mixes rows: "
                             "whose statistics the loss has is not known")
     stats = loss_func.stats
-    return Batch(pred.plain().detach(), targ.view(stats.loss.shape), loss_func, pred.ndim - 1, stats=stats, loss=loss)
+    targ = targ.view(stats.loss.shape)
+    return Batch(pred.plain().detach(), targ, loss_func, pred.ndim - 1, stats=stats, loss=loss)

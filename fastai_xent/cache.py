@@ -16,13 +16,15 @@ from dataclasses import dataclass
 import numpy as np
 from fastcore.basics import patch
 
-import fastai_xent.issues  # noqa: F401 registers 'label_doubt'
-from .dynamics import SCORES, Label, Likely, Reducer, _folds_like, row_weight
+from .bars import Bar
+from .dynamics import SCORES, Label, Likely, Reducer, _share_state, register_score, row_weight
 from .epochs import Epochs
+from .issues import LabelDoubt
 from .parquet import ROWS
 from .running import BrokenScore, NoStates, States, by_key, fold
 
 # %% ../nbs/05c_cache.ipynb #1c8e4ff4
+register_score('label_doubt', LabelDoubt())
 LABELS = (Label(), Likely()) # The label of each item, and the class that the model saw in it
 
 @dataclass(frozen=True)
@@ -47,7 +49,7 @@ class StateCache:
     "The running states of a record's scores."
     def __init__(self, epochs: Epochs):
         self.epochs, self.place = epochs, epochs.place
-        self.unwritten, self.broken = {}, {}              # states where nothing can be written; scores that fail
+        self.unwritten, self.broken = {}, {}              # states that cannot be written; scores that fail
 
     def wanted(self) -> dict: # key → `Reducer`
         "The states that are kept: those of all registered scores that can be computed."
@@ -61,7 +63,9 @@ class StateCache:
         "The scores of every item of a segment."
         return self._in_step(lambda anew: self._values(reducers, seg, anew))
 
-    def all_values(self, seg: Segment) -> tuple: # label, likely class; name → values of each score that can be computed
+    def all_values(self,
+        seg: Segment,
+    ) -> tuple: # label, likely class; name → values of each score that can be computed
         "Every score of every item of a segment. The states are looked up once."
         def read(anew):
             states = self._current(list(LABELS), seg, anew)
@@ -89,19 +93,22 @@ class StateCache:
     def _finalized(self, reducers, states) -> list:
         return [np.array(r.finalize(states[r.key]), dtype=np.float64) for r in reducers]
 
-    def _states_of(self, reducers, seg, anew) -> dict: # key → state
-        "The states that these reducers read: kept ones, and one's own for a reducer without a name."
-        wanted = self.wanted()
-        kept = lambda r: r.key in wanted and _folds_like(wanted[r.key], r)
-        own = {r.key: self._own(r, seg) for r in reducers if not kept(r)}
-        if len(own) == len(reducers): return own
-        states = self._current([r for r in reducers if kept(r)], seg, anew)
-        return {r.key: own[r.key] if r.key in own else states[r.key] for r in reducers}
+# %% ../nbs/05c_cache.ipynb #afeaa7f9
+@patch
+def _states_of(self: StateCache, reducers, seg, anew) -> dict: # key → state
+    "The states that these reducers read: kept ones, and one's own for a reducer without a name."
+    wanted = self.wanted()
+    kept = lambda r: r.key in wanted and _share_state(wanted[r.key], r)
+    own = {r.key: self._own(r, seg) for r in reducers if not kept(r)}
+    if len(own) == len(reducers): return own
+    states = self._current([r for r in reducers if kept(r)], seg, anew)
+    return {r.key: own[r.key] if r.key in own else states[r.key] for r in reducers}
 
-    def _own(self, r, seg):
-        if r.key in self.broken: raise self.broken[r.key]
-        self._fold(sink := io.BytesIO(), seg, self._marks(seg), {r.key: r}, None)
-        return States(sink)[r.key]
+@patch
+def _own(self: StateCache, r, seg):
+    if r.key in self.broken: raise self.broken[r.key]
+    self._fold(sink := io.BytesIO(), seg, self._marks(seg), {r.key: r}, None)
+    return States(sink)[r.key]
 
 # %% ../nbs/05c_cache.ipynb #a8c3eaed
 @patch
@@ -109,10 +116,12 @@ def _marks(self: StateCache, seg): return json.loads(json.dumps(self.epochs.mark
 
 @patch
 def _fold(self: StateCache, sink, seg, marks, reducers, old):
-    fold(sink, seg.n, reducers, marks, _walk(self.epochs, seg), old)
+    with Bar(f'folding the epochs of {seg.split}') as bar:
+        fold(sink, seg.n, reducers, marks, _walk(self.epochs, seg), old, bar=bar)
 
 @patch
-def _name(self: StateCache, seg): return self.epochs.layout.running.format(split=seg.split, k=seg.k)
+def _name(self: StateCache, seg):
+    return self.epochs.layout.running.format(split=seg.split, k=seg.k)
 
 @patch
 def _kept(self: StateCache, seg) -> States|None:
@@ -132,7 +141,8 @@ def _current(self: StateCache,
 ) -> States:
     "The states after all epochs of a segment."
     wanted, marks, old = self.wanted(), self._marks(seg), None if anew else self._kept(seg)
-    if old is not None and old.marks == marks and all(old.knows(*o) for o in wanted.items()): return old
+    if old is not None and old.marks == marks and all(old.knows(*o) for o in wanted.items()):
+        return old
     try: return self._renew(seg, marks, wanted, old, writing)
     except NoStates:                                      # the old ones are torn
         if anew: raise
@@ -149,7 +159,8 @@ def _renew(self: StateCache, seg, marks, wanted, old, writing) -> States:
     "Fold, and keep the result beside the epochs; or in memory, where nothing can be written."
     name, where = self._name(seg), (seg.split, seg.k)
     try:
-        if not marks: raise FileNotFoundError(f"{self.place} has no epoch of {seg.split!r}, perhaps no longer")
+        if not marks:
+            raise FileNotFoundError(f"{self.place} has no epoch of {seg.split!r}, perhaps no longer")
         self.place.write(name, lambda f: self._fold(f, seg, marks, wanted, old), lasting=False)
         self.unwritten.pop(where, None)
         return States(**self.place.parquet(name))

@@ -55,7 +55,8 @@ def _reads_as(name, value: int|float) -> bool:
     return number is not None and (float(str(number)) if isinstance(value, float) else number) == value
 
 def _text(o) -> str: return unicodedata.normalize('NFC', str(o).strip())
-def _truth(o) -> bool|None: return {'true': True, 'false': False}.get(str(o).strip().casefold())
+def _truth(o) -> bool|None:
+    return {'true': True, 'false': False}.get(str(o).strip().casefold())
 
 def _called(names, value) -> list: # Of places
     "The classes that this value may be a name of."
@@ -88,7 +89,8 @@ def _refuse_missing(names):
 
 def _scalar(value):
     "A value that may come from NumPy, PyTorch or pandas as plain Python."
-    if getattr(value, 'shape', None) == () and not isinstance(value, np.generic): value = value.item()
+    if getattr(value, 'shape', None) == () and not isinstance(value, np.generic):
+        value = value.item()
     return float(str(value)) if isinstance(value, (float, np.floating)) else _as_name(value)
 
 def _some(names) -> str:

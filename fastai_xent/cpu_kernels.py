@@ -332,7 +332,8 @@ def _planes_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, l
         _facts(f, r, out, base, h)
         if len(g):
             rest, label = h[_REST][:r], h[_LABEL][:r]
-            for k in range(c): _plane_grad(e[k][:r], yr, np.int32(k), rest, label, g[o, k][at:at + r])
+            for k in range(c):
+                _plane_grad(e[k][:r], yr, np.int32(k), rest, label, g[o, k][at:at + r])
         _forget(klass[base:base + r], out, base)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #7065c615
@@ -379,7 +380,8 @@ def _teach() -> None:
     import numba
     from numba.core import types
     from numba.extending import overload, register_jitable
-    if numba.config.DISABLE_JIT: raise RuntimeError("numba's compiler is switched off (NUMBA_DISABLE_JIT)")
+    if numba.config.DISABLE_JIT:
+        raise RuntimeError("numba's compiler is switched off (NUMBA_DISABLE_JIT)")
     def by_type(f, narrow, wide):
         @overload(f, jit_options=_STRICT)
         def choose(x): return narrow if getattr(x, 'dtype', x) == types.float32 else wide
@@ -428,7 +430,8 @@ def _kernels(dtype, planes: bool) -> _Kernels|None:
             kernels = _compile(keep)
             _try(kernels, dtype, planes)
             return kernels
-        except Exception as e: why = e                # whatever an import or a compiler may raise
+        except Exception as e:
+            why = e  # whatever an import or a compiler may raise
     warnings.warn("numba does not compile the loss of fastai_xent, so losses on the CPU are slower: "
                   f"{type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
 
@@ -490,7 +493,8 @@ def _layout(z: np.ndarray, axis: int) -> tuple:
     if axis == len(shape) - 1 and z.flags.c_contiguous:
         return z if axis == 1 else z.reshape(math.prod(shape[:-1]), shape[-1]), False
     n, c, d = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1:])
-    if z.flags.c_contiguous and (d == 1 or d >= _FEW): return z.reshape((n, c) if d == 1 else (n, c, d)), False
+    if z.flags.c_contiguous and (d == 1 or d >= _FEW):
+        return z.reshape((n, c) if d == 1 else (n, c, d)), False
     last = np.moveaxis(z, axis, -1)
     if last.flags.c_contiguous or d < _FEW: return last.reshape(n * d, c), True
     return _layout(np.ascontiguousarray(z), axis)
@@ -527,7 +531,8 @@ def fused_pass(
     else: divisor = kernels.whole(flat, targ, w, ignore_index, reduction == 'mean', *room)
     if math.isnan(divisor): _raise_bad_targ(y, c, ignore_index)
     grad = torch.from_numpy(g) if want_grad else None
-    if want_grad and (moved or g.ndim != z.ndim): grad = _as(grad, z.shape, axis if moved else None)
+    if want_grad and (moved or g.ndim != z.ndim):
+        grad = _as(grad, z.shape, axis if moved else None)
     return FusedPass(None if reduction == 'none' else torch.from_numpy(loss), grad, facts, ints, divisor)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #0b106c81

@@ -32,7 +32,8 @@ def places(
     n: int, # Number of items
 ) -> int|list:
     "The places that an index means, counted from 0."
-    if getattr(i, 'ndim', 0) == 0 and hasattr(i, '__index__'): return range(n)[operator.index(i)]
+    if getattr(i, 'ndim', 0) == 0 and hasattr(i, '__index__'):
+        return range(n)[operator.index(i)]
     if isinstance(i, slice): return [*range(n)[i]]
     return np.arange(n)[np.asarray(i) if hasattr(i, 'dtype') else list(i)].tolist()
 
@@ -46,7 +47,8 @@ class Kept(Subset):
     def __init__(self, dataset, indices):
         super().__init__(dataset, indices if isinstance(indices, range) else [int(i) for i in indices])
     def __getattr__(self, k):
-        if k.startswith('__') or k in ('dataset', 'tls'): raise AttributeError(k)   # `tls` have other items than these
+        # `tls` have other items than these
+        if k.startswith('__') or k in ('dataset', 'tls'): raise AttributeError(k)
         return getattr(self.dataset, k)
     def __getitem__(self, i):
         at = places(i, len(self))
@@ -66,7 +68,8 @@ def fewer_items(
     if isinstance(ds, Tabular): return ds.new(ds.items.iloc[at])
     source, own = item_source(ds), isinstance(ds, Datasets) and type(ds).__init__ is not Datasets.__init__
     if source is None or own or not isinstance(ds, (Datasets, TfmdLists)): return Kept(ds, at)
-    if isinstance(ds, Datasets): return type(ds)(tls=L(fewer_items(tl, at) for tl in ds.tls), n_inp=ds.n_inp)
+    if isinstance(ds, Datasets):
+        return type(ds)(tls=L(fewer_items(tl, at) for tl in ds.tls), n_inp=ds.n_inp)
     res = ds._new(ds._get(at.tolist()), split_idx=ds.split_idx)
     res.splits = L(source[at].tolist() if i == ds.split_idx else o for i, o in enumerate(ds.splits))
     return res
@@ -82,9 +85,11 @@ def _label_place(item, key, n_inp) -> int:
     names, kind = list(getattr(item, '_fields', range(len(item)))), type(item).__name__
     if key in names: return names.index(key)
     if key is not None and key not in range(len(item)):
-        raise KeyError(f"the items are of type {kind} and have no part {key!r}; they have {', '.join(map(str, names))}")
+        raise KeyError(f"the items are of type {kind} and have no part {key!r}; "
+                       f"they have {', '.join(map(str, names))}")
     if key is not None: return key
-    if len(item) < 2: raise TypeError(f"the items are of type {kind}, {len(item)} long, expected an input and a label")
+    if len(item) < 2:
+        raise TypeError(f"the items are of type {kind}, {len(item)} long, expected an input and a label")
     return n_inp if n_inp and n_inp < len(item) else len(item) - 1
 
 def label_field(
@@ -101,7 +106,8 @@ def label_field(
     if key is None:
         raise TypeError(f"the items are of type {kind} and have {', '.join(map(str, keys))}; say which is "
                         f"the label, such as `key={keys[-1]!r}`")
-    if key not in keys: raise KeyError(f"the items have no {key!r}; they have {', '.join(map(str, keys))}")
+    if key not in keys:
+        raise KeyError(f"the items have no {key!r}; they have {', '.join(map(str, keys))}")
     return key
 
 # %% ../nbs/03b_datasets.ipynb #3356575b
@@ -133,7 +139,8 @@ def class_of(
         return found[0] if len(found) == 1 else None
     if isinstance(label, (Tensor, np.ndarray)):
         label = label.reshape(-1).tolist()[0] if math.prod(label.shape) == 1 else None
-    if not isinstance(label, (bool, int, float, np.bool_, np.number)) or not math.isfinite(label): return None
+    if not isinstance(label, (bool, int, float, np.bool_, np.number)) or not math.isfinite(label):
+        return None
     return int(label) if label == int(label) and 0 <= label < len(names) else None
 
 def label_kind(label) -> tuple: # Type, dtype, shape; the length of a text is not its kind
@@ -169,9 +176,11 @@ class Relabelled(Kept):
     ):
         super().__init__(dataset, range(len(dataset)))
         self.new, self.field, self.names = new, field, names
-    def label(self, y, i): return label_like(y, self.new[i], self.names) if i in self.new else y
+    def label(self, y, i):
+        return label_like(y, self.new[i], self.names) if i in self.new else y
     def _item(self, item, i):
-        return with_part(item, self.field, self.label(part(item, self.field), i)) if i in self.new else item
+        if i not in self.new: return item
+        return with_part(item, self.field, self.label(part(item, self.field), i))
     def _batch(self, batch, at):
         "Of a dataset that gives several items as one batch."
         y = part(batch, self.field)
@@ -187,9 +196,12 @@ class Relabelled(Kept):
     def __getitem__(self, i):
         at, res = places(i, len(self)), self.dataset[i]
         if isinstance(at, int): return self._item(res, at)
-        return [self._item(o, k) for o, k in zip(res, at)] if isinstance(res, list) else self._batch(res, at)
-    def __getitems__(self, at): return [self._item(o, int(i)) for o, i in zip(_several(self.dataset, at), at)]
+        if not isinstance(res, list): return self._batch(res, at)
+        return [self._item(o, k) for o, k in zip(res, at)]
+    def __getitems__(self, at):
+        return [self._item(o, int(i)) for o, i in zip(_several(self.dataset, at), at)]
 
+# %% ../nbs/03b_datasets.ipynb #670d6003
 def label_of(
     ds, # A dataset
     i: int, # Which item
@@ -220,4 +232,5 @@ def other_labels(
     names, # Of the classes
 ):
     "`ds` with the labels `new`."
-    return _table_with(ds, new, field, names) if isinstance(ds, Tabular) else Relabelled(ds, new, field, names)
+    if isinstance(ds, Tabular): return _table_with(ds, new, field, names)
+    return Relabelled(ds, new, field, names)

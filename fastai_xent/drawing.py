@@ -6,7 +6,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/drawing.html.md"""
 
 # %% auto #0
 __all__ = ['BLUE', 'ORANGE', 'GREEN', 'GREY', 'AGREES', 'DOTS', 'axis_of', 'shades', 'short', 'put_title', 'put_legend',
-           'put_dots', 'put_circles', 'put_counts']
+           'put_dots', 'put_circles', 'put_counts', 'table_size']
 
 # %% ../nbs/07b_drawing.ipynb #0f085b99
 import textwrap
@@ -14,7 +14,6 @@ import textwrap
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import LinearSegmentedColormap, LogNorm, to_rgb
-from matplotlib.patheffects import Normal, Stroke
 
 # %% ../nbs/07b_drawing.ipynb #e77c7385
 BLUE, ORANGE, GREEN, GREY = '#0072B2', '#D55E00', '#009E73', '#888888' # after Okabe and Ito
@@ -58,11 +57,17 @@ def put_dots(ax, x, y, **kw):
 
 def put_circles(ax, x, y): ax.scatter(x, y, s=40, facecolors='none', edgecolors=ORANGE, lw=1.2)
 
-def put_counts(ax, counts, names):
+def put_counts(ax, counts, names, text='{:,}', cmap=None):
     "Counts in cells, written where they are not 0."
-    ax.imshow(np.ma.masked_equal(counts, 0), cmap=shades(), vmin=0, vmax=max(counts.max(initial=0), 1))
-    for i, j in np.argwhere(counts):
-        ax.text(j, i, f'{counts[i, j]:,}', ha='center', va='center', fontsize=8, color='white',
-                path_effects=[Stroke(linewidth=1.5, foreground='black'), Normal()])
-    ax.set_xticks(range(len(names)), names, rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
-    ax.set_yticks(range(len(names)), names, parse_math=False)
+    cells = ax.imshow(np.ma.masked_equal(counts, 0), cmap=cmap or shades(), vmin=0, vmax=max(counts.max(initial=0), 1e-9))
+    light = cells.to_rgba(counts)[..., :3] @ (.3, .6, .1)
+    for i, j in np.argwhere(counts) if text else ():
+        ax.text(j, i, text.format(counts[i, j]), ha='center', va='center', fontsize=8,
+                color='black' if light[i, j] > .5 else 'white')
+    at = range(0, len(names), 1 + len(names) // 40)       # as many names as can be read
+    ax.set_xticks(at, names[::at.step], rotation=45, ha='right', rotation_mode='anchor', parse_math=False)
+    ax.set_yticks(at, names[::at.step], parse_math=False)
+
+def table_size(names) -> tuple: # Width and height in inches
+    "Room for a table of so many classes."
+    return (1.6 + .32 * min(len(names), 30) + .07 * max(map(len, names), default=0),) * 2

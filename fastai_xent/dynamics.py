@@ -16,13 +16,13 @@ import numpy as np
 
 # %% ../nbs/04_dynamics.ipynb #67ba5cc8
 class Reducer:
-    "One score an item from a stream of epochs. Subclasses say which columns they read, and what a row adds."
+    "One score an item from a stream of epochs. Subclasses say what they read, and what a row adds."
     columns = () # Columns that `update` reads
     largest_first = True # Is the item with the largest score the one to look at first?
 
     @property
-    def key(self) -> str: # Reducers of one key have the same `init` and `update`, and share one running state
-        "Name of the state: that of the class, and a mark of what its instance was told."
+    def key(self) -> str: # Reducers of one key have the same `init` and `update`, and share a state
+        "Name of the state: that of the class, and a checksum of what its instance was told."
         told = repr(sorted(vars(self).items()))
         return type(self).__name__ + f'_{zlib.crc32(told.encode()):08x}' * bool(vars(self))
     def init(self, n: int) -> dict: # Arrays of length `n`
@@ -34,13 +34,13 @@ class Reducer:
         weight: np.ndarray, # How much each row counts, `r`; see `row_weight`
         **cols # The columns of these rows, `r` each
     ) -> None:
-        "Fold the rows of one epoch into the state."
+        "Add the rows of one epoch to the state."
         raise NotImplementedError
     def totals(self,
         weight: np.ndarray, # How much each row counts, `r`
         **cols # The columns of these rows, `r` each
     ) -> np.ndarray|None: # A few numbers; None: `update` need not know any
-        "What `update` must know of an epoch as a whole, as sums over rows. Those of all rows of the epoch come to it as `totals`."
+        "What `update` must know of a whole epoch, as sums over rows; it gets those of all as `totals`."
     def finalize(self, state: dict) -> np.ndarray: # One score an item, float64; nan where it was never seen
         "The scores so far."
         raise NotImplementedError
@@ -48,14 +48,14 @@ class Reducer:
 # %% ../nbs/04_dynamics.ipynb #88c0d6ca
 def row_weight(
     lam: np.ndarray, # Share of the row's own item, nan where nothing was mixed, `r`
-    occurrence: np.ndarray, # Which of the item's rows in its epoch this is; −1: it only fills up a batch, `r`
+    occurrence: np.ndarray, # Which of its item's rows in the epoch; −1: it only fills up a batch, `r`
 ) -> np.ndarray: # From 0 to 1, `r`
     "How much each row counts in a score."
     return np.where(np.isnan(lam), 1., lam) * (occurrence >= 0)
 
 # %% ../nbs/04_dynamics.ipynb #bc9d0ba3
 class Mean(Reducer):
-    "The weighted mean over an item's rows of `value(**cols)`. Rows where that is nan (an ignored target) are left out."
+    "The weighted mean of `value(**cols)` over an item's rows, without those where it is nan (ignored)."
     def value(self, **cols) -> np.ndarray: raise NotImplementedError
     def init(self, n): return dict(total=np.zeros(n), weight=np.zeros(n))
     def update(self, state, item, weight, **cols):
@@ -64,31 +64,37 @@ class Mean(Reducer):
         state['total'] += np.bincount(item, w * np.nan_to_num(v), minlength=n)
         state['weight'] += np.bincount(item, w, minlength=n)
     def finalize(self, state):
-        return np.divide(state['total'], state['weight'], out=np.full(len(state['total']), np.nan), where=state['weight'] > 0)
+        total, weight = state['total'], state['weight']
+        return np.divide(total, weight, out=np.full(len(total), np.nan), where=weight > 0)
 
 # %% ../nbs/04_dynamics.ipynb #dad0d73e
 class MeanColumn(Mean):
     "The weighted mean over an item's rows of one column."
-    def __init__(self, column: str, largest_first: bool = True): self.columns, self.largest_first = (column,), largest_first
+    def __init__(self, column: str, largest_first: bool = True):
+        self.columns, self.largest_first = (column,), largest_first
     @property
     def key(self): return f'mean_{self.columns[0]}'
     def value(self, **cols): return cols[self.columns[0]]
 
 # %% ../nbs/04_dynamics.ipynb #76aa3207
 class MarginLoss(Mean):
-    "Mean over epochs of softplus(−margin), in nats: the logistic loss of the label against its strongest rival. For label errors."
+    "Mean over epochs of softplus(−margin), in nats. For label errors."
     columns = ('margin',)
     def value(self, margin):
         with np.errstate(invalid='ignore'): return np.logaddexp(0, -margin.astype(np.float64))
 
 # %% ../nbs/04_dynamics.ipynb #a8e3a6b0
 class AUM(MeanColumn):
-    "Area under the margin (Pleiss et al., 2020): the mean margin over epochs, in logits. Small for label errors, unless they are memorised."
+    """Area under the margin (Pleiss et al., 2020): the mean margin over epochs, in logits.
+
+    Small for label errors, unless they are memorised."""
     def __init__(self): super().__init__('margin', largest_first=False)
 
 # %% ../nbs/04_dynamics.ipynb #8f2f544c
 class EL2N(MeanColumn):
-    "The mean of ‖softmax(z) − onehot(label)‖₂, from 0 to √2 (Paul et al., 2021, who average over runs). For pruning: drop the smallest."
+    """The mean of ‖softmax(z) − onehot(label)‖₂, from 0 to √2 (Paul et al., 2021, who average over runs).
+
+    For pruning: drop the smallest."""
     def __init__(self): super().__init__('el2n')
 
 # %% ../nbs/04_dynamics.ipynb #e8907a7c
@@ -108,44 +114,53 @@ class EarlyMean(MeanColumn):
             state['rows'][item[rows]] += 1
 
 def _turns(item: np.ndarray, valid: np.ndarray):
-    "The places of the valid rows, in groups in which no item stands twice; an item's rows come in order."
+    "The places of the valid rows, in groups without an item twice; an item's rows come in order."
     rows = np.flatnonzero(valid)
     if (item[rows][1:] > item[rows][:-1]).all():          # each item once, in order: the common case
         if len(rows): yield rows
         return
     order = rows[np.argsort(item[rows], kind='stable')]
     at = np.arange(len(order))
-    nth = at - np.maximum.accumulate(np.where(np.r_[True, item[order][1:] != item[order][:-1]], at, 0))
+    new = np.r_[True, item[order][1:] != item[order][:-1]]
+    nth = at - np.maximum.accumulate(np.where(new, at, 0))
     for k in range(nth.max() + 1): yield order[nth == k]
 
 # %% ../nbs/04_dynamics.ipynb #c2f57dfc
 class Last(Reducer):
     "A column at an item's last row."
-    def __init__(self, column: str, largest_first: bool = True): self.columns, self.largest_first = (column,), largest_first
+    def __init__(self, column: str, largest_first: bool = True):
+        self.columns, self.largest_first = (column,), largest_first
     @property
     def key(self): return f'last_{self.columns[0]}'
     def init(self, n): return dict(value=np.full(n, np.nan))
     def update(self, state, item, weight, **cols):
         v = cols[self.columns[0]].astype(np.float64)
-        for rows in _turns(item, (weight > 0) & ~np.isnan(v)): state['value'][item[rows]] = v[rows]
+        for rows in _turns(item, (weight > 0) & ~np.isnan(v)):
+            state['value'][item[rows]] = v[rows]
     def finalize(self, state): return state['value']
 
 # %% ../nbs/04_dynamics.ipynb #e373b11c
 class Confidence(Reducer):
-    "The mean over epochs of the label's probability (Swayamdipta et al., 2020), also called learning speed. Small for hard examples and label errors."
+    """The mean over epochs of the label's probability (Swayamdipta et al., 2020), or learning speed.
+
+    Small for hard examples and label errors."""
     columns, largest_first, key = ('p_targ',), False, 'moments_p_targ'
     def init(self, n): return {o: np.zeros(n) for o in ('weight', 'total', 'squares')}
     def update(self, state, item, weight, p_targ):
         p, n = p_targ.astype(np.float64), len(state['weight'])
         w, p = np.where(np.isnan(p), 0., weight), np.nan_to_num(p)
-        for name, v in dict(weight=w, total=w * p, squares=w * p * p).items(): state[name] += np.bincount(item, v, minlength=n)
+        for name, v in dict(weight=w, total=w * p, squares=w * p * p).items():
+            state[name] += np.bincount(item, v, minlength=n)
     def moments(self, state) -> tuple: # E[p], E[p²]
-        with np.errstate(invalid='ignore'): return state['total'] / state['weight'], state['squares'] / state['weight']
+        n = state['weight']
+        with np.errstate(invalid='ignore'): return state['total'] / n, state['squares'] / n
     def finalize(self, state): return self.moments(state)[0]
 
 # %% ../nbs/04_dynamics.ipynb #b3e5927e
 class Epistemic(Confidence):
-    "The variance over epochs of the label's probability (Data-IQ, Seedat et al., 2022). Large for examples learned late; not for label errors."
+    """The variance over epochs of the label's probability (Data-IQ, Seedat et al., 2022).
+
+    Large for examples learned late; not for label errors."""
     largest_first = True
     def finalize(self, state):
         p, squares = self.moments(state)
@@ -153,12 +168,16 @@ class Epistemic(Confidence):
 
 # %% ../nbs/04_dynamics.ipynb #14a79369
 class Variability(Epistemic):
-    "The standard deviation over epochs of the label's probability (Swayamdipta et al., 2020). Large for ambiguous examples; not for label errors."
+    """The standard deviation over epochs of the label's probability (Swayamdipta et al., 2020).
+
+    Large for ambiguous examples; not for label errors."""
     def finalize(self, state): return np.sqrt(super().finalize(state))
 
 # %% ../nbs/04_dynamics.ipynb #9e96b00c
 class Aleatoric(Confidence):
-    "The mean over epochs of p(1 − p), p the label's probability, from 0 to ¼ (Data-IQ, Seedat et al., 2022). Large for ambiguous examples; not for label errors."
+    """The mean over epochs of p(1 − p), with the label's probability p (Data-IQ, Seedat et al., 2022).
+
+    From 0 to ¼. Large for ambiguous examples; not for label errors."""
     largest_first = True
     def finalize(self, state):
         p, squares = self.moments(state)
@@ -166,35 +185,51 @@ class Aleatoric(Confidence):
 
 # %% ../nbs/04_dynamics.ipynb #17c7993d
 class Correctness(Reducer):
-    "The share of an item's rows that were predicted right (Swayamdipta et al., 2020). Small for hard examples and label errors."
+    """The share of an item's rows that were predicted right (Swayamdipta et al., 2020).
+
+    Small for hard examples and label errors."""
     columns, largest_first, key = ('pred', 'targ'), False, 'events'
-    def init(self, n): return dict(was_right=np.zeros(n, dtype=bool), **{o: np.zeros(n, dtype=np.int32) for o in ('rows', 'right', 'forgotten', 'first_right', 'last_wrong', 'lead')},
-                                   **{o: np.full(n, -1, dtype=np.int32) for o in ('label', 'voted')})
+    def init(self, n):
+        counts = 'rows', 'right', 'forgotten', 'first_right', 'last_wrong', 'lead'
+        return dict(was_right=np.zeros(n, dtype=bool), **{o: np.zeros(n, dtype=np.int32) for o in counts},
+                    **{o: np.full(n, -1, dtype=np.int32) for o in ('label', 'voted')})
     def update(self, state, item, weight, pred, targ):
-        known = (weight >= .5) & ~np.isnan(pred.astype(np.float64)) & ~np.isnan(targ.astype(np.float64))
-        for rows in _turns(item, known):
-            i, right = item[rows], pred[rows] == targ[rows]
-            s = {k: v[i] for k, v in state.items()}
-            n, new = s['rows'] + 1, ~right & (s['lead'] == 0)
-            voted = np.where(new, pred[rows], s['voted'])
-            lead = s['lead'] + np.where(right, 0, np.where(pred[rows] == voted, 1, -1))
-            for k, v in dict(rows=n, right=s['right'] + right, forgotten=s['forgotten'] + (s['was_right'] & ~right), was_right=right,
-                             first_right=np.where(right & (s['right'] == 0), n, s['first_right']), last_wrong=np.where(right, s['last_wrong'], n), label=targ[rows], voted=voted, lead=lead).items(): state[k][i] = v
+        known = ~np.isnan(pred.astype(np.float64)) & ~np.isnan(targ.astype(np.float64))
+        for rows in _turns(item, (weight >= .5) & known):
+            i = item[rows]
+            new = _after_one_row({k: v[i] for k, v in state.items()}, pred[rows], targ[rows])
+            for k, v in new.items(): state[k][i] = v
     def of(self, state, values) -> np.ndarray: # nan for items that were never seen
         return np.where(state['rows'] > 0, values, np.nan)
-    def finalize(self, state): return self.of(state, state['right'] / np.maximum(state['rows'], 1))
+    def finalize(self, state):
+        return self.of(state, state['right'] / np.maximum(state['rows'], 1))
+
+def _after_one_row(s: dict, pred: np.ndarray, targ: np.ndarray) -> dict: # Like `s`
+    "The state of some items after one more row of each."
+    right, n = pred == targ, s['rows'] + 1
+    voted = np.where(~right & (s['lead'] == 0), pred, s['voted'])
+    return dict(
+        rows=n, right=s['right'] + right, was_right=right, label=targ,
+        forgotten=s['forgotten'] + (s['was_right'] & ~right),
+        first_right=np.where(right & (s['right'] == 0), n, s['first_right']),
+        last_wrong=np.where(right, s['last_wrong'], n),
+        voted=voted, lead=s['lead'] + np.where(right, 0, np.where(pred == voted, 1, -1)))
 
 # %% ../nbs/04_dynamics.ipynb #56d3f4e1
 class Forgetting(Correctness):
-    "How often a right prediction was followed by a wrong one; inf if it was never right (Toneva et al., 2019). Small for redundant examples; a weak score for label errors."
+    """How often a right prediction was followed by a wrong one; inf if none was right (Toneva et al., 2019).
+
+    Small for redundant examples; a weak score for label errors."""
     largest_first = True
-    def finalize(self, state): return self.of(state, np.where(state['right'] > 0, state['forgotten'], np.inf))
+    def finalize(self, state):
+        return self.of(state, np.where(state['right'] > 0, state['forgotten'], np.inf))
 
 # %% ../nbs/04_dynamics.ipynb #0247d76e
 class Unforgettable(Correctness):
     "1 if the item was learned and never forgotten, else 0 (Toneva et al., 2019). For pruning."
     largest_first = True
-    def finalize(self, state): return self.of(state, (state['right'] > 0) & (state['forgotten'] == 0))
+    def finalize(self, state):
+        return self.of(state, (state['right'] > 0) & (state['forgotten'] == 0))
 
 # %% ../nbs/04_dynamics.ipynb #5cc8fd85
 class WrongEvents(Correctness):
@@ -204,13 +239,18 @@ class WrongEvents(Correctness):
 
 # %% ../nbs/04_dynamics.ipynb #cbb63560
 class FirstLearned(Correctness):
-    "Which of its rows, from 1, was the first that was predicted right; inf if none was. Large for examples learned late."
+    """Which of its rows, from 1, was the first that was predicted right; inf if none was.
+
+    Large for examples learned late."""
     largest_first = True
-    def finalize(self, state): return self.of(state, np.where(state['right'] > 0, state['first_right'], np.inf))
+    def finalize(self, state):
+        return self.of(state, np.where(state['right'] > 0, state['first_right'], np.inf))
 
 # %% ../nbs/04_dynamics.ipynb #bb66c4ec
 class IterationLearned(Correctness):
-    "Which of its rows, from 0, was the last that was predicted wrong: from there on it is learned (Baldock et al., 2021). Large for examples learned late."
+    """Which of its rows, from 0, was the last that was predicted wrong (Baldock et al., 2021).
+
+    From there on it is learned. Large for examples learned late."""
     largest_first = True
     def finalize(self, state): return self.of(state, state['last_wrong'])
 
@@ -224,16 +264,22 @@ class Rows(Correctness):
     def finalize(self, state): return self.of(state, state['rows'])
 
 class Likely(Correctness):
-    "The label if at least half of the predictions were right, else the class that the wrong ones voted for. Not a score."
-    def finalize(self, state): return self.of(state, np.where(2 * state['right'] >= state['rows'], state['label'], state['voted']))
+    """The label if at least half of the predictions were right, else the class of the wrong ones.
+
+    Not a score."""
+    def finalize(self, state):
+        agrees = 2 * state['right'] >= state['rows']
+        return self.of(state, np.where(agrees, state['label'], state['voted']))
 
 # %% ../nbs/04_dynamics.ipynb #e21156bd
-SCORES = dict(margin_loss=MarginLoss(), loss=MeanColumn('loss'), el2n=EL2N(), grad_norm=MeanColumn('grad_norm'), aum=AUM(),
-              confidence=Confidence(), variability=Variability(), aleatoric=Aleatoric(), epistemic=Epistemic(),
-              correctness=Correctness(), forgetting=Forgetting(), unforgettable=Unforgettable(), wrong_events=WrongEvents(),
-              first_learned=FirstLearned(), iteration_learned=IterationLearned(),
-              early_el2n=EarlyMean('el2n'), last_el2n=Last('el2n'), last_loss=Last('loss'), last_margin=Last('margin', largest_first=False),
-              entropy=MeanColumn('entropy'), grand=MeanColumn('grand'))
+SCORES = dict(
+    margin_loss=MarginLoss(), loss=MeanColumn('loss'), el2n=EL2N(), grad_norm=MeanColumn('grad_norm'), aum=AUM(),
+    confidence=Confidence(), variability=Variability(), aleatoric=Aleatoric(), epistemic=Epistemic(),
+    correctness=Correctness(), forgetting=Forgetting(), unforgettable=Unforgettable(),
+    wrong_events=WrongEvents(), first_learned=FirstLearned(), iteration_learned=IterationLearned(),
+    early_el2n=EarlyMean('el2n'), last_el2n=Last('el2n'), last_loss=Last('loss'),
+    last_margin=Last('margin', largest_first=False),
+    entropy=MeanColumn('entropy'), grand=MeanColumn('grand'))
 RANK_BY = 'margin_loss' # what ranks items where nothing else is said
 _MEANS = dict(margin='aum', p_targ='confidence')
 
@@ -244,21 +290,26 @@ def get_score(
     "The reducer called `by`. A column's name stands for its mean over epochs."
     if isinstance(by, Reducer): return by
     by = _MEANS.get(by, by)
-    if by not in SCORES: raise KeyError(f"no score is called {by!r}; expected one of {', '.join(SCORES)}, or a Reducer")
-    return SCORES[by]
+    if by in SCORES: return SCORES[by]
+    raise KeyError(f"no score is called {by!r}; expected one of {', '.join(SCORES)}, or a Reducer")
 
 # %% ../nbs/04_dynamics.ipynb #dcb42234
-def _folds_like(a: Reducer, b: Reducer) -> bool:
-    "May these two share a state?"
-    return a.key == b.key and tuple(a.columns) == tuple(b.columns) and all(getattr(type(a), o, None) is getattr(type(b), o, None) for o in ('init', 'update', 'value'))
+def _share_state(a: Reducer, b: Reducer) -> bool:
+    "Do these two keep the same numbers?"
+    if a.key != b.key or tuple(a.columns) != tuple(b.columns): return False
+    def same(method): return getattr(type(a), method, None) is getattr(type(b), method, None)
+    return all(map(same, ('init', 'update', 'value')))
 
 def register_score(
     name: str, # What `record.top(by=…)` will call it
     reducer: Reducer, # How it is computed
 ) -> None:
     "Give a score a name, and every record its running state. An earlier score of that name is replaced."
-    if not isinstance(reducer, Reducer): raise TypeError(f"{name!r} is a {type(reducer).__name__}, expected an instance of a Reducer")
+    kind = type(reducer).__name__
+    if not isinstance(reducer, Reducer):
+        raise TypeError(f"{name!r} is a {kind}, expected an instance of a Reducer")
     for other, r in SCORES.items():
-        if other != name and r.key == reducer.key and not _folds_like(r, reducer):
-            raise ValueError(f"the states of {name!r} and {other!r} are both called {r.key!r}, but they are not folded alike: give {type(reducer).__name__} a `key` of its own")
+        if other != name and r.key == reducer.key and not _share_state(r, reducer):
+            raise ValueError(f"the states of {name!r} and {other!r} are both called {r.key!r}, but they are not "
+                             f"computed alike: give {kind} a `key` of its own")
     SCORES[name] = reducer

@@ -23,6 +23,7 @@ import pyarrow.dataset
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
+from .bars import Bar
 from .files import Place
 from .parquet import ALL, GROUP, KEY, ROWS, read_items, with_key, write_rows
 
@@ -39,6 +40,8 @@ class Layout:
     compact: str = 'rows/{split}/compact-{number}.parquet'
     maps: str = '_maps/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     probs: str = '_probs/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
+    sent: str = '_sent.json'
+    reviews: str = '_reviews/{number}.jsonl'
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."
@@ -46,8 +49,9 @@ class Layout:
         m = re.fullmatch(re.sub(r'\\{(\w+)(:03d)?\\}', field, re.escape(getattr(self, kind))), name)
         return m and m.groupdict()
     def folders(self) -> list: # Of names
-        "The directories and files of a record."
-        return list(dict.fromkeys(getattr(self, o).split('/')[0] for o in self.__dataclass_fields__))
+        "The directories and files that a training writes. What people decided stays when it is replaced."
+        kinds = [o for o in self.__dataclass_fields__ if o != 'reviews']
+        return list(dict.fromkeys(getattr(self, o).split('/')[0] for o in kinds))
 
 _HIVE = 'fit={fit}/split={split}/epoch={epoch}/part-{rank}.parquet'
 _OLD = Layout('record.json', 'items/{split}-{k}.parquet', 'running/{split}-{k}.parquet', f'epochs/{_HIVE}',
@@ -64,9 +68,11 @@ class Compact:
     "A file with many epochs."
     def __init__(self, place: Place, name: str, number: int):
         self.name, self.number = name, number
-        with pq.ParquetFile(**place.parquet(name)) as f: known = json.loads(f.metadata.metadata[b'epochs'])
+        with pq.ParquetFile(**place.parquet(name)) as f:
+            known = json.loads(f.metadata.metadata[b'epochs'])
         self.marks = {(fit, epoch): mark for fit, epoch, *mark in known}
 
+# %% ../nbs/05b_epochs.ipynb #cf161813
 class Epochs:
     "The recorded epochs of a record."
     def __init__(self, place: Place, layout: Layout): self.place, self.layout = place, layout
@@ -83,11 +89,15 @@ class Epochs:
             m = self.layout.read(kind, name)
             if m: yield name, m
 
-    def parts(self, kind: str = 'rows', names: list|None = None) -> dict: # (fit, split, epoch) → names of files, by rank
-        "The files that hold one epoch each: of rows, 'maps' or 'probs'."
+    def parts(self,
+        kind: str = 'rows', # Or 'maps' or 'probs'
+        names: list|None = None, # Of all files, if known
+    ) -> dict: # (fit, split, epoch) → names of files, by rank
+        "The files that hold one epoch each."
         parts = {}
         for name, m in self._named(kind, names):
-            parts.setdefault((int(m['fit']), m['split'], int(m['epoch'])), []).append((int(m['rank']), name))
+            key = int(m['fit']), m['split'], int(m['epoch'])
+            parts.setdefault(key, []).append((int(m['rank']), name))
         return {k: [name for _, name in sorted(o)] for k, o in parts.items()}
 
     def compact(self, names: list|None = None) -> dict: # split → `Compact`
@@ -101,8 +111,10 @@ class Epochs:
         "Where each epoch's rows are."
         folders = {getattr(self.layout, o).split('/')[0] for o in ('rows', 'compact')}
         names = [n for o in folders for n in self.place.files(o)]              # listed once
-        packed = {(fit, split, epoch): p for split, p in self.compact(names).items() for fit, epoch in p.marks}
-        return dict(sorted({**self.parts(names=names), **packed}.items(), key=lambda o: (o[0][2], o[0][1], o[0][0])))
+        packed = self.compact(names).items()
+        packed = {(fit, split, epoch): p for split, p in packed for fit, epoch in p.marks}
+        found = {**self.parts(names=names), **packed}
+        return {k: found[k] for k in sorted(found, key=lambda k: (k[2], k[1], k[0]))}
 
     def columns(self, found: dict) -> list:
         "The columns of these epochs that hold something, as far as their files say."
@@ -115,8 +127,9 @@ class Epochs:
 
     def marks(self, found: dict) -> list:
         "What identifies the rows of these epochs: it differs once one of them was written anew."
-        def mark(k, o): return o.marks[k[0], k[2]] if isinstance(o, Compact) else [self.place.stamp(n) for n in o]
-        return [[k[0], k[2], *mark(k, o)] for k, o in found.items()]
+        def stamps(k, o):
+            return o.marks[k[0], k[2]] if isinstance(o, Compact) else [self.place.stamp(n) for n in o]
+        return [[k[0], k[2], *stamps(k, o)] for k, o in found.items()]
 
 # %% ../nbs/05b_epochs.ipynb #03486fd0
 def _merge(tables: list) -> pa.Table:
@@ -136,14 +149,19 @@ def rows(self: Epochs,
     packed = {}
     for k, o in found.items():
         if not isinstance(o, Compact):
-            yield _merge([read_items(lo=lo, hi=hi, columns=columns, **self.place.parquet(name)) for name in o])
+            yield _merge([self._some(name, lo, hi, columns) for name in o])
             continue
         if o.name not in packed:
-            packed[o.name] = read_items(lo=lo, hi=hi, columns=[*columns, 'fit', 'epoch'], **self.place.parquet(o.name))
+            packed[o.name] = self._some(o.name, lo, hi, [*columns, 'fit', 'epoch'])
         t = packed[o.name]
         mine = pa.compute.and_(pa.compute.equal(t['fit'], k[0]), pa.compute.equal(t['epoch'], k[2]))
         yield t.filter(mine).select(columns)
 
+@patch
+def _some(self: Epochs, name, lo, hi, columns) -> pa.Table:
+    return read_items(lo=lo, hi=hi, columns=columns, **self.place.parquet(name))
+
+# %% ../nbs/05b_epochs.ipynb #03d54298
 @patch
 def _files(self: Epochs, found) -> tuple: # Names of single files; name of a compact file → epochs, None: all
     single, packed = [n for o in found.values() if not isinstance(o, Compact) for n in o], {}
@@ -158,20 +176,23 @@ def scan(self: Epochs, found: dict) -> list: # Of Arrow datasets
     res = [self._dataset(single)] if single else []
     for name, wanted in packed.items():
         t = self._dataset([name])
-        res.append(t if wanted is None else t.filter(reduce(or_, [_is('fit', f) & _is('epoch', e) for f, e in wanted])))
+        if wanted is not None:
+            t = t.filter(reduce(or_, [_is('fit', f) & _is('epoch', e) for f, e in wanted]))
+        res.append(t)
     return res or [pa.dataset.dataset(ALL.empty_table())]
 
 def _is(column, v): return pa.compute.field(column) == v
 
 @patch
 def sources(self: Epochs, found: dict) -> list: # Of texts in SQL, or Arrow datasets
-    "The rows of these epochs for DuckDB. It reads files on a local disk itself, but where a path would be a pattern."
+    "The rows of these epochs for DuckDB, which reads local files itself, unless their path is a pattern."
     single, packed = self._files(found)
     odd = any(re.search(r'[*?\[\]{}\\]', self.place.at(o)) for o in (*single, *packed))
     if odd or not self.place.local or self.layout != Layout(): return self.scan(found)
     res = [self._select(single)] if single else []
     for name, wanted in packed.items():
-        res.append(self._select([name]) + (f" where (fit, epoch) in ({', '.join(map(str, wanted))})" if wanted else ''))
+        some = f" where (fit, epoch) in ({', '.join(map(str, wanted))})" if wanted else ''
+        res.append(self._select([name]) + some)
     return res or self.scan({})
 
 @patch
@@ -183,8 +204,9 @@ def _select(self: Epochs, names) -> str:
 def _dataset(self: Epochs, names: list):
     "Old records have the columns of the key in the files' paths."
     hive = pa.dataset.partitioning(KEY, flavor='hive')
-    return pa.dataset.dataset([self.place.at(o) for o in names], schema=ALL, format='parquet',
-                              partitioning=hive, partition_base_dir=self.place.root, filesystem=None if self.place.local else self.place.fs)
+    return pa.dataset.dataset(
+        [self.place.at(o) for o in names], schema=ALL, format='parquet', partitioning=hive,
+        partition_base_dir=self.place.root, filesystem=None if self.place.local else self.place.fs)
 
 @patch
 def read(self: Epochs,
@@ -195,6 +217,8 @@ def read(self: Epochs,
     return pa.concat_tables([o.to_table(columns=columns or ALL.names) for o in self.scan(found)])
 
 # %% ../nbs/05b_epochs.ipynb #3796b33c
+_AT_ONCE = 2**20 # Rows, or a little more
+
 @patch
 def pack(self: Epochs,
     split: str,
@@ -204,17 +228,20 @@ def pack(self: Epochs,
     found, before = {k: o for k, o in self.found().items() if k[1] == split}, self.compact().get(split)
     if any(not isinstance(o, Compact) for o in found.values()):
         name = self.layout.compact.format(split=split, number=1 + (before.number if before else 0))
-        self.place.write(name, lambda f: write_rows(f, self._packed(found, n), epochs=self.marks(found)))
+        with Bar(f'compacting {split}') as bar:
+            self.place.write(name, lambda f: write_rows(f, self._packed(found, n, bar), epochs=self.marks(found)))
     self._drop_packed(split)
 
 @patch
-def _packed(self: Epochs, found, n): # Tables
+def _packed(self: Epochs, found, n, bar): # Tables
     "The rows of these epochs, item by item."
-    step = max(1, 2**20 // len(found))
+    step = max(1, _AT_ONCE // len(found))
+    bar.total = -(-n // step)
     for lo in range(0, n, step):
         rows = self.rows(found, lo, min(lo + step, n), ROWS.names)
         t = _merge([*(with_key(t, k) for k, t in zip(found, rows)), ALL.empty_table()])
         for at in range(0, len(t), GROUP): yield t.slice(at, GROUP)
+        bar()
 
 @patch
 def _drop_packed(self: Epochs, split):
@@ -232,12 +259,15 @@ def _drop_packed(self: Epochs, split):
 def tidy(self: Epochs) -> None:
     "Complete what was interrupted: while a row lies in two files, others read it twice."
     packed = self.compact()
-    twice = {split for fit, split, epoch in self.parts() if split in packed and (fit, epoch) in packed[split].marks}
+    def is_twice(fit, split, epoch):
+        return split in packed and (fit, epoch) in packed[split].marks
+    twice = {k[1] for k in self.parts() if is_twice(*k)}
     if not twice: return
     try:
         with self.place.lock(alone=True) or nullcontext():
             for split in twice: self._drop_packed(split)
-    except (RuntimeError, OSError): return                # a fit writes, or nothing can be changed; what we read is right
+    except (RuntimeError, OSError):
+        return # a fit writes, or nothing can be changed; what we read is right
 
 @patch
 def _remove_empty(self: Epochs, folder):

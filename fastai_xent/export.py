@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .bars import Bar, over
 from .files import Place
 
 # %% ../nbs/05e_export.ipynb #989defc1
@@ -36,29 +37,52 @@ def probs(record,
     if epoch not in found:
         kept = "none were kept; ask for them before training, with `XentRecorder(keep_probs=True)`"
         if found: kept = f"kept are those of the epochs {', '.join(map(str, found))}"
-        raise KeyError(f"no probabilities of {split!r}" + (f" in epoch {epoch}; " if epoch >= 0 else '; ') + kept)
+        at = f' in epoch {epoch}' if epoch >= 0 else ''
+        raise KeyError(f"no probabilities of {split!r}{at}; {kept}")
     tables = [record._place.table(o) for o in found[epoch]]
     n = record._of_split(split)['segments'][record._list_at(split, epoch)]['n']
     res = np.full((n, tables[0].schema.field('probs').type.list_size), np.nan, dtype=np.float32)
-    for t in tables: res[t['item'].to_numpy()] = t['probs'].combine_chunks().flatten().to_numpy().reshape(-1, res.shape[1])
+    for t in tables:
+        flat = t['probs'].combine_chunks().flatten().to_numpy()
+        res[t['item'].to_numpy()] = flat.reshape(-1, res.shape[1])
     return res
 
 # %% ../nbs/05e_export.ipynb #2bf6c346
-def _score_frame(record, split, by, segment=-1) -> pd.DataFrame: # Columns item, name, source, targ, likely, and a column a score
+def _score_frame(record, split, by, segment=-1) -> pd.DataFrame: # item, name, source, targ, likely, and the scores
     "An item a row, in item order. What is asked for by name is there even if it is nan throughout."
     df = record.scores(split, segment)
     if by is None: return df
-    own = ['item', 'name', 'source', 'targ', 'likely']
-    return df[own].assign(**{o: df[o] if o in df else record.score(o, split, segment) for o in ([by] if isinstance(by, str) else by)})
+    own, names = ['item', 'name', 'source', 'targ', 'likely'], [by] if isinstance(by, str) else by
+    return df[own].assign(**{o: df[o] if o in df else record.score(o, split, segment) for o in names})
 
 def _json_lines(df: pd.DataFrame) -> str:
     "A line an item. JSON has neither nan nor infinity: both are null."
-    def known(v): return None if pd.isna(v) or v in (np.inf, -np.inf) else v.item() if hasattr(v, 'item') else v
-    return ''.join(json.dumps({k: known(v) for k, v in zip(df, row)}, ensure_ascii=False) + '\n' for row in df.itertuples(index=False, name=None))
+    def known(v):
+        if pd.isna(v) or v in (np.inf, -np.inf): return None
+        return v.item() if hasattr(v, 'item') else v
+    rows = df.itertuples(index=False, name=None)
+    lines = [json.dumps({k: known(v) for k, v in zip(df, row)}, ensure_ascii=False) for row in rows]
+    return ''.join(f'{o}\n' for o in lines)
 
-_WRITE = {'.csv': lambda df, f: f.write(df.to_csv(index=False).encode()),
-          '.parquet': lambda df, f: pq.write_table(pa.Table.from_pandas(df, preserve_index=False), f, compression='zstd'),
-          '.jsonl': lambda df, f: f.write(_json_lines(df).encode())}
+_AT_ONCE = 2**16 # Items
+
+def _pieces(n, bar): # Slices
+    "The items that are written at once, with a step of the bar for each piece."
+    bar.total = -(-n // _AT_ONCE)
+    for lo in range(0, max(n, 1), _AT_ONCE):
+        yield slice(lo, lo + _AT_ONCE)
+        bar()
+
+def _to_csv(df, f, pieces):
+    for o in pieces: f.write(df[o].to_csv(index=False, header=not o.start).encode())
+def _to_jsonl(df, f, pieces):
+    for o in pieces: f.write(_json_lines(df[o]).encode())
+def _to_parquet(df, f, pieces):
+    t = pa.Table.from_pandas(df, preserve_index=False)
+    with pq.ParquetWriter(f, t.schema, compression='zstd') as out:
+        for o in pieces: out.write_table(t.slice(o.start, _AT_ONCE))
+
+_WRITE = {'.csv': _to_csv, '.parquet': _to_parquet, '.jsonl': _to_jsonl}
 
 def export(record,
     path: str|Path, # File or URL that ends in .csv, .parquet or .jsonl
@@ -69,9 +93,11 @@ def export(record,
     "Write every item's label and scores into one file."
     folder, _, name = str(path).replace('\\', '/').rpartition('/')
     ending = Path(name).suffix
-    if ending not in _WRITE: raise ValueError(f"{name!r} ends in {ending or 'nothing'!r}, expected one of {', '.join(_WRITE)}")
+    if ending not in _WRITE:
+        raise ValueError(f"{name!r} ends in {ending or 'nothing'!r}, expected one of {', '.join(_WRITE)}")
     df = _score_frame(record, split, by, segment)
-    Place(folder or '.').write(name, lambda f: _WRITE[ending](df, f))
+    with Bar(f'exporting {split}') as bar:
+        Place(folder or '.').write(name, lambda f: _WRITE[ending](df, f, _pieces(len(df), bar)))
     return path
 
 # %% ../nbs/05e_export.ipynb #ee5c5724
@@ -79,8 +105,10 @@ def _plain_rows(record, split, epoch) -> pd.DataFrame:
     "The rows of an epoch, if none is mixed."
     rows = record.to_df(split, epoch)
     if rows['lam'].notna().any():
-        raise ValueError(f"epoch {epoch} of {split!r} has mixed rows (MixUp or CutMix), whose probabilities are those of two items at once; "
-                         "use 'valid', or record train once more without mixing, with `XentRecorder(eval_every=1)`, as 'train_eval'")
+        raise ValueError(
+            f"epoch {epoch} of {split!r} has mixed rows (MixUp or CutMix), whose probabilities are those of two "
+            "items at once; use 'valid', or record train once more without mixing, with "
+            "`XentRecorder(eval_every=1)`, as 'train_eval'")
     return rows
 
 def _epochs_with_probs(record, split) -> list:
@@ -88,13 +116,18 @@ def _epochs_with_probs(record, split) -> list:
     found = list(_probs_of(record, split))
     return [e for e in found if record._list_at(split, e) == record._list_at(split, found[-1])]
 
+def _asked_epochs(record, split, epoch) -> list: # At least one
+    "The epochs that `epoch` means: one, or with None all that have probabilities."
+    if epoch is None: return _epochs_with_probs(record, split) or [-1]
+    return [max(_probs_of(record, split), default=-1) if epoch == -1 else epoch]
+
 def to_cleanlab(record,
     split: str = 'train',
-    epoch: int|None = -1, # Number of an epoch; −1: the last that has probabilities; None: the mean over all that have
+    epoch: int|None = -1, # An epoch; −1: the last that has probabilities; None: the mean over all of them
     items=None, # Which items, if not all; row i is then `items[i]`
 ) -> tuple: # labels `n`, pred_probs `n c`, whose rows add up to 1
     "Labels and probabilities as cleanlab wants them."
-    epochs = (_epochs_with_probs(record, split) or [-1]) if epoch is None else [max(_probs_of(record, split), default=-1) if epoch == -1 else epoch]
+    epochs = _asked_epochs(record, split, epoch)
     total = np.zeros_like(record.probs(split, epochs[-1]))
     seen, labels = np.zeros(len(total), dtype=np.int32), np.full(len(total), -1)
     for e in epochs:
@@ -107,8 +140,10 @@ def to_cleanlab(record,
     if len(gaps):
         when = f'epoch {epochs[0]}' if len(epochs) == 1 else 'any epoch'
         seen = f"np.flatnonzero(~np.isnan(record.probs({split!r}, {epochs[-1]})[:, 0]))"
-        raise ValueError(f"{len(gaps):,} of {len(items):,} items have no probabilities or no label in {when} of {split!r}, "
-                         f"the first is item {gaps[0]}; `epoch=None` takes the mean over all epochs, `items={seen}` takes those that were seen")
+        raise ValueError(
+            f"{len(gaps):,} of {len(items):,} items have no probabilities or no label in {when} of {split!r}, "
+            f"the first is item {gaps[0]}; `epoch=None` takes the mean over all epochs, `items={seen}` takes "
+            "those that were seen")
     return labels[items], total[items] / total[items].sum(1, keepdims=True)
 
 # %% ../nbs/05e_export.ipynb #089e8e13
@@ -119,10 +154,10 @@ def to_cartography(record,
     "Write the training dynamics of all epochs with probabilities, as dataset cartography reads them."
     place, epochs = Place(path), _epochs_with_probs(record, split) or [-1]
     if place.files('training_dynamics'):
-        raise FileExistsError(f"{path}/training_dynamics has files already, and its reader takes all of them for epochs; "
-                              "use another directory")
+        raise FileExistsError(f"{path}/training_dynamics has files already, and its reader takes all of them "
+                              "for epochs; use another directory")
     items, labels, whole = record.items(split), None, True
-    for e in epochs:
+    for e in over(epochs, f'reading the epochs of {split}'):
         p, gold = record.probs(split, e), np.full(len(items), -1)
         rows = _plain_rows(record, split, e).dropna(subset='targ')
         gold[rows['item']] = rows['targ'].astype(int)
@@ -134,29 +169,37 @@ def to_cartography(record,
             raise ValueError(f"item {i} of {split!r} has label {labels[i]}, and in epoch {e} label {gold[i]}; "
                              "a data map needs one label an item")
     if not whole.any():
-        raise ValueError(f"no item of {split!r} has a label and probabilities in each of the epochs {', '.join(map(str, epochs))}")
+        told = ', '.join(map(str, epochs))
+        raise ValueError(f"no item of {split!r} has a label and probabilities in each of the epochs {told}")
     if not whole.all():
-        warnings.warn(f"{(~whole).sum():,} of {len(items):,} items of {split!r} were not seen in every epoch and are left out; "
-                      "train with `drop_last=False` to have them all", stacklevel=3)
+        warnings.warn(f"{(~whole).sum():,} of {len(items):,} items of {split!r} were not seen in every epoch and "
+                      "are left out; train with `drop_last=False` to have them all", stacklevel=3)
     guid = items['name'] if items['name'].notna().all() and items['name'].is_unique else items['item']
-    for k, e in enumerate(epochs):
+    for k, e in over(list(enumerate(epochs)), f'exporting {split}'):
         z = np.log(np.maximum(record.probs(split, e)[whole].astype(float), 2.**-25)).round(5)
         rows = zip(guid[whole].tolist(), z.tolist(), labels[whole].tolist())
         lines = [json.dumps({'guid': g, f'logits_epoch_{k}': row, 'gold': y}) for g, row, y in rows]
-        place.write(f'training_dynamics/dynamics_epoch_{k}.jsonl', lambda f: f.write(('\n'.join(lines) + '\n').encode()))
+        text = ''.join(f'{o}\n' for o in lines).encode()
+        place.write(f'training_dynamics/dynamics_epoch_{k}.jsonl', lambda f: f.write(text))
     return path
 
 # %% ../nbs/05e_export.ipynb #c12e23b2
+_SPOTLIGHT = 'margin_loss', 'el2n', 'aum', 'confidence', 'variability', 'correctness', 'forgetting'
+
 def to_spotlight(record,
-    by=('margin_loss', 'el2n', 'aum', 'confidence', 'variability', 'correctness', 'forgetting'), # Names in `SCORES`
+    by=_SPOTLIGHT, # Names in `SCORES`
     split: str = 'train',
     paths=None, # A path an item, in item order; None: the items' names
 ) -> pd.DataFrame: # Columns item, path, label, likely, and a column a score
     "A row an item, with its path, label, preferred class and scores."
-    df = _score_frame(record, split, by).drop(columns='source').rename(columns=dict(name='path', targ='label'))
-    if paths is not None and len(paths) != len(df): raise ValueError(f"{len(paths):,} paths, expected one an item: {len(df):,}")
-    if paths is not None: df['path'] = [str(o) for o in paths]
-    if df['path'].isna().any(): raise ValueError(f"the items of {split!r} have no names; give `paths`, one an item")
+    df = _score_frame(record, split, by).drop(columns='source')
+    df = df.rename(columns=dict(name='path', targ='label'))
+    if paths is not None:
+        if len(paths) != len(df):
+            raise ValueError(f"{len(paths):,} paths, expected one an item: {len(df):,}")
+        df['path'] = [str(o) for o in paths]
+    if df['path'].isna().any():
+        raise ValueError(f"the items of {split!r} have no names; give `paths`, one an item")
     df['path'] = df['path'].astype(str)                   # a name may be a number
     cut = df['path'].str.len() >= 200
     if paths is None and cut.any():

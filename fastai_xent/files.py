@@ -40,12 +40,13 @@ def _file_system(path: str|Path|None) -> tuple: # file system, root
 
 def _store(url: str) -> tuple:
     try: return fsspec.core.url_to_fs(url)
-    except (ImportError, ValueError) as e: raise type(e)(f"{url} cannot be reached: {e}") from e
+    except (ImportError, ValueError) as e:
+        raise type(e)(f"{url} cannot be reached: {e}") from e
 
 class Place:
     "A directory, on a local disk, on any file system that fsspec knows, or in memory."
     def __init__(self,
-        path: str|Path|None = None, # Directory (`~` is the home directory) or URL; None: in memory, and gone with this object
+        path: str|Path|None = None, # Directory (with `~`, too) or URL; None: memory, gone with this object
     ):
         self.path = path if path is None or '://' in str(path) else Path(path).expanduser()
         self.fs, self.root = _file_system(self.path)
@@ -70,7 +71,7 @@ class Place:
         if self.exists(name): self.fs.rm(self.at(name), recursive=True)
 
 # %% ../nbs/05_files.ipynb #1aff1159
-_UNFINISHED = re.compile(r'(.*/)?\.[^/]+\.(?P<pid>\d+)(-\d+)?\.tmp') # what a process leaves that dies while it writes
+_UNFINISHED = re.compile(r'(.*/)?\.[^/]+\.(?P<pid>\d+)(-\d+)?\.tmp') # left by a process that has died
 
 @patch
 def write(self: Place,
@@ -110,7 +111,8 @@ def _sweep(path: Path) -> None:
     "Remove what a process left that died while it wrote this file."
     for o in path.parent.iterdir():
         m = _UNFINISHED.fullmatch(o.name)
-        if m and o.name.startswith(f'.{path.name}.') and not _alive(int(m['pid'])): o.unlink(missing_ok=True)
+        if m and o.name.startswith(f'.{path.name}.') and not _alive(int(m['pid'])):
+            o.unlink(missing_ok=True)
 
 def _alive(pid: int) -> bool:
     "Does this process run?"
@@ -131,13 +133,15 @@ def try_writing(self: Place) -> None:
     if self.path is None: return
     try: self._try_local() if self.local else self._try_store()
     except Exception as e:                                # each store has errors of its own
-        raise OSError(f"nothing can be written to {self}: {e}; use another path, or make room or get the rights") from e
+        raise OSError(f"nothing can be written to {self}: {e}; "
+                      "use another path, or make room or get the rights") from e
 
 @patch
 def _try_local(self: Place):
     where = _nearest(Path(self.root))
     longest = max((os.fsencode(o) for o in Path(self.root).relative_to(where).parts), key=len, default=b'')
-    if len(longest) > _NAME: raise OSError(f"a name of {len(longest)} bytes is too long, expected up to {_NAME}")
+    if len(longest) > _NAME:
+        raise OSError(f"a name of {len(longest)} bytes is too long, expected up to {_NAME}")
     if not where.is_dir(): raise NotADirectoryError(f"{where} is a file, expected a directory")
     trial = where/f'.xent-{uuid.uuid4().hex}.{os.getpid()}.tmp'
     try: trial.write_bytes(bytes(_TRIAL))

@@ -49,7 +49,8 @@ def _beside(x: Tensor):
 def _launch(fn, programs: int, x: Tensor, *args, num_warps: int = 4, **kw) -> None:
     "Run `programs` programs of `fn` beside `x`; without fused multiply-add, so that all variants give the same bits."
     if not programs: return
-    with _beside(x): _runner(fn, not x.is_cuda)[(programs,)](*args, num_warps=num_warps, enable_fp_fusion=False, **kw)
+    with _beside(x):
+        _runner(fn, not x.is_cuda)[(programs,)](*args, num_warps=num_warps, enable_fp_fusion=False, **kw)
 
 # %% ../nbs/00a_gpu_kernels.ipynb #9da8a30b
 def _xent_kernel(
@@ -218,7 +219,8 @@ def _xent_kernel(
                 if SMOOTH: Gs += g * g
                 found_at = tl.where(z >= top[:, None], k[None, :] + far, 2 * far - 1)
                 firsts = tl.minimum(firsts, tl.where(z != z, k[None, :], found_at))
-        if STATS: Q, G, first = tl.reduce(Qs, 1, _SUM), tl.reduce(Gs, 1, _SUM), tl.reduce(firsts, 1, _MIN)
+        if STATS:
+            Q, G, first = tl.reduce(Qs, 1, _SUM), tl.reduce(Gs, 1, _SUM), tl.reduce(firsts, 1, _MIN)
 
     if STATS:
         first = tl.minimum(first, tl.where(zy != zy, y, tl.where(zy >= m, y + far, 2 * far - 1)))
@@ -247,7 +249,8 @@ def _fold(pred: Tensor, grad: Tensor, axis: int) -> list|None:
     loops = []
     for i, (n, *step) in enumerate(zip(pred.shape, pred.stride(), grad.stride())):
         if i == axis or n == 1: continue
-        if loops and all(big == n * small for big, small in zip(loops[-1][1:], step)): n *= loops.pop()[0]
+        if loops and all(big == n * small for big, small in zip(loops[-1][1:], step)):
+            n *= loops.pop()[0]
         loops.append((n, *step))
     return [(1, 0, 0)] * (2 - len(loops)) + loops if len(loops) < 3 else None
 
@@ -411,7 +414,8 @@ def xent_forward(
     axis = _class_axis(pred, axis)
     if pred.dtype not in _DTYPES:
         raise TypeError(f"pred has dtype {pred.dtype}, expected float32, bfloat16 or float16; {instead}")
-    if _check_targ(pred, targ, axis): raise TypeError(f"targ holds probabilities, expected classes; {instead}")
+    if _check_targ(pred, targ, axis):
+        raise TypeError(f"targ holds probabilities, expected classes; {instead}")
     if weight is not None: _check_weight(weight, pred.shape[axis])
     _check_smoothing(label_smoothing)
     out = _pass(pred, targ, weight, ignore_index, label_smoothing, axis, 'none', want_grad, want_stats, limit)
@@ -443,7 +447,8 @@ class KernelLoss(torch.autograd.Function):
     ):
         out = _pass(pred, targ, weight, ignore_index, label_smoothing, axis, reduction, ctx.needs_input_grad[0],
                     facts is not None and 'stats' in facts)
-        if facts is not None: facts.update(found=out.found, **({'stats': out.stats} if 'stats' in facts else {}))
+        if facts is not None:
+            facts.update(found=out.found, **({'stats': out.stats} if 'stats' in facts else {}))
         ctx.args = ignore_index, label_smoothing, axis, reduction
         ctx.save_for_backward(pred, targ, weight, out.grad, out.found, out.used, out.partial)
         return out.rows if reduction == 'none' else out.rows.sum()
@@ -452,7 +457,8 @@ class KernelLoss(torch.autograd.Function):
     def backward(ctx, up):
         pred, targ, weight, grad, found, used, partial = ctx.saved_tensors
         *_, axis, reduction = ctx.args
-        if torch.is_grad_enabled(): res = _derivable(pred, targ, weight, found, partial, up, *ctx.args)
+        if torch.is_grad_enabled():
+            res = _derivable(pred, targ, weight, found, partial, up, *ctx.args)
         else:
             res = grad.clone() if _keeps_graph() else grad
             if reduction == 'none': res.mul_(up.unsqueeze(axis))
@@ -462,7 +468,8 @@ class KernelLoss(torch.autograd.Function):
 def _rescale(grad: Tensor, up: Tensor, used: Tensor|None, found: Tensor) -> None:
     "Multiply `grad`, written for the factor `used`, so that its factor is `up`."
     n, guess = grad.numel(), _guess(grad.device)
-    if n: _launch(_rescale_kernel, min(-(-n // 8192), 1024), grad, grad, up, used, found, guess, n, B=8192, num_warps=8)
+    if n:
+        _launch(_rescale_kernel, min(-(-n // 8192), 1024), grad, grad, up, used, found, guess, n, B=8192, num_warps=8)
 
 def _derivable(pred, targ, weight, found, partial, up, ignore_index, label_smoothing, axis, reduction) -> Tensor:
     "The gradient of the logits, by operations that have a derivative."
@@ -482,7 +489,8 @@ def usable(
     always: bool = False, # On a CPU too, interpreted and slow?
 ) -> bool:
     "Would the kernel be used for these logits?"
-    if find_spec('triton') is None or pred.dtype not in _DTYPES or torch.compiler.is_compiling(): return False
+    if find_spec('triton') is None or pred.dtype not in _DTYPES or torch.compiler.is_compiling():
+        return False
     return always or (pred.is_cuda and pred.device not in _broken)
 
 def _give_up(device: torch.device, why: Exception) -> None:
@@ -508,7 +516,8 @@ def _try(device: torch.device, dtype: torch.dtype) -> None:
     stats = xent_stats(z.double(), y, w, 1, .1)
     answers = [(loss, stats.loss.nansum(), torch.float32), (grad, xent_grad(z.double(), y, w, 1, .1), dtype)]
     answers += [(a, b, torch.float32) for a, b in zip(facts['stats'], stats)]
-    if not all(_close(*o) for o in answers): raise ArithmeticError("its answers to a small problem are wrong")
+    if not all(_close(*o) for o in answers):
+        raise ArithmeticError("its answers to a small problem are wrong")
 
 # %% ../nbs/00a_gpu_kernels.ipynb #8228d4d1
 def kernel_loss(

@@ -23,7 +23,8 @@ def find_head(
     head: nn.Module|str = 'auto', # The last layer, or 'auto' to find it
 ) -> nn.Linear:
     "The linear layer whose outputs are the logits."
-    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)): model = model.module
+    if isinstance(model, (nn.DataParallel, nn.parallel.DistributedDataParallel)):
+        model = model.module
     layer = _last_layer(model) if isinstance(head, str) else head
     kind, own = type(layer).__name__, type(model).__name__
     what = f"the last layer of {own} is {kind}" if isinstance(head, str) else f"head is {kind}"
@@ -33,7 +34,8 @@ def find_head(
     if is_parametrized(layer) or layer._forward_pre_hooks:
         raise TypeError(f"{what} whose weights are computed from others (as weight_norm does), "
                         "expected a plain nn.Linear: whose gradient is meant?")
-    if not any(o is layer for o in model.modules()): raise ValueError(f"{what}, but not a layer of this {own}")
+    if not any(o is layer for o in model.modules()):
+        raise ValueError(f"{what}, but not a layer of this {own}")
     return layer
 
 class HeadTap:
@@ -48,18 +50,21 @@ class HeadTap:
         self.handle, self.seen = None, []
 
     def _see(self, layer, args, out):
-        h, out = args[0].detach(), out.plain().detach() if isinstance(out, Features) else _plain(out).detach()
+        h, out = args[0].detach(), out.plain() if isinstance(out, Features) else _plain(out)
+        out = out.detach()
         self.seen.append([(o, None if o.is_inference() else o._version) for o in (_plain(h), out)])
 
     def factor(self,
         pred: Tensor, # What the loss got, `n c`
-    ) -> Tensor: # √(‖h‖² + 1) of each row, `n`, without the 1 if there is no bias; nan where `pred` is not what the layer gave
+    ) -> Tensor: # √(‖h‖² + 1), `n`; without the 1 if there is no bias; nan where `pred` is another's
         "What `grad_norm` is to be multiplied with to be the gradient's length in the last layer."
         seen, self.seen = self.seen, []
         pred = (pred.plain() if isinstance(pred, Features) else _plain(pred)).detach()
         nothing = pred.new_full((len(pred),), math.nan, dtype=torch.float32)
-        if len(seen) != 1: return nothing             # not called for this batch, or more than once
-        if any(v is not None and o._version != v for o, v in seen[0]): return nothing # edited since
+        if len(seen) != 1:
+            return nothing  # not called for this batch, or more than once
+        if any(v is not None and o._version != v for o, v in seen[0]):
+            return nothing # edited since
         h, out = (o for o, _ in seen[0])
         if h.ndim != 2 or out.shape != pred.shape: return nothing
         norm = (h.float().square().sum(1) + (self.head.bias is not None)).sqrt()

@@ -10,7 +10,7 @@ __all__ = ['gap_confidence', 'gap_sums', 'epoch_weight', 'LabelDoubt', 'plateau'
 # %% ../nbs/04a_issues.ipynb #ebad933d
 import numpy as np
 
-from .dynamics import Reducer, _turns, register_score
+from .dynamics import Reducer, _turns
 
 # %% ../nbs/04a_issues.ipynb #3ebac158
 def gap_confidence(
@@ -42,12 +42,16 @@ def epoch_weight(
 
 # %% ../nbs/04a_issues.ipynb #92b7fd31
 class LabelDoubt(Reducer):
-    "Mean over epochs of softplus(−margin)·(1 + gap)/2, in nats; an epoch counts by its spread of gaps. For label errors."
+    """Mean over epochs of softplus(−margin)·(1 + gap)/2, in nats. For label errors.
+
+    An epoch counts by its spread of gaps."""
     columns = ('margin', 'p_targ', 'pred')
     def init(self, n):
-        sums = {o: np.zeros(n, dtype=np.float32) for o in ('weight', 'doubt', 'gap', 'confidence', 'votes')}
+        names = 'weight', 'doubt', 'gap', 'confidence', 'votes'
+        sums = {o: np.zeros(n, dtype=np.float32) for o in names}
         return dict(rival=np.full(n, -1, dtype=np.int32), **sums)
-    def totals(self, weight, margin, p_targ, pred): return gap_sums(gap_confidence(margin, p_targ)[0], weight)
+    def totals(self, weight, margin, p_targ, pred):
+        return gap_sums(gap_confidence(margin, p_targ)[0], weight)
     def update(self, state, item, weight, margin, p_targ, pred, totals=None):
         gap, confidence = gap_confidence(margin, p_targ)
         totals = gap_sums(gap, weight) if totals is None else totals
@@ -56,7 +60,8 @@ class LabelDoubt(Reducer):
         weight = weight * epoch_weight(totals)
         doubt = np.logaddexp(0, -margin[rows].astype(np.float64)) * (1 + gap) / 2
         values = dict(weight=1., doubt=doubt, gap=gap, confidence=confidence[rows])
-        for k, v in values.items(): state[k] += np.bincount(item, weight * v, minlength=n).astype(np.float32)
+        for k, v in values.items():
+            state[k] += np.bincount(item, weight * v, minlength=n).astype(np.float32)
         pred = np.nan_to_num(pred[rows].astype(np.float64), nan=-1).astype(np.int32) # a mask has no one class
         self.vote(state, item, pred, weight * np.maximum(gap, 0) * (pred >= 0))
     def vote(self, state, item, pred, votes):
@@ -71,13 +76,11 @@ class LabelDoubt(Reducer):
         return np.divide(state[name], w, out=np.full(len(w), np.nan), where=w > 0)
     def finalize(self, state): return self.mean(state, 'doubt')
 
-register_score('label_doubt', LabelDoubt())
-
 # %% ../nbs/04a_issues.ipynb #f1cce56d
 _RATE, _STEEP, _BINS = np.linspace(0, .6, 121), np.exp(np.linspace(-1.5, 3, 37)), 40
 
 def plateau(
-    confidence: np.ndarray, # Probability of the predicted class, of rows that the model was not trained on, `r`
+    confidence: np.ndarray, # Probability of the predicted class, of rows not trained on, `r`
     wrong: np.ndarray, # Does the prediction differ from the label? `r`
     n_classes: int,
 ) -> tuple: # Noise rate, and its standard deviation
@@ -101,17 +104,21 @@ def plateau(
 # %% ../nbs/04a_issues.ipynb #e6f5727e
 def noise_rate(
     valid: tuple, # Noise rate and its standard deviation, from `plateau` of valid's mean confidence and gap
-    train_epochs: dict|None = None, # epoch → `plateau`'s rate of train's rows, share of agreement, mean confidence
+    train_epochs: dict|None = None, # epoch → `plateau`'s rate of train, share of agreement, mean confidence
     valid_epochs: dict|None = None, # The same of valid
     slack: float = .03, # An excess of train over valid up to here is taken for chance
 ) -> tuple: # Noise rate of train, its standard deviation, and how much of it is train's excess over valid
     "The noise rate of train, measured on valid, and corrected if valid is cleaner."
     (rate, sd), v = valid, valid_epochs or {}
     best = max((agree for _, agree, _ in v.values()), default=0)
-    over = [r - max(v[e - 1][0], v[e][0]) for e, (r, _, sure) in (train_epochs or {}).items()
-            if e - 1 in v and e in v and v[e - 1][1] >= .8 * best and sure >= (v[e - 1][2] + v[e][2]) / 2 - .03]
+    def comparable(e, sure):
+        if e - 1 not in v or e not in v: return False
+        return v[e - 1][1] >= .8 * best and sure >= (v[e - 1][2] + v[e][2]) / 2 - .03
+    rates = {e: r for e, (r, _, sure) in (train_epochs or {}).items() if comparable(e, sure)}
+    over = [r - max(v[e - 1][0], v[e][0]) for e, r in rates.items()]
     excess = max(over, default=0.)
-    return (rate, sd, 0.) if excess <= slack else (min(rate + excess, .5), float(np.hypot(sd, slack)), excess)
+    if excess <= slack: return rate, sd, 0.
+    return min(rate + excess, .5), float(np.hypot(sd, slack)), excess
 
 # %% ../nbs/04a_issues.ipynb #a71ba827
 def _sigmoid(x): return 1 / (1 + np.exp(-np.clip(x, -50, 50)))
@@ -131,7 +138,8 @@ def p_wrong(
     rate: float, # Noise rate, from 0 to 1
 ) -> np.ndarray: # From 0 to 1, `n`; nan where the score is
     "The probability that each label is wrong. It rises with the score, and its mean is the noise rate."
-    if not 0 <= rate < 1: raise ValueError(f"the noise rate is {rate}, expected a share from 0 to less than 1")
+    if not 0 <= rate < 1:
+        raise ValueError(f"the noise rate is {rate}, expected a share from 0 to less than 1")
     p, known = np.full(len(score), np.nan), ~np.isnan(score)
     s = score[known].astype(np.float64)
     if not len(s): return p

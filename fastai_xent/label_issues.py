@@ -13,6 +13,7 @@ import warnings
 import numpy as np
 import pandas as pd
 
+from .bars import over
 from .dynamics import Label, row_weight
 from .issues import LabelDoubt, gap_confidence, noise_rate, p_wrong, plateau
 
@@ -24,23 +25,28 @@ def _plain(t: dict) -> np.ndarray:
     lam, known = t['lam'].astype(float), ~np.isnan(t['targ'].astype(float))
     return known & np.isnan(lam) & (row_weight(lam, t['occurrence']) > 0)
 
-def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; the last label of each item; epoch → three numbers
-    "What a split's rows say of its labels; of each epoch the rate of the plateau, share of agreement, mean confidence."
+def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; last labels; epoch → three numbers
+    """What a split's rows say of its labels.
+
+    Of each epoch the rate of the plateau, the share of agreement and the mean confidence."""
     targ, = record._cache.values([Label()], seg)
     epochs = {}
-    for k, found in seg.found.items():
+    for k, found in over(list(seg.found.items()), f'reading the epochs of {seg.split}'):
         t = {o: c.to_numpy() for o, c in zip(_READ, record._epochs.read({k: found}, _READ).columns)}
         plain = _plain(t)
         if not plain.any(): continue
         gap, confidence = gap_confidence(t['margin'][plain], t['p_targ'][plain])
-        epochs[k[2]] = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean()), float(confidence.mean())
+        rate, agree = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean())
+        epochs[k[2]] = rate, agree, float(confidence.mean())
     return record._cache.state(LabelDoubt(), seg), np.nan_to_num(targ, nan=-1).astype(int), epochs
 
 # %% ../nbs/05d_label_issues.ipynb #95d165fb
 def _n_classes(record) -> int:
-    return record.n_classes or 1 + int(record._epochs.read(record._epochs.found(), ['targ'])['targ'].to_pandas().max())
+    if record.n_classes: return record.n_classes
+    targ = record._epochs.read(record._epochs.found(), ['targ'])['targ']
+    return 1 + int(targ.to_pandas().max())
 
-def _noise_rate(record, split, train, n_classes) -> tuple: # Noise rate, its standard deviation, excess of train over valid
+def _noise_rate(record, split, train, n_classes) -> tuple: # It, its standard deviation, excess of train over valid
     "The noise rate of a split, of which `train` are the doubts."
     valid = record._segment('valid') if 'valid' in record.splits else None
     ruled = valid is not None and bool(valid.found)
@@ -48,19 +54,20 @@ def _noise_rate(record, split, train, n_classes) -> tuple: # Noise rate, its sta
     mean = lambda o: LabelDoubt().mean(state, o)
     level = plateau(mean('confidence'), mean('gap') > 0, n_classes)
     if not ruled and split != 'valid':
-        warnings.warn("this record has no rows of 'valid' to measure the noise rate by; what train's own rows give is a lower bound. "
-                      "Give `noise_rate=` if you know it", stacklevel=4)
+        warnings.warn("this record has no rows of 'valid' to measure the noise rate by; what train's own rows give "
+                      "is a lower bound. Give `noise_rate=` if you know it", stacklevel=4)
     return noise_rate(level, train[2], v_epochs) if ruled and split == 'train' else (*level, 0.)
 
 def _checked(seg, noise_rate):
     "Raise if there is no basis for a verdict."
-    epochs = len(seg.found)
-    if epochs < 2:
-        raise ValueError(f"{seg.split!r} has {epochs} epoch{'s' * (epochs != 1)} in segment {seg.k} of this record, expected at least 2: "
-                         "one look at an item is no basis for a verdict on its label")
+    n = len(seg.found)
+    if n < 2:
+        raise ValueError(f"{seg.split!r} has {n} epoch{'s' * (n != 1)} in segment {seg.k} of this record, expected "
+                         "at least 2: one look at an item is no basis for a verdict on its label")
     if noise_rate is not None and not 0 <= noise_rate < 1:
         raise ValueError(f"noise_rate is {noise_rate}, expected a share from 0 to less than 1")
 
+# %% ../nbs/05d_label_issues.ipynb #11ba68f9
 def label_issues(record,
     split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch
@@ -74,21 +81,26 @@ def label_issues(record,
     c = _n_classes(record)
     state, targ, _ = doubts = _doubts(record, seg, c)
     if doubted := record._told_ledger(split):
-        warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed or targets exchanged "
-                      "unseen, they were trained on other labels than these; `record.meta['ledger']` says more", stacklevel=2)
+        warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed "
+                      "or targets exchanged unseen, they were trained on other labels; "
+                      "`record.meta['ledger']` says more", stacklevel=2)
     if (targ < 0).all():
-        raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; "
-                         "masks and sequences have one a position")
-    rate, sd, excess = _noise_rate(record, split, doubts, c) if noise_rate is None else (float(noise_rate), 0., 0.)
-    if noise_rate is None and (rate > .4 or sd > .06):
-        warnings.warn(f"the noise rate, {rate:.0%} ± {sd:.0%}, is hard to tell from what the model does not know; take `p_wrong` for an order, "
-                      "or give `noise_rate=`", stacklevel=2)
+        raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class "
+                         "an item; masks and sequences have one a position")
+    known = None if noise_rate is None else (float(noise_rate), 0., 0.)
+    rate, sd, excess = known or _noise_rate(record, split, doubts, c)
+    if known is None and (rate > .4 or sd > .06):
+        warnings.warn(f"the noise rate, {rate:.0%} ± {sd:.0%}, is hard to tell from what the model does not know; "
+                      "take `p_wrong` for an order, or give `noise_rate=`", stacklevel=2)
     score = LabelDoubt().finalize(state)
     p = p_wrong(score, rate)
     name = lambda cs: pd.Series([record.class_name(o) if o >= 0 else None for o in cs], dtype=object)
     likely = name(np.where(state['rival'] < 0, targ, state['rival']))
-    df = record.items(split, seg.k).assign(targ=name(targ), likely=likely, score=score, p_wrong=p, is_issue=p >= threshold)
-    df = df.sort_values(['p_wrong', 'score', 'item'], ascending=[False, False, True], kind='stable', ignore_index=True)
-    df.attrs = dict(noise_rate=rate, noise_rate_sd=sd, excess_over_valid=excess, n_issues=int(df['is_issue'].sum()),
-                    expected_wrong=float(df['p_wrong'][df['is_issue']].sum()))
+    df = record.items(split, seg.k).assign(
+        targ=name(targ), likely=likely, score=score, p_wrong=p, is_issue=p >= threshold)
+    df = df.sort_values(['p_wrong', 'score', 'item'], ascending=[False, False, True],
+                        kind='stable', ignore_index=True)
+    issues = df[df['is_issue']]
+    df.attrs = dict(noise_rate=rate, noise_rate_sd=sd, excess_over_valid=excess, n_issues=len(issues),
+                    expected_wrong=float(issues['p_wrong'].sum()))
     return df[df['is_issue']] if only_issues else df

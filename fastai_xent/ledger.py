@@ -42,14 +42,15 @@ class Scalars:
     def numpy(self) -> np.ndarray: # float64
         "All of them, brought to the host at once."
         res = np.array(self.values, dtype=np.float64)
-        if self.places: res[self.places] = torch.cat(self.rooms)[:len(self.places)].cpu().numpy()
+        if self.places:
+            res[self.places] = torch.cat(self.rooms)[:len(self.places)].cpu().numpy()
         return res
 
 # %% ../nbs/02c_ledger.ipynb #2f38f8fa
 def _reduction(batch, asked) -> str|None:
     if batch.settings is not None: return batch.settings.reduction
-    if batch.mix is not None: return getattr(batch.loss_func, 'reduction', 'mean')   # fastai reduces what it has mixed
-    return asked.reduction
+    if batch.mix is None: return asked.reduction
+    return getattr(batch.loss_func, 'reduction', 'mean')  # fastai reduces what it has mixed
 
 def _positions(batch) -> int:
     c = batch.pred.shape[batch.axis] if batch.targ.is_floating_point() else 1
@@ -86,26 +87,30 @@ class Balance(NamedTuple):
 
     def __str__(self):
         differ, n = self.differ, f'{len(self.rows):,}'
-        if not differ.any(): return f"the losses of the rows add up to the Learner's in all of {n} batches"
-        k = differ.argmax()
+        if not differ.any():
+            return f"the losses of the rows add up to the Learner's in all of {n} batches"
+        k, by = differ.argmax(), _by_how_much(self.learner[differ], self.rows[differ])
         return (f"the losses of the rows do not add up to the Learner's in {differ.sum():,} of {n} batches; "
                 f"the first is batch {self.batches[k]}, where the Learner has {self.learner[k]:.6g} "
-                f"and the rows give {self.rows[k]:.6g}{_by_how_much(self.learner[differ], self.rows[differ])}. "
+                f"and the rows give {self.rows[k]:.6g}{by}. "
                 "If a callback multiplies the loss or adds a penalty, the rows are recorded without that, "
-                "and are right. If rows are mixed or targets exchanged by other means than fastai's MixUp and CutMix, "
-                "they were trained on other targets than the recorded ones")
+                "and are right. If rows are mixed or targets exchanged by other means than fastai's MixUp "
+                "and CutMix, they were trained on other targets than the recorded ones")
 
 def _by_how_much(learner, rows) -> str:
     "In words, for more than one batch."
     if len(rows) < 2 or not np.isfinite([learner, rows]).all(): return ''
     ratio, more = learner / np.where(rows, rows, math.nan), learner - rows
-    if np.ptp(ratio) < 1e-3 * abs(ratio).max(): return f"; it is {np.median(ratio):.4g} times theirs, each time"
+    if np.ptp(ratio) < 1e-3 * abs(ratio).max():
+        return f"; it is {np.median(ratio):.4g} times theirs, each time"
     return f"; it differs by {more.min():+.3g} to {more.max():+.3g}"
 
 # %% ../nbs/02c_ledger.ipynb #b55d6ddc
 class Ledger:
     "The loss of each batch of a pass, and what its rows are to be divided by."
-    def __init__(self): self.at, self.losses, self.divisors, self.all, self.eps = [], Scalars(), Scalars(), [], 0.
+    def __init__(self):
+        self.losses, self.divisors = Scalars(), Scalars()
+        self.at, self.all, self.eps = [], [], 0.
 
     def add(self,
         k: int, # Which of the recorded batches
@@ -118,7 +123,8 @@ class Ledger:
         self.at.append(k)
         self.losses.add(loss.mean() if loss.ndim else loss)
         self.divisors.add(by)
-        self.all.append(_positions(batch) if asked is not None or (batch.dense and batch.mix is not None) else 0)
+        whole = asked is not None or (batch.dense and batch.mix is not None)
+        self.all.append(_positions(batch) if whole else 0)
         types = [loss.dtype] if asked is None else [loss.dtype, batch.pred.dtype]
         self.eps = max(self.eps, *(torch.finfo(o).eps for o in types))
 

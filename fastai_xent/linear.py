@@ -69,7 +69,8 @@ def _walk(h, W, b, y, scale, s: _Setting, needs: tuple):
 def _walk_rows(h, W, b, y, scale, s: _Setting, needs: tuple):
     "Statistics of all rows; the gradients of Σ scale·loss in `h`, `W` and `b`, where `needs` says so."
     x, V, b = h.to(s.mm), W.to(s.mm), None if b is None else b.to(s.acc)
-    def room(shape, need): return torch.zeros(shape, dtype=s.acc, device=h.device) if need else None
+    def room(shape, need):
+        return torch.zeros(shape, dtype=s.acc, device=h.device) if need else None
     gh, gW, gb = map(room, (h.shape, W.shape, W.shape[:1]), needs)
     kept = []
     for at in range(0, max(len(h), 1), s.chunk):      # no rows are one chunk without rows

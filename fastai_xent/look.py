@@ -19,7 +19,7 @@ from fastai.learner import Recorder
 from fastcore.foundation import L
 from torch import nn
 
-from .taps import NoItemIdentity
+from .items import NoItemIdentity
 from .passes import Pass
 from .batch import NotRecordable, read_batch
 
@@ -78,14 +78,16 @@ def untouched(
     cbs, # Those of its callbacks that hear what happens
 ):
     "Leave a Learner, its model and the random states as they were."
-    with _random_kept(), _attributes_kept(_touched(learn, cbs)), _buffers_kept(learn.model): yield
+    with _random_kept(), _attributes_kept(_touched(learn, cbs)), _buffers_kept(learn.model):
+        yield
 
 # %% ../nbs/06b_look.ipynb #7c8f3b26
 def hearers(
     learn, # A Learner
 ) -> list: # Of callbacks
     "The callbacks of a Learner that hear a look."
-    def reports(cb): return type(cb).__module__.startswith('fastai.') and cb.order >= Recorder.order
+    def reports(cb):
+        return type(cb).__module__.startswith('fastai.') and cb.order >= Recorder.order
     return [cb for cb in learn.cbs if not (getattr(cb, 'remove_on_fetch', False) or reports(cb))]
 
 class _Ear(Callback):
@@ -110,7 +112,8 @@ def in_order(
     if isinstance(inner, torch.utils.data.DataLoader):
         return torch.utils.data.DataLoader(inner.dataset, batch_size=inner.batch_size or 64,
                                            num_workers=inner.num_workers, collate_fn=inner.collate_fn)
-    with _random_kept(): res = inner.new(shuffle=False, drop_last=False)     # a loader draws a seed when it is made
+    with _random_kept():                                  # a loader draws a seed when it is made
+        res = inner.new(shuffle=False, drop_last=False)
     return res if inner is dl else type(dl)(res, dl.rank, dl.world_size, dl.device)
 
 # %% ../nbs/06b_look.ipynb #fc34b3fc
@@ -133,5 +136,7 @@ def look(
         learn.model.eval()
         try: learn._do_epoch_validate(dl=dl)
         except (NoItemIdentity, NotRecordable): raise
-        except (CancelEpochException, CancelFitException) as e: raise LookFailed(f"a callback has ended it by {type(e).__name__}") from e
-        except Exception as e: raise LookFailed(f"the Learner fails when it validates on train: {e!r}") from e
+        except (CancelEpochException, CancelFitException) as e:
+            raise LookFailed(f"a callback has ended it by {type(e).__name__}") from e
+        except Exception as e:
+            raise LookFailed(f"the Learner fails when it validates on train: {e!r}") from e

@@ -11,6 +11,7 @@ __all__ = ['items_of', 'Pass']
 import numpy as np
 import pandas as pd
 import torch
+from fastcore.basics import patch
 from torch import nn
 
 from .items import items_frame
@@ -24,13 +25,16 @@ def items_of(
 ) -> pd.DataFrame: # Columns item, name, source
     "One row an item."
     if isinstance(items, (int, np.integer)): names = np.full(items, None, dtype=object)
-    elif isinstance(items, pd.DataFrame): names = items['name'] if 'name' in items else items.index
+    elif isinstance(items, pd.DataFrame):
+        names = items['name'] if 'name' in items else items.index
     elif isinstance(items, (list, tuple, np.ndarray, pd.Series, pd.Index)): names = items
     elif hasattr(items, '__len__') and hasattr(items, '__getitem__'): return items_frame(items)
     else:
-        raise TypeError(f"items are a {type(items).__name__}, expected their number, their names, a data frame or a dataset")
+        raise TypeError(f"items are a {type(items).__name__}, expected their number, their names, "
+                        "a data frame or a dataset")
     source = items['source'] if isinstance(items, pd.DataFrame) and 'source' in items else None
-    names = pd.Series([o if isinstance(o, (int, np.integer)) or o is None else str(o) for o in names], dtype=object)
+    names = [o if isinstance(o, (int, np.integer)) or o is None else str(o) for o in names]
+    names = pd.Series(names, dtype=object)
     source = pd.array([None] * len(names) if source is None else source, dtype='Int64')
     return pd.DataFrame(dict(item=np.arange(len(names)), name=names, source=source))
 
@@ -60,7 +64,8 @@ class Pass:
 
     def _batch(self, pred, targ) -> Batch:
         for what, o in (('pred', pred), ('targ', targ)):
-            if not isinstance(o, torch.Tensor): raise TypeError(f"{what} is a {type(o).__name__}, expected a tensor")
+            if not isinstance(o, torch.Tensor):
+                raise TypeError(f"{what} is a {type(o).__name__}, expected a tensor")
         settings = xent_settings(self.loss_func)
         axis = getattr(self.loss_func, 'axis', 1) if settings is None else settings.axis
         if pred.ndim < 2 or not pred.is_floating_point() or not -pred.ndim <= axis < pred.ndim:
@@ -79,26 +84,29 @@ class Pass:
         if item.is_floating_point() or item.is_complex() or item.dtype == torch.bool or item.ndim != 1:
             raise ValueError(f"item is {item.dtype} of shape {list(item.shape)}, "
                              f"expected the index of each row's item: {n} whole numbers")
-        if len(item) != n: raise ValueError(f"item has {len(item)} indices for {n} rows, expected one index a row")
+        if len(item) != n:
+            raise ValueError(f"item has {len(item)} indices for {n} rows, expected one index a row")
         if item.device.type == 'cpu': self._in_range(item.numpy())
         return item.clone()                               # a loop may write into its own
 
     def _in_range(self, item: np.ndarray):
         out = (item < 0) | (item >= len(self.items))
         if out.any():
-            raise ValueError(f"item {item[out][0]} is not in {self.split!r}, which has items 0 to {len(self.items) - 1}; "
-                             "give each row's index in the dataset of this split")
+            raise ValueError(f"item {item[out][0]} is not in {self.split!r}, which has items 0 to "
+                             f"{len(self.items) - 1}; give each row's index in the dataset of this split")
 
-    def cols(self) -> dict: # As `XentWriter.write` takes them
-        "All rows, on the host."
-        item = torch.cat([o.long().cpu() for o in self.at]).numpy()
-        self._in_range(item)
-        cols = {**self.rows.cols(), 'item': item.astype(np.int32)}
-        again = np.bincount(item) > 1
-        if again.any() and not self.repeats:
-            raise ValueError(f"item {again.argmax()} of {self.split!r} comes {np.bincount(item).max()} times in epoch {self.epoch}: "
-                             "give each row's index in the dataset, not its place in the batch. "
-                             "If items may come again, as with a weighted sampler, say `repeats=True`")
-        asked = not np.isnan(cols['loss']).all() or np.isnan(cols['margin']).all()
-        if not asked: cols['loss'] = cols['grad_norm'] = None                  # a loss that cannot be asked for its rows
-        return cols
+# %% ../nbs/05h_loop.ipynb #03d95387
+@patch
+def cols(self: Pass) -> dict: # As `XentWriter.write` takes them
+    "All rows, on the host."
+    item = torch.cat([o.long().cpu() for o in self.at]).numpy()
+    self._in_range(item)
+    cols, times = {**self.rows.cols(), 'item': item.astype(np.int32)}, np.bincount(item)
+    if times.max(initial=0) > 1 and not self.repeats:
+        raise ValueError(f"item {(times > 1).argmax()} of {self.split!r} comes {times.max()} times in epoch "
+                         f"{self.epoch}: give each row's index in the dataset, not its place in the batch. "
+                         "If items may come again, as with a weighted sampler, say `repeats=True`")
+    asked = not np.isnan(cols['loss']).all() or np.isnan(cols['margin']).all()
+    if not asked:
+        cols['loss'] = cols['grad_norm'] = None # a loss that cannot be asked for its rows
+    return cols

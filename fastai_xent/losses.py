@@ -126,7 +126,8 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     if z.dtype is not torch.float32 and z.dtype is not torch.float64: z = z.float()
     done = call.done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
     if done is None: return None
-    if needs_grad: return FusedLoss.apply(pred, (y, call.weight, axis, ignore_index, reduction, done))
+    if needs_grad:
+        return FusedLoss.apply(pred, (y, call.weight, axis, ignore_index, reduction, done))
     return _rows_loss(done, y) if done.loss is None else done.loss
 
 def _by_triton(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor|None:
@@ -173,7 +174,8 @@ def _mean_by_torch(z, y, kw: dict) -> Tensor:
     "The mean of `F.cross_entropy`, but 0 if no row counts."
     counts = lambda: _counts(y, kw['weight'], kw['ignore_index'])
     mean = lambda: _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts(), 'mean')
-    if y.device.type != 'cpu' or traced(z): return mean()    # to look at the loss is to wait for it
+    if y.device.type != 'cpu' or traced(z):
+        return mean()  # to look at the loss is to wait for it
     loss = F.cross_entropy(z, y, **kw)
     return loss if math.isfinite(loss.item()) or counts().any() else mean()
 
@@ -189,7 +191,7 @@ class XentLoss(nn.CrossEntropyLoss):
     "`nn.CrossEntropyLoss` that also knows each row's loss, gradient norm, margin and more."
     _by_name, _vocab, _told = None, None, False
     def __init__(self,
-        weight=None, # A weight for each class: `c` numbers in the order of the vocab; or a dict or Series by name
+        weight=None, # A weight for each class: `c` numbers in the vocab's order, or a dict or Series
         size_average=None, # Deprecated by torch: see `reduction`
         ignore_index: int = -100, # Rows with this target add nothing to loss or gradient
         reduce=None, # Deprecated by torch: see `reduction`
@@ -284,7 +286,8 @@ def stats(self: XentLoss) -> XentStats:
     "The statistics of the last call's rows, in the shape of its targets, without a graph."
     last = self._last
     if last is not None and last.stats is None: last.stats = _late_stats(last)
-    if last is None or last.stats is None: raise RuntimeError("no statistics yet: call the loss first")
+    if last is None or last.stats is None:
+        raise RuntimeError("no statistics yet: call the loss first")
     return last.stats
 
 def _late_stats(call: _Call) -> XentStats|None:

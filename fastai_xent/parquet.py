@@ -18,9 +18,10 @@ import pyarrow.parquet as pq
 # %% ../nbs/05a_parquet.ipynb #d5765598
 FLOATS = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin')
 KEY = pa.schema([('fit', pa.int32()), ('epoch', pa.int32()), ('split', pa.string())])
-ROWS = pa.schema([('item', pa.int32()), *((o, pa.float32()) for o in FLOATS), ('pred', pa.int32()), ('targ', pa.int32()),
-                  ('occurrence', pa.int16()), ('n_pos', pa.int32()), ('lam', pa.float32()), ('partner', pa.int32()),
-                  ('step', pa.int32()), ('entropy', pa.float32()), ('grand', pa.float32())])
+ROWS = pa.schema([
+    ('item', pa.int32()), *((o, pa.float32()) for o in FLOATS), ('pred', pa.int32()), ('targ', pa.int32()),
+    ('occurrence', pa.int16()), ('n_pos', pa.int32()), ('lam', pa.float32()), ('partner', pa.int32()),
+    ('step', pa.int32()), ('entropy', pa.float32()), ('grand', pa.float32())])
 ALL = pa.schema([*KEY, *ROWS])
 _SHORT = (*FLOATS, 'lam', 'entropy', 'grand')
 
@@ -31,7 +32,9 @@ def shorten(
     x: np.ndarray, # float32
     digits: int = _DIGITS, # Binary digits that are kept after the leading one, 1 to 23
 ) -> np.ndarray: # float32
-    "Round to the nearest number with few digits, ties to even. nan and ±inf stay, and no finite number becomes infinite."
+    """Round to the nearest number with few digits, ties to even.
+
+    nan and ±inf stay, and no finite number becomes infinite."""
     if digits == 23: return x
     drop, bits = 23 - digits, x.view(np.uint32)
     lost = ~np.uint32((1 << drop) - 1)
@@ -65,20 +68,23 @@ def _nulls(cols: dict) -> dict: # column → mask
     empty = unlabelled if cols.get('n_pos') is None else cols['n_pos'] == 0
     nulls = {**{o: empty for o in (*FLOATS, 'entropy', 'grand')}, 'pred': unlabelled, 'targ': unlabelled}
     if cols.get('lam') is None: return nulls
-    plain = np.isnan(cols['lam'])                         # a mixed row without a label is trained with its partner's
+    plain = np.isnan(cols['lam'])         # a mixed row without a label is trained with its partner's
     return {**nulls, 'lam': plain, 'partner': plain, 'loss': empty & plain, 'grad_norm': empty & plain}
 
 def _table(cols: dict, precision: str) -> pa.Table:
     "A table of rows that are sorted by item; a column that does not apply is null."
-    repeats, nulls, arrays = _occurrence(cols['item']), _nulls(cols), []
-    cols = {**cols, 'occurrence': repeats if cols.get('padding') is None else np.where(cols['padding'], -1, repeats)}
-    for f in ROWS:
+    nth, nulls = _occurrence(cols['item']), _nulls(cols)
+    if cols.get('padding') is not None: nth = np.where(cols['padding'], -1, nth)
+    cols = {**cols, 'occurrence': nth}
+    def column(f):
         v = cols.get(f.name)
-        if v is not None: v = v.astype(f.type.to_pandas_dtype())
-        if v is not None and precision == 'short' and f.name in _SHORT: v = shorten(v)
-        arrays.append(pa.nulls(len(repeats), f.type) if v is None else pa.array(v, type=f.type, mask=nulls.get(f.name)))
-    return pa.Table.from_arrays(arrays, schema=ROWS)
+        if v is None: return pa.nulls(len(nth), f.type)
+        v = v.astype(f.type.to_pandas_dtype())
+        if precision == 'short' and f.name in _SHORT: v = shorten(v)
+        return pa.array(v, type=f.type, mask=nulls.get(f.name))
+    return pa.Table.from_arrays([column(f) for f in ROWS], schema=ROWS)
 
+# %% ../nbs/05a_parquet.ipynb #0eaff29f
 def with_key(t: pa.Table, key: tuple) -> pa.Table: # Columns fit, epoch, split and those of `t`
     "Say of rows which pass they are of; `key` is (fit, split, epoch)."
     fit, split, epoch = key
@@ -86,7 +92,7 @@ def with_key(t: pa.Table, key: tuple) -> pa.Table: # Columns fit, epoch, split a
     return pa.table([*own, *t.columns], names=[*KEY.names, *t.column_names])
 
 def row_tables(
-    cols: dict, # Arrays of one length by column's name, in any order of items; `padding` becomes part of `occurrence`
+    cols: dict, # Arrays of one length by column, in any order; `padding` becomes part of `occurrence`
     key: tuple, # fit, split, epoch
     precision: str = 'short', # 'short': 8 binary digits, or 'full'
     rows: int = GROUP, # About so many at a time
@@ -102,10 +108,13 @@ def row_tables(
         lo = hi
 
 # %% ../nbs/05a_parquet.ipynb #2ac622ed
-_HOW = dict(compression='zstd', compression_level=1, write_statistics=['item', 'epoch'], max_rows_per_page=2**17, data_page_size=2**22,
-            use_dictionary=['targ', 'occurrence', 'split', 'fit', 'epoch'],
-            column_encoding={**dict.fromkeys(('item', 'n_pos', 'step'), 'DELTA_BINARY_PACKED'),
-                             **dict.fromkeys(('pred', 'partner'), 'PLAIN'), **dict.fromkeys(_SHORT, 'BYTE_STREAM_SPLIT')})
+_HOW = dict(
+    compression='zstd', compression_level=1, write_statistics=['item', 'epoch'],
+    max_rows_per_page=2**17, data_page_size=2**22,
+    use_dictionary=['targ', 'occurrence', 'split', 'fit', 'epoch'],
+    column_encoding={**dict.fromkeys(('item', 'n_pos', 'step'), 'DELTA_BINARY_PACKED'),
+                     **dict.fromkeys(('pred', 'partner'), 'PLAIN'),
+                     **dict.fromkeys(_SHORT, 'BYTE_STREAM_SPLIT')})
 
 def write_rows(
     sink, # An open file
@@ -119,7 +128,8 @@ def write_rows(
             out.write_table(t, row_group_size=2**30)
             hold |= {o for o in t.column_names if t[o].null_count < len(t)}
         facts['columns'] = [o for o in ALL.names if o in hold]
-        out.add_key_value_metadata({**{k: json.dumps(v) for k, v in facts.items()}, 'written': uuid.uuid4().hex})
+        facts = {k: json.dumps(v) for k, v in facts.items()}
+        out.add_key_value_metadata({**facts, 'written': uuid.uuid4().hex})
 
 def _holds(group, at, lo, hi) -> bool:
     "May a row group hold items from `lo` to `hi`?"

@@ -25,14 +25,15 @@ from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 from torch import nn
 
+from .dynamics import RANK_BY
 from .head import find_head
-from .items import class_names
+from .items import NoItemIdentity, class_names
 from .look import LookFailed, in_order, look
-from .passes import KeptMaps, KeptProbs, Pass, most_bytes
+from .passes import KeptMaps, KeptProbs, Pass, most_bytes, show_rows
 from .record import XentRecord
 from .batch import NotRecordable, put_back, read_batch
 from .same_items import OtherItems, SameItems
-from .taps import NoItemIdentity, tap_rows
+from .taps import tap_rows
 from .writer import RecordReplaced, XentWriter
 
 # %% ../nbs/06c_recorder.ipynb #c7cb7eae
@@ -56,7 +57,9 @@ _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes
 
 # %% ../nbs/06c_recorder.ipynb #b9b43749
 class XentRecorder(Callback):
-    "Record loss, gradient norm, EL2N, label probability, margin and prediction of every example, in train and valid, for every epoch."
+    """Record what happens to every example, in train and valid, in every epoch.
+
+    Loss, gradient norm, EL2N, label probability, margin and prediction."""
     order, remove_on_fetch, _only_train_loop = 40, True, True
 
     def __init__(self,
@@ -64,13 +67,13 @@ class XentRecorder(Callback):
         *,
         resume: bool = False, # Go on with the record at `path`, if there is one?
         overwrite: bool = False, # Replace the record at `path`, if there is one?
-        precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the leading one, or 'full'
-        key_fn=None, # Names an item of the dataset (a path, a row of a data frame); default: path, row label or text
-        eval_every: int = 0, # Every so many epochs look at all of train without augmentation, as 'train_eval'; 0: never
-        head: nn.Module|str|None = None, # Record `grand`, the gradient's length in this last layer; 'auto' finds it
+        precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the first, or 'full'
+        key_fn=None, # From an item (a path, a row of a frame) to its name; default: path, row label or text
+        eval_every: int = 0, # Look at train without augmentation every so many epochs, as 'train_eval'
+        head: nn.Module|str|None = None, # Record `grand`, the gradient in this last layer; 'auto' finds it
         maps=(), # Items whose numbers are kept for each position, for masks and sequences
-        keep_probs: bool|str|int = False, # Keep the probability of every class? True: up to 2 GB a pass; or bytes; or 'any size'
-        check: bool = False, # Is it an error of ours, if the losses of a pass's rows do not add up to the Learner's?
+        keep_probs: bool|str|int = False, # Of all classes? True: to 2 GB a pass; or bytes; or 'any size'
+        check: bool = False, # Is it an error if the losses of a pass's rows do not add up to the Learner's?
     ):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)
         self._resumed = bool(resume and self._writer.record.epochs)
@@ -81,22 +84,8 @@ class XentRecorder(Callback):
 
     def _fresh(self):
         "Begin a life."
-        self._life, self._same = _Life(), SameItems(self._writer, self.key_fn, self._resumed, self._tell)
-
-    def __getstate__(self):
-        "A pickled recorder keeps its settings and the path of its record; not a record in memory, nor a running fit."
-        writer = XentWriter() if self._writer.path is None else self._writer
-        writer.wait()
-        return {**{k: v for k, v in vars(self).items() if k not in ('_life', '_same')}, '_writer': writer}
-    def __setstate__(self, state):
-        vars(self).update(state)
-        self._fresh()
-    def __deepcopy__(self, memo):
-        "A copied Learner gets its own recorder; a recorder copied alone leaves the Learner behind."
-        res = memo[id(self)] = type(self).__new__(type(self))
-        res.__setstate__({k: deepcopy(v, memo) for k, v in self.__getstate__().items() if k != 'learn'})
-        res.learn = memo.get(id(self.learn))
-        return res
+        self._life = _Life()
+        self._same = SameItems(self._writer, self.key_fn, self._resumed, self._tell)
 
     def __repr__(self):
         where = '' if self._writer.path is None else reprlib.repr(str(self._writer.path))
@@ -114,6 +103,27 @@ class XentRecorder(Callback):
         "How long the recorded fits have taken."
         return self._life.fit_seconds
 
+# %% ../nbs/06c_recorder.ipynb #c2ac28af
+@patch
+def __getstate__(self: XentRecorder):
+    "Settings and the path of the record are pickled; a record in memory and a running fit are not."
+    writer = XentWriter() if self._writer.path is None else self._writer
+    writer.wait()
+    return {**{k: v for k, v in vars(self).items() if k not in ('_life', '_same')}, '_writer': writer}
+
+@patch
+def __setstate__(self: XentRecorder, state):
+    vars(self).update(state)
+    self._fresh()
+
+@patch
+def __deepcopy__(self: XentRecorder, memo):
+    "A copied Learner gets its own recorder; a recorder copied alone leaves the Learner behind."
+    res = memo[id(self)] = type(self).__new__(type(self))
+    res.__setstate__({k: deepcopy(v, memo) for k, v in self.__getstate__().items() if k != 'learn'})
+    res.learn = memo.get(id(self.learn))
+    return res
+
 # %% ../nbs/06c_recorder.ipynb #794b3713
 @patch(as_prop=True)
 def _whose(self: XentRecorder) -> dict:
@@ -123,7 +133,7 @@ def _whose(self: XentRecorder) -> dict:
 @patch
 def show_top(self: XentRecorder,
     k: int = 9, # Number of items
-    by=None, # A name in `SCORES`, or a `Reducer`; None: as `record.top` has it
+    by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     split: str = 'train',
     cols: int|None = None, # Pictures side by side; None: a square
     size: float = 2., # Inches a picture
@@ -151,8 +161,8 @@ def show_history(self: XentRecorder,
     self.record.show_history(item, split=split, **self._whose)
 
 # %% ../nbs/06c_recorder.ipynb #0dcfa389
-_HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss', 'after_train',
-          'after_validate', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
+_HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss',
+          'after_train', 'after_validate', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
 _IN_BATCH = ('before_batch', 'after_loss')
 
 @patch(as_prop=True)
@@ -167,10 +177,12 @@ def __call__(self: XentRecorder, event_name):
     if event_name not in _HEARD: return
     if event_name == 'before_fit': _name_weights(self.learn)
     life = self._life
-    if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')): return
+    if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')):
+        return
     start = time.perf_counter()
     try:
-        if self.run and (event_name not in _IN_BATCH or self._hears_batch): getattr(self, f'_{event_name}')()
+        if self.run and (event_name not in _IN_BATCH or self._hears_batch):
+            getattr(self, f'_{event_name}')()
     except (NoItemIdentity, NotRecordable) as e: self._leave(life.split, e)
     except (OtherItems, RecordReplaced) as e: self._refuse(e)
     except Exception: self._stop(f'`{event_name}`')
@@ -178,15 +190,17 @@ def __call__(self: XentRecorder, event_name):
     life.seconds += time.perf_counter() - start
 
 @patch(as_prop=True)
-def _hears_batch(self: XentRecorder) -> bool: return self.run_train if self.learn.training else self.run_valid
+def _hears_batch(self: XentRecorder) -> bool:
+    return self.run_train if self.learn.training else self.run_valid
 
 def _name_weights(learn):
-    "A loss whose class weights are given by name is told their order. Its errors are the user's to see: it cannot train so."
+    "Class weights by name are told the classes' order; an error here is the user's to see: it cannot train so."
     if not hasattr(learn.loss_func, 'set_vocab'): return
     vocab = getattr(learn.dls, 'vocab', None)
     if vocab is None: return
-    words_and_classes = len(vocab) and not isinstance(vocab[-1], (str, bytes)) and hasattr(vocab[-1], '__len__')   # texts have two
-    learn.loss_func.set_vocab(vocab[-1] if words_and_classes else vocab)
+    last = vocab[-1] if len(vocab) else None
+    two = not isinstance(last, (str, bytes)) and hasattr(last, '__len__')   # texts: of words, and of classes
+    learn.loss_func.set_vocab(last if two else vocab)
 
 # %% ../nbs/06c_recorder.ipynb #b94e0e0a
 @patch
@@ -240,7 +254,8 @@ def _before_fit(self: XentRecorder):
 def _count_only_one(self: XentRecorder):
     others = [cb for cb in self.learn.cbs if isinstance(cb, XentRecorder)]
     if others[0] is self: return
-    raise OtherItems("this Learner has another XentRecorder already, and one is enough; remove this one with `learn.remove_cb`")
+    raise OtherItems("this Learner has another XentRecorder already, and one is enough; "
+                     "remove this one with `learn.remove_cb`")
 
 @patch
 def _begin(self: XentRecorder):
@@ -254,15 +269,16 @@ def _take_over(self: XentRecorder):
     path = self._writer.path
     if path is None: return
     other = _WRITERS.get(str(path))
-    if other is not None and other is not self and other._life.in_fit: other._refuse(f"another recorder writes to {path} now")
+    if other is not None and other is not self and other._life.in_fit:
+        other._refuse(f"another recorder writes to {path} now")
     _WRITERS[str(path)] = self
 
 @patch
 def _keep_in_step(self: XentRecorder):
     "Is the record still the one that this recorder has left?"
     if num_distrib() > 1 or self._writer.in_step(): return
-    raise OtherItems(f"someone else has written to {self._writer.path} since this recorder did, or has removed what was there; "
-                     "use another path, or a recorder with `resume=True` to go on with what is there")
+    raise OtherItems(f"someone else has written to {self._writer.path} since this recorder did, or has removed what "
+                     "was there; use another path, or a recorder with `resume=True` to go on with what is there")
 
 @patch
 def _look_at_loaders(self: XentRecorder):
@@ -272,6 +288,7 @@ def _look_at_loaders(self: XentRecorder):
         except NoItemIdentity as e: self._leave(split, e)
         else: self._same.look(split, dl.dataset, self._life.epoch)
 
+# %% ../nbs/06c_recorder.ipynb #9d749aa5
 @patch
 def _after_fit(self: XentRecorder):
     "All is written when the fit is over."
@@ -296,7 +313,8 @@ def _after_epoch(self: XentRecorder):
     life = self._life
     if not life.heard: return
     life.heard, life.epoch = False, life.epoch + 1
-    if self.eval_every and life.epoch % self.eval_every == 0: self._look_at_train(life.epoch - 1)
+    if self.eval_every and life.epoch % self.eval_every == 0:
+        self._look_at_train(life.epoch - 1)
 
 @patch
 def _after_cancel_epoch(self: XentRecorder):
@@ -318,10 +336,11 @@ def _open(self: XentRecorder, split):
     self._drop()
     life.heard, life.split = True, split
     life.now = self._listen(split, self.learn.dl)
-    mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run] if split == 'train' else []
+    mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run and split == 'train']
     if mixers: life.now.mixed_by(mixers[0])
     if len(mixers) < 2: return
-    raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: what they make of them is not known")
+    raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: "
+                        "what they make of them is not known")
 
 @patch
 def _listen(self: XentRecorder, split, dl) -> Pass:
@@ -357,7 +376,8 @@ def _tell_of_loss(self: XentRecorder, now):
     "A loss that cannot be asked for its rows is told at the first batch."
     why = now.rows.why_no_loss
     if not why: return
-    self._tell(f"has no loss and no gradient of single rows, and records the other columns: the loss is not asked, as {why}")
+    self._tell("has no loss and no gradient of single rows, and records the other columns: "
+               f"the loss is not asked, as {why}")
 
 # %% ../nbs/06c_recorder.ipynb #99b5f32d
 @patch
@@ -382,8 +402,10 @@ def _write(self: XentRecorder, now: Pass, epoch: int):
     self._same.meet(now.split, cols, epoch, class_names(self.learn.dls, self._same.meta['classes']))
     self._tell_of_grand(now.split, cols)
     self._life.wrote = True
-    self._writer.write(self._life.fit, epoch, now.split, cols, rank=rank_distrib(), **now.kept(cols),
-                       fold=num_distrib() <= 1)           # a process sees its own rows only; then whoever asks first folds
+    alone = num_distrib() <= 1  # one of several sees its own rows only: scores wait until they are asked for
+    self._writer.write(
+        self._life.fit, epoch, now.split, cols, rank=rank_distrib(), **now.kept(cols), fold=alone)
+    show_rows(self.learn.cbs, now.split, epoch, cols, self._tell)
     self._keep_doubt(now, epoch)
 
 @patch
@@ -392,8 +414,8 @@ def _tell_of_grand(self: XentRecorder, split, cols):
     if 'grand' not in cols or cols['grad_norm'] is None: return
     missing = np.isnan(cols['grand']) & ~np.isnan(cols['grad_norm'])
     if not missing.any(): return
-    self._tell(f"has no grand for {missing.sum():,} of {len(missing):,} rows of {split!r}: the logits that the loss got "
-               "are not what the last layer gave for these rows, once and a row an item")
+    self._tell(f"has no grand for {missing.sum():,} of {len(missing):,} rows of {split!r}: the logits that the loss "
+               "got are not what the last layer gave for these rows, once and a row an item")
 
 @patch
 def _keep_doubt(self: XentRecorder, now, epoch):
@@ -422,4 +444,5 @@ def _look_at_train(self: XentRecorder, epoch: int):
 def _bar(self: XentRecorder, dl):
     "A progress bar below the Learner's own, if it shows one."
     own = getattr(self.learn, 'progress', None) if self.learn.create_mbar else None
-    return None if own is None else progress_bar(range(len(dl)), parent=getattr(own, 'mbar', None), leave=False)
+    if own is None: return None
+    return progress_bar(range(len(dl)), parent=getattr(own, 'mbar', None), leave=False)

@@ -44,14 +44,17 @@ def xent_settings(
         func, axis = func.func, func.axis
     elif isinstance(func, XentLoss): axis = func.axis
     if isinstance(func, nn.Module): return _of_module(func, axis)
-    func, given = (func.func, func.keywords) if isinstance(func, functools.partial) and not func.args else (func, {})
-    if func not in (F.cross_entropy, F.nll_loss) or given.keys() - set(XentSettings._fields[1:5]): return None
+    given = {}
+    if isinstance(func, functools.partial) and not func.args:
+        func, given = func.func, func.keywords
+    if func not in (F.cross_entropy, F.nll_loss) or given.keys() - set(XentSettings._fields[1:5]):
+        return None
     return XentSettings(axis, **given, log_probs=func is F.nll_loss)
 
 def _of_module(func, axis):
     if getattr(func.forward, '__func__', None) not in _FORWARDS: return None
-    smoothing = getattr(func, 'label_smoothing', 0.)
-    return XentSettings(axis, func.weight, func.ignore_index, smoothing, func.reduction, isinstance(func, nn.NLLLoss))
+    smoothing, log_probs = getattr(func, 'label_smoothing', 0.), isinstance(func, nn.NLLLoss)
+    return XentSettings(axis, func.weight, func.ignore_index, smoothing, func.reduction, log_probs)
 
 # %% ../nbs/02a_rowloss.ipynb #25523337
 def row_stats(
@@ -63,7 +66,8 @@ def row_stats(
 ) -> XentStats: # In the shape of the targets
     "The statistics of rows that were trained with `loss_func`."
     s = xent_settings(loss_func)
-    if s is not None: return fused_stats(pred, targ, s.weight, s.ignore_index, s.label_smoothing, s.axis, mix)
+    if s is not None:
+        return fused_stats(pred, targ, s.weight, s.ignore_index, s.label_smoothing, s.axis, mix)
     asked = asked or Asked(loss_func, pred, targ)
     stats = fused_stats(pred, targ, ignore_index=asked.ignore_index, axis=asked.axis)
     loss, grad_norm = asked(pred, targ, mix)

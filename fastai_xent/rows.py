@@ -10,6 +10,7 @@ __all__ = ['per_item', 'RowBuffer']
 # %% ../nbs/02d_rows.ipynb #4ee2d8f0
 import numpy as np
 import torch
+from fastcore.basics import patch
 
 from .asking import Asked
 from .batch import Batch, NotRecordable, check_sums
@@ -36,8 +37,8 @@ _NOTHING = {'f': np.nan, 'i': -1} # where a batch does not have a column
 _MOST = 2**24    # rows that get room in advance
 
 def _longer(old: np.ndarray, used: int, n: int, rest=None) -> np.ndarray:
-    "Room for `n` rows: the first `used` of `old`, then `rest`. The system gives it when it is written to, not before."
-    res = np.empty((*old.shape[:-1], n), old.dtype)
+    "Room for `n` rows: the first `used` of `old`, then `rest`."
+    res = np.empty((*old.shape[:-1], n), old.dtype)       # the system gives it when it is written to, not before
     res[..., :used] = old[..., :used]
     if rest is not None: res[..., used:] = rest
     return res
@@ -65,12 +66,14 @@ class _Room:
         if name in _FLOATS: return self.floats[_FLOATS.index(name)]
         if name in _INTS: return self.ints[_INTS.index(name)]
         dtype = np.dtype(np.float32 if floating else np.int32)
-        if name not in self.more: self.more[name] = np.full(self.size, _NOTHING[dtype.kind], dtype)
+        if name not in self.more:
+            self.more[name] = np.full(self.size, _NOTHING[dtype.kind], dtype)
         return self.more[name]
 
     def put(self, cols: dict, to: slice) -> None:
         "Put tensors at their place."
-        for k, v in cols.items(): torch.from_numpy(self.line(k, v.is_floating_point())[to]).copy_(v)
+        for k, v in cols.items():
+            torch.from_numpy(self.line(k, v.is_floating_point())[to]).copy_(v)
 
     def cols(self) -> dict:
         cols = {**dict(zip(XentStats._fields + ('targ',), (*self.floats, *self.ints))), **self.more}
@@ -84,19 +87,23 @@ def _columns(b: Batch, stats: XentStats, at: int) -> dict: # Tensors by name
     cols = {}
     if b.mix is not None: cols.update(lam=b.mix[1], partner=b.partner + at)
     if b.dense: stats, cols['n_pos'] = per_item(stats)
-    targ = stats.pred if b.dense else b.targ.argmax(b.axis) if b.targ.is_floating_point() else b.targ.clone()
+    if b.dense: targ = stats.pred
+    else: targ = b.targ.argmax(b.axis) if b.targ.is_floating_point() else b.targ.clone()
     return {**cols, **stats._asdict(), 'targ': targ}
 
 def _may_wait(b: Batch) -> bool:
     "A small batch on a device, whose statistics nobody has."
-    plain = b.settings is not None and b.axis == 1 and b.mix is None and not b.dense and not b.targ.is_floating_point()
+    plain = b.settings is not None and b.axis == 1 and b.mix is None and not b.dense
+    plain = plain and not b.targ.is_floating_point()
     return plain and not b.pred.is_cpu and b.came is None and b.pred.numel() <= _WAITING // 4
 
+# %% ../nbs/02d_rows.ipynb #70fa1e32
 class RowBuffer:
     "Statistics of the rows of one pass, in order of arrival."
     def __init__(self, capacity: int): # A first guess of the number of rows
         self.at, self.sizes, self.steps, self.capacity = [], [], [], max(capacity, 1)
-        self.room, self.parts, self.late = _Room(capacity), [], []  # rows on the host; on a device; logits that wait
+        self.room = _Room(capacity)     # rows on the host
+        self.parts, self.late = [], []  # rows on a device; logits that wait
         self.asked, self.ledger, self.doubts = None, Ledger(), []
 
     @property
@@ -124,10 +131,11 @@ class RowBuffer:
 
     def _try(self, b):
         "See whether this loss can be asked."
-        if self.asked is None or self.asked.loss_func != b.loss_func: self.asked = Asked(b.loss_func, b.pred, b.targ)
+        known = self.asked is not None and self.asked.loss_func == b.loss_func
+        if not known: self.asked = Asked(b.loss_func, b.pred, b.targ)
 
     def _take(self, b, extra, to):
-        "The statistics of a batch: those that came with the loss, those of its logits, or their logits for later."
+        "The statistics of a batch: as they came with the loss, from its logits, or the logits for later."
         if type(b.came) is FusedPass and not b.dense:
             self.room.floats[:, to], self.room.ints[:, to] = b.came.facts, b.came.ints
             if extra: self.room.put(extra, to)
@@ -139,55 +147,68 @@ class RowBuffer:
         else: self.parts.append((part, to))
 
     def _stats(self, b) -> XentStats:
-        if b.came is not None: return b.came.stats(b.targ.shape) if type(b.came) is FusedPass else b.came
+        if b.came is not None:
+            return b.came.stats(b.targ.shape) if type(b.came) is FusedPass else b.came
         try: return row_stats(b.loss_func, b.pred, b.targ, b.mix, self.asked)
-        except IndexError as e: raise NotRecordable(str(e)) from None     # no class, and a loss that does not mind
+        except IndexError as e:                           # no class, and a loss that does not mind
+            raise NotRecordable(str(e)) from None
 
-    def _wait(self, b, part):
-        "Keep a copy of the logits."
-        w = b.settings.weight
-        key = b.pred.shape[1], b.pred.dtype, b.pred.device, b.settings._replace(weight=id(w)), _version(w)
-        waiting = sum(len(y) for _, y, _ in self.late)
-        if self.late and (key != self.key or (waiting + b.n) * b.n_classes > _WAITING): self._flush()
-        if not self.late:
-            self.key, self.settings = key, b.settings._replace(weight=None if w is None else w.clone())
-        self.late.append((b.pred.clone(), b.targ.clone(), part))
-
-    def _flush(self):
-        "Compute the statistics of the batches that wait."
-        late, self.late = self.late, []
-        if not late: return
-        z, y, parts = zip(*late)
-        sizes, z, y, s = [len(o) for o in y], torch.cat(z), torch.cat(y), self.settings
-        stats = xent_stats(z, y, s.weight, s.ignore_index, s.label_smoothing, s.axis)
-        for k, v in {**stats._asdict(), 'targ': y}.items():
-            for part, o in zip(parts, v.split(sizes)): part[k] = o
-
-    def _fetch(self):
-        "Bring what is on a device to the host, in one transfer a column and device."
-        parts, self.parts = self.parts, []
-        for name, device in dict.fromkeys((k, v.device) for part, _ in parts for k, v in part.items()):
-            mine = [(part[name], to) for part, to in parts if name in part and part[name].device == device]
-            host = torch.cat([v if v.is_floating_point() else v.int() for v, _ in mine]).cpu()
-            for (_, to), v in zip(mine, host.split([len(v) for v, _ in mine])): self.room.put({name: v}, to)
-
-    def _look_at_doubts(self):
-        "Raise if a device has found targets that are none."
-        if not self.doubts: return
-        found, what = zip(*self.doubts)
-        for o in zip(torch.stack(found).tolist(), what): check_sums(*o)
-        self.doubts = []
-
-    def cols(self) -> dict: # Arrays by column's name; `partner` as a place among these rows
-        "Everything so far, brought to the host at once."
-        self._look_at_doubts()
+# %% ../nbs/02d_rows.ipynb #26fcf177
+@patch
+def _wait(self: RowBuffer, b, part):
+    "Keep a copy of the logits."
+    w = b.settings.weight
+    key = b.pred.shape[1], b.pred.dtype, b.pred.device, b.settings._replace(weight=id(w)), _version(w)
+    waiting = sum(len(y) for _, y, _ in self.late)
+    if self.late and (key != self.key or (waiting + b.n) * b.n_classes > _WAITING):
         self._flush()
-        self._fetch()
-        if not self.n: return {}
-        cols = self.room.cols()
-        if max(self.steps) >= 0: cols['step'] = np.repeat(np.array(self.steps, dtype=np.int32), self.sizes)
-        return cols
+    if not self.late:
+        self.key, self.settings = key, b.settings._replace(weight=None if w is None else w.clone())
+    self.late.append((b.pred.clone(), b.targ.clone(), part))
 
-    def balance(self) -> Balance:
-        "Do the losses of the rows add up to those that the Learner had?"
-        return self.ledger.balance(self.cols(), self.sizes, self.at)
+@patch
+def _flush(self: RowBuffer):
+    "Compute the statistics of the batches that wait."
+    late, self.late = self.late, []
+    if not late: return
+    z, y, parts = zip(*late)
+    sizes, z, y, s = [len(o) for o in y], torch.cat(z), torch.cat(y), self.settings
+    stats = xent_stats(z, y, s.weight, s.ignore_index, s.label_smoothing, s.axis)
+    for k, v in {**stats._asdict(), 'targ': y}.items():
+        for part, o in zip(parts, v.split(sizes)): part[k] = o
+
+# %% ../nbs/02d_rows.ipynb #e57eed8f
+@patch
+def _fetch(self: RowBuffer):
+    "Bring what is on a device to the host, in one transfer a column and device."
+    parts, self.parts = self.parts, []
+    for name, device in dict.fromkeys((k, v.device) for part, _ in parts for k, v in part.items()):
+        mine = [(part[name], to) for part, to in parts if name in part and part[name].device == device]
+        host = torch.cat([v if v.is_floating_point() else v.int() for v, _ in mine]).cpu()
+        for (_, to), v in zip(mine, host.split([len(v) for v, _ in mine])):
+            self.room.put({name: v}, to)
+
+@patch
+def _look_at_doubts(self: RowBuffer):
+    "Raise if a device has found targets that are none."
+    if not self.doubts: return
+    found, what = zip(*self.doubts)
+    for o in zip(torch.stack(found).tolist(), what): check_sums(*o)
+    self.doubts = []
+
+@patch
+def cols(self: RowBuffer) -> dict: # Arrays by column's name; `partner` as a place among these rows
+    "Everything so far, brought to the host at once."
+    self._look_at_doubts()
+    self._flush()
+    self._fetch()
+    if not self.n: return {}
+    cols = self.room.cols()
+    if max(self.steps) >= 0:
+        cols['step'] = np.repeat(np.array(self.steps, dtype=np.int32), self.sizes)
+    return cols
+
+@patch
+def balance(self: RowBuffer) -> Balance:
+    "Do the losses of the rows add up to those that the Learner had?"
+    return self.ledger.balance(self.cols(), self.sizes, self.at)

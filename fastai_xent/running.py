@@ -1,4 +1,4 @@
-"""The running states of all scores in one file, folded a chunk of items at a time, so that neither the number of epochs nor the number of items fills the memory
+"""The running states of all scores in one file, brought up to date a chunk of items at a time, so that neither the number of epochs nor the number of items fills the memory
 
 Docs: https://fastai-xent.github.io/fastai_xent/running.html.md"""
 
@@ -11,11 +11,13 @@ __all__ = ['NoStates', 'States', 'BrokenScore', 'by_key', 'fold']
 import json
 import zlib
 from collections.abc import Mapping
+from operator import itemgetter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from .bars import Bar
 from .dynamics import Reducer
 
 # %% ../nbs/04b_running.ipynb #4a209be5
@@ -31,14 +33,16 @@ class States:
         filesystem=None, # Where the path leads, if not to a local disk
     ):
         self.source, self.filesystem = source, filesystem
-        meta = self._read(lambda f: json.loads(f.metadata.metadata[b'states']))
-        if zlib.crc32(json.dumps(meta['facts']).encode()) != meta['crc']: raise NoStates(f"the metadata of {source} were altered")
-        self.n, self.chunk, self.marks, self.arrays, self.crcs = (meta['facts'][o] for o in ('n', 'chunk', 'marks', 'arrays', 'crcs'))
+        facts, crc = self._read(lambda f: itemgetter('facts', 'crc')(json.loads(f.metadata.metadata[b'states'])))
+        if _crc(facts) != crc: raise NoStates(f"the metadata of {source} were altered")
+        self.n, self.chunk, self.marks = facts['n'], facts['chunk'], facts['marks']
+        self.arrays, self.crcs = facts['arrays'], facts['crcs']
 
     def _read(self, how):
         try:
             with pq.ParquetFile(self.source, filesystem=self.filesystem) as f: return how(f)
-        except Exception as e: raise NoStates(f"{self.source} cannot be read: {e!r}") from e   # a torn file may fail anywhere
+        except Exception as e:                            # a torn file may fail anywhere
+            raise NoStates(f"{self.source} cannot be read: {e!r}") from e
     def knows(self, key: str, reducer: Reducer) -> bool:
         "Does the file hold this reducer's state, with the arrays that it has today?"
         return key in self.arrays and self.arrays[key] == list(_guarded(key, lambda: reducer.init(0)))
@@ -54,11 +58,14 @@ class States:
     def column(self, key: str, name: str) -> np.ndarray: # `n`
         "One array of a state."
         v = self._read(lambda f: f.read(columns=[f'{key}.{name}'], use_threads=False)[0].to_numpy())
-        for k, lo in enumerate(range(0, self.n, self.chunk)): self._checked(f'{key}.{name}', v[lo:lo + self.chunk], k)
+        for k, lo in enumerate(range(0, self.n, self.chunk)):
+            self._checked(f'{key}.{name}', v[lo:lo + self.chunk], k)
         return v
     def _checked(self, column, v, k):
-        if zlib.crc32(v) != self.crcs[column][k]: raise NoStates(f"chunk {k} of {column!r} does not have its checksum")
-        return v
+        if zlib.crc32(v) == self.crcs[column][k]: return v
+        raise NoStates(f"chunk {k} of {column!r} does not have its checksum")
+
+def _crc(facts: dict) -> int: return zlib.crc32(json.dumps(facts).encode())
 
 class _State(Mapping):
     def __init__(self, states, key): self.states, self.key, self.known = states, key, {}
@@ -73,14 +80,28 @@ class _State(Mapping):
 # %% ../nbs/04b_running.ipynb #3d4ac1fd
 class BrokenScore(Exception):
     "A reducer has failed; `key` says which, and the cause says how."
-    def __init__(self, key): super().__init__(f"the state {key!r} could not be folded"); self.key = key
+    def __init__(self, key):
+        super().__init__(f"the state {key!r} could not be folded")
+        self.key = key
+
+def _guarded(key, what):
+    try: return what()
+    except Exception as e: raise BrokenScore(key) from e
 
 def by_key(scores: dict) -> dict: # key → a reducer
     "One reducer for each state."
     return {r.key: r for r in reversed(scores.values())}
 
-def _totals(key, r: Reducer, n, walk, first) -> list|None: # One entry an epoch from `first` on; None: it asks for none
-    "What `r` must know of each epoch as a whole. Rows are added up in blocks of one size: the sums are the same bits whatever the `chunk`."
+def _already(key, r: Reducer, n, marks, old, chunk) -> int: # 0: none
+    "How many of these epochs does `old` hold in the state of `key`?"
+    if old is None or (old.n, old.chunk) != (n, chunk): return 0
+    fits = old.marks == marks[:len(old.marks)] and old.knows(key, r)
+    return len(old.marks) if fits else 0
+
+def _totals(key, r: Reducer, n, walk, first) -> list|None: # From epoch `first` on; None: it asks for none
+    """What `r` must know of each epoch as a whole.
+
+    Rows are added up in blocks of one size: the sums are the same bits whatever the `chunk`."""
     if type(r).totals is Reducer.totals: return None
     sums = []
     for lo in range(0, n, _CHUNK):
@@ -90,56 +111,87 @@ def _totals(key, r: Reducer, n, walk, first) -> list|None: # One entry an epoch 
             else: sums.append(t)
     return sums
 
-def fold(
-    sink, # A path or an open file: where the new states are written
-    n: int, # Number of items
-    reducers: dict, # key → `Reducer`: the states that are wanted
-    marks: list, # What identifies each epoch, in order
-    walk, # `walk(lo, hi, columns, first)` yields the rows of items `lo` to `hi`, sorted by item, of epoch `first` and each later one: a dict with `item`, `weight` and `columns`
-    old: States|None = None, # Earlier states
-    chunk: int = _CHUNK, # Items that are folded at once
-) -> None:
-    "Write the states of `reducers` after all epochs of `marks`."
-    marks = json.loads(json.dumps(marks))
-    first = {key: _already(key, r, n, marks, old, chunk) for key, r in reducers.items()}
-    totals = {key: _totals(key, r, n, walk, first[key]) for key, r in reducers.items() if first[key] < len(marks)}
-    shape = {key: _guarded(key, lambda: r.init(0)) for key, r in reducers.items()}
-    schema = _table(shape, 0).schema
-    facts = dict(n=n, chunk=chunk, marks=marks, arrays={k: list(s) for k, s in shape.items()}, crcs={o: [] for o in schema.names})
-    floats = [f.name for f in schema if pa.types.is_floating(f.type) and not f.name.endswith('.weight')]
-    with pq.ParquetWriter(sink, schema, compression='zstd', compression_level=1, write_statistics=False, max_rows_per_page=chunk,
-                          use_dictionary=[f.name for f in schema if f.name not in floats], column_encoding={o: 'BYTE_STREAM_SPLIT' for o in floats}) as out:
-        for lo in range(0, n, chunk):
-            hi = min(lo + chunk, n)
-            states = {key: old.chunk_of(key, lo // chunk) if first[key] else _guarded(key, lambda: r.init(hi - lo)) for key, r in reducers.items()}
-            start = min(first.values(), default=len(marks))
-            if start < len(marks):
-                columns = list(dict.fromkeys(o for key, r in reducers.items() if first[key] < len(marks) for o in r.columns))
-                for j, rows in enumerate(walk(lo, hi, columns, start), start):
-                    item = rows['item'] - lo
-                    for key, r in reducers.items():
-                        if j < first[key]: continue
-                        whole = {} if totals[key] is None else dict(totals=totals[key][j - first[key]])
-                        _guarded(key, lambda: r.update(states[key], item=item, weight=rows['weight'], **whole, **{o: rows[o] for o in r.columns}))
-            table = _table(states, hi - lo)
-            for o, c in zip(table.column_names, table.columns): facts['crcs'][o].append(zlib.crc32(c.to_numpy()))
-            out.write_table(table, row_group_size=chunk)
-        out.add_key_value_metadata({'states': json.dumps(dict(facts=facts, crc=zlib.crc32(json.dumps(facts).encode())))})
-
-def _guarded(key, what):
-    try: return what()
-    except Exception as e: raise BrokenScore(key) from e
-
+# %% ../nbs/04b_running.ipynb #b897d516
 def _table(states: dict, n: int) -> pa.Table:
     "A column an array."
     cols = {}
     for key, s in states.items():
         for o, v in s.items():
-            if getattr(v, 'shape', None) != (n,): raise BrokenScore(key) from ValueError(f"{o!r} has shape {getattr(v, 'shape', None)}, expected {(n,)}: a state is a dict of arrays, one number an item")
+            if getattr(v, 'shape', None) != (n,):
+                what = f"{o!r} has shape {getattr(v, 'shape', None)}, expected {(n,)}"
+                raise BrokenScore(key) from ValueError(f"{what}: a state is a dict of arrays, one number an item")
             cols[f'{key}.{o}'] = pa.array(v)
     return pa.table(cols)
 
-def _already(key, r: Reducer, n, marks, old, chunk) -> int: # 0: none
-    "How many of these epochs does `old` hold in the state of `key`?"
-    fits = old is not None and (old.n, old.chunk) == (n, chunk) and old.marks == marks[:len(old.marks)] and old.knows(key, r)
-    return len(old.marks) if fits else 0
+def _writer(sink, schema, chunk) -> pq.ParquetWriter:
+    "A file for tables of states."
+    floats = [f.name for f in schema if pa.types.is_floating(f.type) and not f.name.endswith('.weight')]
+    return pq.ParquetWriter(
+        sink, schema, compression='zstd', compression_level=1, write_statistics=False, max_rows_per_page=chunk,
+        use_dictionary=[f.name for f in schema if f.name not in floats],
+        column_encoding={o: 'BYTE_STREAM_SPLIT' for o in floats})
+
+# %% ../nbs/04b_running.ipynb #a3b6f02f
+def _steps(n, chunk, n_epochs, late, first) -> int:
+    "How many pieces of an epoch `fold` reads, those for the totals included."
+    pieces = lambda size, start: -(-n // size) * (n_epochs - start)
+    whole = [first[key] for key, r in late.items() if type(r).totals is not Reducer.totals]
+    return pieces(chunk, min((first[key] for key in late), default=n_epochs)) + sum(pieces(_CHUNK, o) for o in whole)
+
+def _counted(walk, bar, total):
+    "The same walk, with a step of the bar for each piece."
+    bar.total = total
+    def counted(*args):
+        for rows in walk(*args):
+            yield rows
+            bar()
+    return counted
+
+# %% ../nbs/04b_running.ipynb #6882e587
+def fold(
+    sink, # A path or an open file: where the new states are written
+    n: int, # Number of items
+    reducers: dict, # key → `Reducer`: the states that are wanted
+    marks: list, # What identifies each epoch, in order
+    walk, # `walk(lo, hi, columns, first)`: the rows of items `lo` to `hi`, see below
+    old: States|None = None, # Earlier states
+    chunk: int = _CHUNK, # Items that are folded at once
+    bar: Bar|None = None, # Shows how far it is
+) -> None:
+    """Write the states of `reducers` after all epochs of `marks`.
+
+    `walk` yields the rows, sorted by item, of epoch `first` and each later one: a dict with `item`,
+    `weight` and `columns`."""
+    marks = json.loads(json.dumps(marks))
+    first = {key: _already(key, r, n, marks, old, chunk) for key, r in reducers.items()}
+    late = {key: r for key, r in reducers.items() if first[key] < len(marks)}     # those that lack an epoch
+    if bar is not None: walk = _counted(walk, bar, _steps(n, chunk, len(marks), late, first))
+    totals = {key: _totals(key, r, n, walk, first[key]) for key, r in late.items()}
+    shape = {key: _guarded(key, lambda: r.init(0)) for key, r in reducers.items()}
+    schema = _table(shape, 0).schema
+    facts = dict(n=n, chunk=chunk, marks=marks, arrays={k: list(s) for k, s in shape.items()},
+                 crcs={o: [] for o in schema.names})
+    with _writer(sink, schema, chunk) as out:
+        for lo in range(0, n, chunk):
+            hi = min(lo + chunk, n)
+            states = {key: old.chunk_of(key, lo // chunk) if first[key] else _guarded(key, lambda: r.init(hi - lo))
+                      for key, r in reducers.items()}
+            _fold_in(states, late, first, totals, walk, lo, hi)
+            table = _table(states, hi - lo)
+            for o, c in zip(table.column_names, table.columns):
+                facts['crcs'][o].append(zlib.crc32(c.to_numpy()))
+            out.write_table(table, row_group_size=chunk)
+        out.add_key_value_metadata({'states': json.dumps(dict(facts=facts, crc=_crc(facts)))})
+
+def _fold_in(states, late, first, totals, walk, lo, hi):
+    "Add the epochs that the states of items `lo` to `hi` lack."
+    if not late: return
+    start = min(first[key] for key in late)
+    columns = list(dict.fromkeys(o for r in late.values() for o in r.columns))
+    for j, rows in enumerate(walk(lo, hi, columns, start), start):
+        item = rows['item'] - lo
+        for key, r in late.items():
+            if j < first[key]: continue
+            told = {o: rows[o] for o in r.columns}
+            if totals[key] is not None: told['totals'] = totals[key][j - first[key]]
+            _guarded(key, lambda: r.update(states[key], item=item, weight=rows['weight'], **told))

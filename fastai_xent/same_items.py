@@ -12,8 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .classes import vocab_difference
-from .items import KnownItems, difference, labels_of
-from .taps import NoItemIdentity
+from .items import KnownItems, NoItemIdentity, difference, labels_of
 from .writer import XentWriter
 
 # %% ../nbs/06a_same_items.ipynb #c8fd56db
@@ -30,9 +29,9 @@ class SameItems:
         tell=print, # Is called with a sentence that somebody should hear
     ):
         self.writer, self.key_fn, self.resumed, self.tell = writer, key_fn, resumed, tell
-        self.now, self.seen = {}, {}                      # of each split, its items, and the dataset and its length
-        self.lists, self.labels = {}, {}                  # the number of its list, and the last labels
-        self.met = set()                                  # splits that have rows of this process
+        self.now, self.seen = {}, {}      # of each split, its items, and the dataset and its length
+        self.lists, self.labels = {}, {}  # the number of its list, and the last labels
+        self.met = set()                  # splits that have rows of this process
 
     @property
     def meta(self) -> dict: return self.writer._record.meta
@@ -44,6 +43,7 @@ def _length(ds) -> int|None:
     try: return len(ds)
     except (TypeError, AttributeError, NotImplementedError): return None
 
+# %% ../nbs/06a_same_items.ipynb #c2cfcd01
 @patch
 def look(self: SameItems,
     split: str,
@@ -61,8 +61,8 @@ def look(self: SameItems,
         if now.why: self.tell(f"on the names of the items: {now.why}")
     (was, _), self.seen[split] = self.seen.get(split, (None, None)), (dataset, n)
     alike = before is not None and before.fingerprint == now.fingerprint
-    known = alike and (was is dataset or now.frame['name'].notna().any()) # of another object without names, the labels tell
-    if not known:
+    sure = was is dataset or now.frame['name'].notna().any()     # of another object without names, the labels tell
+    if not (alike and sure):
         self.lists.pop(split, None)
         self._compare(split, now, epoch)
     self.now[split] = now
@@ -81,8 +81,8 @@ def _compare(self: SameItems, split, now, epoch):
 
 @patch
 def _tell_of_new(self: SameItems, split, k, epoch, why):
-    self.tell(f"has found other items: the dataset of {split!r} is another one from epoch {epoch} on; its rows go to "
-              f"segment {k} of the record, apart from the earlier ones ({why})")
+    self.tell(f"has found other items: the dataset of {split!r} is another one from epoch {epoch} on; its rows "
+              f"go to segment {k} of the record, apart from the earlier ones ({why})")
 
 @patch
 def open(self: SameItems, split: str, dataset, epoch: int) -> None:
@@ -99,29 +99,32 @@ def meet(self: SameItems,
     vocab: list|None, # Names of the classes
 ) -> None:
     "Make sure that the record has a list of these rows' items; else `OtherItems`."
-    if split not in self.now: self.look(split, self.seen.get(split, (None,))[0], epoch, 1 + int(cols['item'].max()))
+    last = int(cols['item'].max())
+    if split not in self.now:
+        self.look(split, self.seen.get(split, (None,))[0], epoch, 1 + last)
     now = self.now[split]
-    if cols['item'].max() >= len(now.frame):
-        raise NoItemIdentity(f"the dataset had {len(now.frame):,} items when the pass began, and has been asked for item {cols['item'].max()}")
+    if last >= len(now.frame):
+        raise NoItemIdentity(f"the dataset had {len(now.frame):,} items when the pass began, "
+                             f"and has been asked for item {last}")
     if split not in self.lists: self._choose(split, now, cols, epoch, vocab)
     self._watch_labels(split, cols['item'], cols['targ'], len(now.frame))
 
 @patch
 def _choose(self: SameItems, split, now, cols, epoch, vocab):
     self.check_vocab(vocab)
-    known, mark = self.prints(split), self._mark(split, now, cols)
-    fresh = known and mark not in known
+    known, own = self.prints(split), self._print(split, now, cols)
+    fresh = known and own not in known
     if fresh and self.resumed and split not in self.met:
         raise OtherItems(f"{split!r} of the record at {self.writer.path} has items with other labels; "
                          "resume with the same dataset and split, or use a new path")
-    self.lists[split] = k = self.writer.set_items(split, now.frame, mark, vocab, epoch, self.meta['classes'])
-    if fresh and mark != now.fingerprint: self._tell_of_new(split, k, epoch, 'other labels')
+    self.lists[split] = k = self.writer.set_items(split, now.frame, own, vocab, epoch, self.meta['classes'])
+    if fresh and own != now.fingerprint: self._tell_of_new(split, k, epoch, 'other labels')
     self.met.add(split)
     self.labels.pop(split, None)
 
 @patch
-def _mark(self: SameItems, split, now, cols) -> str:
-    "The fingerprint of the items. Without names, they are told apart by their labels, against each list that could be theirs."
+def _print(self: SameItems, split, now, cols) -> str:
+    "The fingerprint of the items; without names, that of a list with the same labels, or a new one."
     if not now.frame['name'].isna().all(): return now.fingerprint
     alike = [(k, o) for k, o in enumerate(self.prints(split)) if o.split('-')[0] == now.fingerprint]
     for k, known in alike:
@@ -134,7 +137,8 @@ def _same_labels(self: SameItems, split, k, cols) -> bool:
     "Are the labels of these rows those that the list's last epoch has?"
     record = self.writer.record
     seg = record._segment(split, k)
-    if not seg.found: return True                         # a process died before it had rows: nothing speaks against it
+    if not seg.found:
+        return True  # a process died before it had rows: nothing speaks against it
     old, known = record.to_df(split, max(o[2] for o in seg.found)), np.full(seg.n, -1)
     known[old['item']] = old['targ'].fillna(-1)
     was, now = known[cols['item']], cols['targ']
@@ -145,13 +149,15 @@ def _same_labels(self: SameItems, split, k, cols) -> bool:
 def check_classes(self: SameItems, c: int) -> None:
     "The model has `c` classes: is that what the record has?"
     known = self.meta['classes'] = self.meta['classes'] or c
-    if known != c: raise OtherItems(f"the model has {c} classes, the record {known}; use a new record")
+    if known != c:
+        raise OtherItems(f"the model has {c} classes, the record {known}; use a new record")
 
 @patch
 def check_vocab(self: SameItems, vocab: list|None) -> None:
     "Do the classes have the names that they have in the record?"
     why = vocab_difference(self.meta['vocab'], vocab)
-    if why: raise OtherItems(f"the classes are not those of the record: {why}; use a new record, or the same vocab")
+    if why:
+        raise OtherItems(f"the classes are not those of the record: {why}; use a new record, or the same vocab")
 
 # %% ../nbs/06a_same_items.ipynb #2dbdb909
 _REORDERED = ("If labels are drawn at random this is as it should be. If not, a transform or collate function "
@@ -165,7 +171,8 @@ def _watch_labels(self: SameItems, split, item, targ, n):
     changed = (known[item] >= 0) & (targ >= 0) & (known[item] != targ)
     if changed.any():
         i = item[changed][0]
-        self.tell(f"finds that {len(np.unique(item[changed])):,} items of {split!r} have other labels than before "
+        n = len(np.unique(item[changed]))
+        self.tell(f"finds that {n:,} items of {split!r} have other labels than before "
                   f"(item {i}: {known[i]}, now {targ[changed][0]}). {_REORDERED}")
     known[item] = targ
 
@@ -178,7 +185,8 @@ def _first_labels(self: SameItems, split, item, targ, n) -> np.ndarray: # Class 
     few = np.unique(item[targ >= 0])
     few = few[::max(1, len(few) // _FEW)][:_FEW]
     try: labels = labels_of(self.seen[split][0], few, whole=False)
-    except Exception: labels = []                         # nothing to compare with; the rows' own labels are kept
+    except Exception:
+        labels = []  # nothing to compare with; the rows' own labels are kept
     for i, y in zip(few, labels):
         if y is not None: known[i] = y
     return known

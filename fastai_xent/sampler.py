@@ -23,7 +23,8 @@ from fastai.data.load import DataLoader
 from fastcore.basics import patch
 
 from .linear import Features
-from .taps import NoItemIdentity, RowTap, _FastaiTap, tap_rows
+from .items import NoItemIdentity
+from .taps import RowTap, _FastaiTap, tap_rows
 from .batch import NotRecordable, read_batch
 from .rows import RowBuffer
 
@@ -72,13 +73,14 @@ class _Thinned(_FastaiTap):
         m = round(easy.sum() * self.n_full / max(full.n, 1))
         self._resize(self.n_full - n_skipped(m, self.n_full, r, full.bs, full.drop_last))
 
-    def remove(self): pass                            # it goes with the twin; a recorder's tap on top may come and go
+    def remove(self): pass # it goes with the twin; a recorder's tap on top may come and go
 
     def _resize(self, n):
         self.dl.n = n
         if hasattr(self.full, 'partial_n'): self.dl.partial_n = n
 
-    def _original(self, name): return self._order if name == 'get_idxs' else super()._original(name)
+    def _original(self, name):
+        return self._order if name == 'get_idxs' else super()._original(name)
 
     def _order(self):
         "The loader's own order, without the rows that are skipped."
@@ -86,12 +88,14 @@ class _Thinned(_FastaiTap):
         idxs, n = self.full.get_idxs(), self.full.n
         if not hasattr(idxs, '__len__'):
             head = list(islice(idxs, n + 1))
-            if len(head) > n: return chain(head, idxs)    # perhaps without end: the tap refuses it
+            if len(head) > n:
+                return chain(head, idxs)  # perhaps without end: the tap refuses it
             idxs = head
         try:
             easy = self.easy[np.array(idxs, dtype=np.int64)]
             keep, self.scale = thin(easy, self.r, self.rng, self.full.bs, self.full.drop_last)
-        except Exception as e: self.error, keep = e, np.ones(len(idxs), dtype=bool)   # the callback hears why
+        except Exception as e:
+            self.error, keep = e, np.ones(len(idxs), dtype=bool)  # the callback hears why
         self.n_full = len(keep)
         self._resize(int(keep.sum()))
         return [i for i, k in zip(idxs, keep) if k]
@@ -113,7 +117,9 @@ _IN_BATCH = ('before_batch', 'after_pred', 'after_loss')
 _HEARD = ('before_train', *_IN_BATCH, 'after_train')
 
 class XentSampler(Callback):
-    "Leave out a share of the easy examples in each epoch, and weigh those that stay (InfoBatch, Qin et al., 2024)."
+    """Leave out a share of the easy examples in each epoch, and weigh those that stay.
+
+    InfoBatch, Qin et al., 2024."""
     order, remove_on_fetch, _only_train_loop, run_valid = 35, True, True, False
 
     def __init__(self,
@@ -123,9 +129,11 @@ class XentSampler(Callback):
         if not 0 <= r < 1:
             raise ValueError(f"r is {r}, expected a share from 0 to less than 1: what always stays out "
                              "cannot be weighed")
-        if not 0 <= anneal <= 1: raise ValueError(f"anneal is {anneal}, expected a share from 0 to 1")
+        if not 0 <= anneal <= 1:
+            raise ValueError(f"anneal is {anneal}, expected a share from 0 to 1")
         self.r, self.anneal, self.n_rows, self.n_full, self._told = r, anneal, 0, 0, set()
-        self._last, self._skipped, self._tried = -1, 0, False   # of this fit: its last epoch, rows left out, losses known?
+        self._last, self._skipped = -1, 0       # of this fit: its last epoch, rows left out
+        self._tried = False                     # were losses known?
         self._fresh()
 
     def _fresh(self): self._tap = self._rows = self._dataset = self._rng = self.losses = None
@@ -147,13 +155,15 @@ class XentSampler(Callback):
         if not self.run or (event_name in _IN_BATCH and not self.learn.training): return
         try: getattr(self, event_name)()
         except (NoItemIdentity, NotRecordable) as e: self._give_up(str(e))
-        except Exception: self._give_up(f"an error of its own in `{event_name}`\n{traceback.format_exc()}")
+        except Exception:
+            self._give_up(f"an error of its own in `{event_name}`\n{traceback.format_exc()}")
 
     def _give_up(self, why):
         "Forget the losses: without them every example is trained."
         thinned = self._tap is not None and self._tap.scale != 1
         self._tap = self._rows = self._dataset = self.losses = None
-        self._tell(f"XentSampler skips nothing{', and the rest of this epoch is not weighed' * thinned}: {why}", 4)
+        rest = ', and the rest of this epoch is not weighed' * thinned
+        self._tell(f"XentSampler skips nothing{rest}: {why}", 4)
 
     def _tell(self, message, stacklevel):
         "Warn, once for each message."
@@ -198,15 +208,18 @@ def _n_last(self: XentSampler) -> int:
 def _easy(self: XentSampler) -> np.ndarray:
     "Which items lie below the mean loss; none in the first epoch and the last ones."
     known = np.isfinite(self.losses)
-    if self.epoch >= self.n_epoch - self._n_last() or not known.any(): return np.zeros(len(known), dtype=bool)
+    if self.epoch >= self.n_epoch - self._n_last() or not known.any():
+        return np.zeros(len(known), dtype=bool)
     self._tried = True
     return known & (self.losses < self.losses[known].mean(dtype=np.float64))
 
+# %% ../nbs/07a_sampler.ipynb #753c4574
 @patch
 def before_batch(self: XentSampler):
     if self._tap is None: return
     self._tap.freeze()
-    if self.iter == 0: self.learn.n_iter = len(self._tap.dl)   # a loader that repeats items knows its length now
+    if self.iter == 0:
+        self.learn.n_iter = len(self._tap.dl) # one that repeats items knows its length now
 
 @patch
 def after_pred(self: XentSampler):
@@ -214,7 +227,8 @@ def after_pred(self: XentSampler):
     if self._tap is None or self._tap.scale == 1: return
     pred = self.learn.pred
     w = torch.from_numpy(self._tap.weights(self.iter, len(pred)))
-    w = (w.pin_memory() if pred.is_cuda else w).to(pred.device, non_blocking=True).view(-1, *[1] * (pred.ndim - 1))
+    if pred.is_cuda: w = w.pin_memory()
+    w = w.to(pred.device, non_blocking=True).view(-1, *[1] * (pred.ndim - 1))
     if pred.requires_grad: pred.register_hook(lambda g: g * w.to(g.dtype))
 
 @patch
@@ -226,6 +240,7 @@ def after_loss(self: XentSampler):
                             "weighed; use the plain model")
     self._rows.add(self.iter, read_batch(self.learn))
 
+# %% ../nbs/07a_sampler.ipynb #d836d85f
 @patch
 def after_train(self: XentSampler):
     "Note the last loss of each item."
@@ -249,6 +264,7 @@ def _tell_idle(self: XentSampler):
     if self.r == 0 or self.anneal == 1: return
     n, k = self.n_epoch, self._n_last()
     why = f"too few examples lay below the mean loss for a share of r={self.r} to come to one"
-    if not self._tried: why = (f"it had {n} epoch{'s' * (n != 1)}; the last {k} train on all, and so does the first, "
-                               "in which no loss is known; train longer, or with a smaller `anneal`")
+    if not self._tried:
+        why = (f"it had {n} epoch{'s' * (n != 1)}; the last {k} train on all, and so does the first, "
+               "in which no loss is known; train longer, or with a smaller `anneal`")
     self._tell(f"XentSampler skipped nothing in this fit: {why}", 5)

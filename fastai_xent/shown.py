@@ -19,30 +19,38 @@ def _splits(record) -> list: # Of (split, items, epochs), in words
     for s in record.splits:
         mine = sorted({k.epoch for k in epochs if k.split == s})
         items = ' and '.join(count(o['n'], 'item') for o in record.meta['splits'][s]['segments'])
-        res.append((s, items, count(len(mine), 'epoch') + (f' ({mine[0]} to {mine[-1]})' if len(mine) > 1 else '')))
+        span = f' ({mine[0]} to {mine[-1]})' if len(mine) > 1 else ''
+        res.append((s, items, count(len(mine), 'epoch') + span))
     return res
+
+def _fits(record) -> int: return 1 + max((k.fit for k in record.epochs), default=-1)
 
 def _facts(record) -> dict: # what → in words
     "What else there is to say. What a record does not have is left out."
-    fits, cost, vocab = 1 + max((k.fit for k in record.epochs), default=-1), record.meta.get('cost'), record.vocab
-    facts = {}
-    if vocab: facts[f"{len(vocab):,} classes"] = ', '.join([*map(str, vocab[:6]), *['…'] * (len(vocab) > 6)])
+    cost, vocab, facts = record.meta.get('cost'), record.vocab, {}
+    if vocab:
+        facts[f"{len(vocab):,} classes"] = ', '.join([*map(str, vocab[:6]), *['…'] * (len(vocab) > 6)])
     columns = record._columns()
     if columns: facts['columns'] = ', '.join(columns)
-    if cost and cost['fit']: facts['recording'] = f"took {cost['recording'] / cost['fit']:.1%} of the fit{'' if fits == 1 else 's'}"
+    if cost and cost['fit']:
+        whole = 'fit' if _fits(record) == 1 else 'fits'
+        facts['recording'] = f"took {cost['recording'] / cost['fit']:.1%} of the {whole}"
     ledger, stray = record._told_ledger(), record._told_strays()
-    if ledger: facts['losses'] = f"{ledger}: those of the rows do not add up to the Learner's, see record.meta['ledger']"
-    if stray: facts['stray epochs'] = f'{stray}: no list of items covers them, and they are not read'
+    if ledger:
+        facts['losses'] = f"{ledger}: those of the rows do not add up to the Learner's, see record.meta['ledger']"
+    if stray:
+        facts['stray epochs'] = f'{stray}: no list of items covers them, and they are not read'
     return facts
 
-def _head(record) -> str: return count(1 + max((k.fit for k in record.epochs), default=-1), 'fit')
+def _head(record) -> str: return count(_fits(record), 'fit')
 
 def told(record) -> str:
     "A record as text."
     lines = [f"{s}: {items}, {epochs}" for s, items, epochs in _splits(record)] or ['nothing recorded yet']
     lines += [f'{k}: {v}' for k, v in _facts(record).items()]
-    wrapped = [textwrap.fill(o, 80, initial_indent='  ', subsequent_indent='    ', break_long_words=False) for o in lines]
-    return '\n'.join([f"XentRecord {record._place}: {_head(record)}", *wrapped])
+    def wrapped(o):
+        return textwrap.fill(o, 80, initial_indent='  ', subsequent_indent='    ', break_long_words=False)
+    return '\n'.join([f"XentRecord {record._place}: {_head(record)}", *map(wrapped, lines)])
 
 def drawn(record) -> str:
     "A record as a table in HTML."
@@ -51,4 +59,5 @@ def drawn(record) -> str:
     rows = ''.join(row(o) for o in _splits(record)) or row(['nothing recorded yet'])
     facts = ''.join(f'<div>{escape(k)}: {escape(v)}</div>' for k, v in _facts(record).items())
     head = f'<div><b>XentRecord</b> {escape(str(record._place))}: {_head(record)}</div>'
-    return f"{head}<table>{row(['split', 'items', 'epochs'], 'th') if record.splits else ''}{rows}</table>{facts}"
+    names = row(['split', 'items', 'epochs'], 'th') if record.splits else ''
+    return f'{head}<table>{names}{rows}</table>{facts}'

@@ -18,13 +18,15 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
+from matplotlib.patheffects import withStroke
 
 from fastai_xent.drawing import (
     AGREES, BLUE, DOTS, GREEN, GREY, ORANGE, axis_of, put_circles, put_counts, put_dots, put_legend, put_title, short,
+    table_size,
 )
 from .dynamics import RANK_BY, Rows, get_score, row_weight
 from .issues import gap_confidence
-from .records import XentRecords
+from .records import XentRecords, first_items
 
 # %% ../nbs/08_views.ipynb #a595bfeb
 def loss_bands(
@@ -49,9 +51,9 @@ def plot_losses(
     "Median loss an epoch of each split, the band from the 10th to the 90th percentile, and the mean."
     ax, bands = axis_of(ax), loss_bands(record)
     handles, told = [], []
-    for (split, b), color in zip(bands.groupby('split'), cycle((BLUE, ORANGE, GREEN))):
+    for (split, b), (color, line) in zip(bands.groupby('split'), cycle(((BLUE, '-'), (ORANGE, '--'), (GREEN, ':')))):
         ax.fill_between(b['epoch'], b['low'], b['high'], color=color, alpha=.25, lw=0)
-        handles += ax.plot(b['epoch'], b['median'], '.-', color=color, label=split)
+        handles += ax.plot(b['epoch'], b['median'], line, marker='.', color=color, label=split)
         ax.plot(b['epoch'], b['mean'], 'x', ms=5, color=color)
         end = b.iloc[-1]
         told.append(f"{split}: half of {end['rows']:,} rows end below {end['median']:.2g}, "
@@ -157,7 +159,8 @@ def _name_changes(ax, h):
         right = c == h['targ'][k]
         y = max(h['p_targ'][k], np.nan_to_num(h['p_rival'][k]))
         ax.annotate(short(c, 12), (h['epoch'][k], y), (1, 5), textcoords='offset points', rotation=25,
-                    rotation_mode='anchor', fontsize=8, color=BLUE if right else ORANGE, parse_math=False)
+                    rotation_mode='anchor', fontsize=8, color=BLUE if right else ORANGE, parse_math=False,
+                    path_effects=[withStroke(linewidth=2, foreground=ax.get_facecolor())])
 
 def _told_history(h, item, split) -> str:
     "What the rows say, in a line."
@@ -240,7 +243,7 @@ def plot_class_pairs(
     names = [o for o in record.meta['vocab'] or [] if o in names] or sorted(names)
     table = pairs.pivot(index='targ', columns='likely', values='items').reindex(index=names, columns=names).fillna(0)
     shown = [short(o) for o in names]
-    ax = axis_of(ax, *[1.6 + .32 * len(names) + .07 * max(map(len, shown), default=0)] * 2)
+    ax = axis_of(ax, *table_size(shown))
     if names: put_counts(ax, table.to_numpy(dtype=int), shown)
     ax.set(xlabel='likely', ylabel='label')
     put_title(ax, _told_pairs(pairs, int(table.to_numpy().sum())))
@@ -276,18 +279,22 @@ def plot_class_issues(
     "The share of each class's labels that are issues."
     c = class_issues(record.label_issues() if issues is None else issues)
     d = c[:most]
-    ax = axis_of(ax, 5, 1.2 + .22 * len(d))
+    ax, reach = axis_of(ax, 5, 1.2 + .22 * len(d)), max(105 * d['share'].max(), 1)
     ax.barh(range(len(d)), 100 * d['share'], color=ORANGE)
-    for k, row in enumerate(d.itertuples()):
-        ax.annotate(f"{row.issues:,} of {row.items:,}", (100 * row.share, k), (3, 0), textcoords='offset points',
-                    va='center', fontsize=8)
+    for k, row in enumerate(d.itertuples()): _put_end(ax, 100 * row.share, k, f"{row.issues:,} of {row.items:,}", reach)
     ax.set_yticks(range(len(d)), [short(o) for o in d['targ']], parse_math=False)
-    ax.set(xlabel='issues, % of the labels of the class', xlim=(0, max(100 * d['share'].max() * 1.25, 1)))
+    ax.set(xlabel='issues, % of the labels of the class', xlim=(0, reach))
     ax.invert_yaxis()
     rest = f"\nthe {len(d)} of {len(c):,} classes with the largest share" if len(c) > len(d) else ''
     put_title(ax, f"{c['issues'].sum():,} of {c['items'].sum():,} labels are issues, "
                f"most of {short(c['targ'][0])} ({c['share'][0]:.0%}){rest}")
     return ax
+
+def _put_end(ax, x, y, text, reach):
+    "Words at the end of a bar: inside it where it is long."
+    inside = x > reach / 2
+    ax.annotate(text, (x, y), (-3 if inside else 3, 0), textcoords='offset points', ha='right' if inside else 'left',
+                va='center', fontsize=8, color='black' if inside else plt.rcParams['text.color'])
 
 # %% ../nbs/08_views.ipynb #b23eba98
 def plot_two_scores(
@@ -309,7 +316,7 @@ def _agreement(s) -> str: return f"rank correlation {s.dropna().rank().corr().il
 def _against(ax, s, mark=None) -> tuple: # axis, number of items drawn
     "The second column against the first, where both are finite numbers."
     d = s[np.isfinite(s).all(axis=1)]
-    dots = put_dots(ax, d.iloc[:, 0], d.iloc[:, 1], color=BLUE, alpha=.6)
+    dots = put_dots(ax, d.iloc[:, 0], d.iloc[:, 1], color=BLUE, alpha=.8)
     if len(d) > DOTS: ax.figure.colorbar(dots, ax=ax, label='items in a cell')
     if mark is not None: put_circles(ax, *d.reindex(mark).to_numpy().T)
     ax.set_xlabel(s.columns[0], parse_math=False)
@@ -330,14 +337,15 @@ def plot_runs(
     s = runs.scores(by, split)
     k = min(k, int(s.notna().sum().min()))
     ax, n = _against(axis_of(ax, 5, 4), s)
-    both = round(k * runs.overlap(k, by, split).iloc[0, 1])
+    one, two = ({*first_items(s[o].to_numpy(), by, k)} for o in s)
     name = by if isinstance(by, str) else type(by).__name__
     for run, put in zip(s, (ax.set_xlabel, ax.set_ylabel)): put(f"{name} in run {run}", parse_math=False)
-    put_title(ax, f"{split}, {n:,} items: {_agreement(s)},\n{both} of the first {k} are the same")
+    put_title(ax, f"{split}, {n:,} items: {_agreement(s)},\n{len(one & two)} of the first {k} are the same")
     return ax
 
 def _two(runs, names) -> XentRecords:
     names = list(runs.records)[:2] if names is None else list(names)
+    if names == list(runs.records) and len(names) == 2: return runs
     if len(names) == 2 and {*names} <= {*runs.records}: return XentRecords({o: runs[o] for o in names}, runs.on)
     raise ValueError(f"the runs are {', '.join(runs.records)}, expected two of them, got {', '.join(names) or 'none'}")
 

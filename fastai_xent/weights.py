@@ -35,7 +35,8 @@ def named_weights(
         weight = weight.to_dict()
     if not isinstance(weight, Mapping): return None
     for k, v in weight.items():
-        if not _is_finite(v): raise ValueError(f"weight[{k!r}] is {v!r}, expected a finite number")
+        if not _is_finite(v):
+            raise ValueError(f"weight[{k!r}] is {v!r}, expected a finite number")
     return {k: float(v) for k, v in weight.items()}
 
 # %% ../nbs/00d_weights.ipynb #4673fecd

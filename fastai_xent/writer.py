@@ -41,22 +41,26 @@ class XentWriter:
     def __init__(self,
         path: str|Path|None = None, # Directory or URL for the record; None: keep it in memory
         *,
-        items=None, # For `add`: names, a data frame or the number of the training items; or a dict of them by split
+        items=None, # For `add`: names, a frame or the number of the training items; or a dict by split
         vocab: list|None = None, # For `add`: names of the classes
         loss_func=None, # For `add`: the loss of the training; None: cross-entropy
-        repeats: bool = False, # For `add`: may an item come more than once in a pass, as a weighted sampler does?
+        repeats: bool = False, # For `add`: may an item come twice in a pass, as by a weighted sampler?
         resume: bool = False, # Go on with the record at `path`, if there is one?
         overwrite: bool = False, # Replace the record at `path`, if there is one?
         adopt: bool = False, # Make the stray epochs at `path` part of the record? With `resume=True`
-        precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the leading one, or 'full'
+        precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the first, or 'full'
     ):
         if resume and overwrite:
-            raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
+            raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: "
+                             "give one of them")
         if adopt and not resume:
             raise ValueError("`adopt=True` goes on with epochs that are there: give `resume=True` too")
-        if precision not in ('short', 'full'): raise ValueError(f"precision is {precision!r}, expected 'short' or 'full'")
-        self._record = _opened(path, overwrite, resume or adopt, adopt, precision if path is not None else 'full')
-        self.items = items if isinstance(items, Mapping) else {} if items is None else dict(train=items)
+        if precision not in ('short', 'full'):
+            raise ValueError(f"precision is {precision!r}, expected 'short' or 'full'")
+        if path is None: precision = 'full'
+        self._record = _opened(path, overwrite, resume or adopt, adopt, precision)
+        if items is None: items = {}
+        self.items = items if isinstance(items, Mapping) else dict(train=items)
         self.vocab, self.loss_func, self.repeats = vocab, loss_func, repeats
         self._fresh()
         if adopt: self._adopt()
@@ -65,9 +69,11 @@ class XentWriter:
         "The state that belongs to this process."
         self._me = uuid.uuid4().hex                       # to notice when somebody else writes
         self._pool = self._lock = self._pass = None
-        self._fit, self._step, self._closed, self._in_loop, self._stopped = self._record.n_fits, 0, set(), False, False
-        self._jobs, self._folds = [], []                  # writing, with its number of rows; bringing scores up to date
-        self._next_fold = {}                              # when the scores of a split may be brought up to date again
+        self._fit, self._step, self._closed = self._record.n_fits, 0, set()
+        self._in_loop = self._stopped = False
+        self._jobs = []                                   # writing, with its number of rows
+        self._folds = []                                  # bringing scores up to date
+        self._next_fold = {}                              # when those of a split may be brought up to date again
 
     def __getstate__(self):
         own = ('_record', 'items', 'vocab', 'loss_func', 'repeats')
@@ -84,6 +90,7 @@ class XentWriter:
         self.wait()
         return self._record
 
+# %% ../nbs/05i_writer.ipynb #c776728c
 def _opened(path, overwrite, resume, adopt, precision) -> XentRecord:
     "The record to go on with, or one without rows. The place is tried, and left as it was."
     place = Place(path)
@@ -91,8 +98,8 @@ def _opened(path, overwrite, resume, adopt, precision) -> XentRecord:
     there = any(place.exists(o) for o in (Layout.meta, 'record.json'))
     if there and resume: return XentRecord(path)
     if there and not overwrite:
-        raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on with it, "
-                              "or `overwrite=True` to replace it")
+        raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on "
+                              "with it, or `overwrite=True` to replace it")
     if there:
         old = XentRecord(path)                            # somebody else's record.json stays
         for o in old._layout.folders(): place.remove(o)
@@ -103,11 +110,13 @@ def _opened(path, overwrite, resume, adopt, precision) -> XentRecord:
 
 def _refuse_strangers(new, path):
     "A directory with files that are no record stays as it is, with `overwrite=True` too."
-    found = [o for o in new._place.files() if not o.rsplit('/', 1)[-1].startswith('.')]
+    ours = lambda o: o.rsplit('/', 1)[-1].startswith('.') or new._layout.read('reviews', o)
+    found = [o for o in new._place.files() if not ours(o)]
     if not found: return
     stray = told_epochs(new._epochs.parts())
     what = f"it has {', '.join(found[:3])}{', …' if len(found) > 3 else ''}"
-    if stray: what = f"it has stray epochs ({stray}); `resume=True, adopt=True` makes a record of them"
+    if stray:
+        what = f"it has stray epochs ({stray}); `resume=True, adopt=True` makes a record of them"
     raise FileExistsError(f"{path} exists and is not a record of fastai_xent: {what}. "
                           "Use a path that does not exist, or an empty directory")
 
@@ -133,7 +142,8 @@ def in_step(self: XentWriter) -> bool:
     r = self._record
     if not r._place.exists(r._layout.meta): return r.meta.get('id') is None
     disk = r._read_meta()
-    return disk.get('writer') == self._me or all(disk.get(o) == r.meta.get(o) for o in ('id', 'revision', 'writer'))
+    if disk.get('writer') == self._me: return True
+    return all(disk.get(o) == r.meta.get(o) for o in ('id', 'revision', 'writer'))
 
 @patch
 def keep_cost(self: XentWriter,
@@ -158,8 +168,8 @@ def _check_in_step(self: XentWriter):
     if _processes() > 1 or self.in_step(): return
     gone = not self._record._place.exists(self._record._layout.meta)
     what = 'removed' if gone else 'replaced, or written to by someone else,'
-    raise RecordReplaced(f"the record at {self.path} was {what} since this writer began; nothing more is written to it. "
-                         "Use another path, or `resume=True` to go on with what is there")
+    raise RecordReplaced(f"the record at {self.path} was {what} since this writer began; nothing more is written "
+                         "to it. Use another path, or `resume=True` to go on with what is there")
 
 # %% ../nbs/05i_writer.ipynb #efcfdfd0
 _NAMES = 2**11 # Names that are read at once
@@ -170,7 +180,7 @@ def _items_table(items: pd.DataFrame) -> pa.Table:
     whole = pd.api.types.infer_dtype(names, skipna=True) == 'integer'
     names = pa.array(names.astype('Int64'), pa.int64()) if whole else pa.array(names, pa.string())
     source = pa.array(items['source'].astype('Int64'), pa.int64())
-    return pa.table([pa.array(items['item'], pa.int32()), names, source], names=['item', 'name', 'source'])
+    return pa.table(dict(item=pa.array(items['item'], pa.int32()), name=names, source=source))
 
 @patch
 def set_items(self: XentWriter,
@@ -189,32 +199,42 @@ def set_items(self: XentWriter,
     k = prints.index(fingerprint) if fingerprint in prints else len(prints)
     if k < len(prints) and known['starts'][-1][1] == k: return k
     if k == len(prints):
-        if not r._place.exists(r._layout.meta): self._save()     # from here on the directory is known as a record
-        table = _items_table(items)
-        r._place.write(r._items_name(split, k), lambda f: pq.write_table(table, f, compression='zstd', row_group_size=_NAMES))
+        if not r._place.exists(r._layout.meta):
+            self._save()  # from here on it is known as a record
+        self._write_items(split, k, items)
         segments = [*segments, dict(n=len(items), fingerprint=fingerprint)]
-    self._save(splits={**r.meta['splits'], split: dict(segments=segments, starts=[*known['starts'], [epoch, k]])},
-               vocab=r.vocab if vocab is None else list(vocab),
+    now = dict(segments=segments, starts=[*known['starts'], [epoch, k]])
+    self._save(splits={**r.meta['splits'], split: now}, vocab=r.vocab if vocab is None else list(vocab),
                classes=n_classes or (len(vocab) if vocab else r.meta['classes']))
     return k
 
 @patch
+def _write_items(self: XentWriter, split, k, items):
+    table, name = _items_table(items), self._record._items_name(split, k)
+    self._record._place.write(
+        name, lambda f: pq.write_table(table, f, compression='zstd', row_group_size=_NAMES))
+
+# %% ../nbs/05i_writer.ipynb #d7dc3090
+@patch
 def _adopt(self: XentWriter):
-    "Cover stray epochs by the list of items that is there, or by nameless items as far as their rows reach."
+    "Cover stray epochs by the list of items that is there, or by as many nameless ones as they need."
     strays = self._record._strays()
-    for split in sorted({s for _, s, _ in strays}): self._adopt_split(split, {k: o for k, o in strays.items() if k[1] == split})
+    for split in sorted({s for _, s, _ in strays}):
+        self._adopt_split(split, {k: o for k, o in strays.items() if k[1] == split})
 
 @patch
 def _adopt_split(self: XentWriter, split, strays):
     r, first = self._record, min(epoch for _, _, epoch in strays)
     known, lists = r.meta['splits'].get(split), r._epochs.lists().get(split, [])
     if len(known['segments'] if known else lists) > 1:
-        raise ValueError(f"{split!r} has several lists of items in {self.path}, and which of them the stray epochs are of is not known")
-    n = 1 + max(t['item'].to_numpy().max(initial=-1) for t in r._epochs.rows(strays, 0, 2**31 - 1, ['item']))
+        raise ValueError(f"{split!r} has several lists of items in {self.path}, and which of them the stray "
+                         "epochs are of is not known")
+    rows = r._epochs.rows(strays, 0, 2**31 - 1, ['item'])
+    n = 1 + max(t['item'].to_numpy().max(initial=-1) for t in rows)
     items = r._items_frame(split, lists[0]) if lists else items_of(int(n))
     if n > len(items):
-        raise ValueError(f"the stray epochs of {split!r} have an item {n - 1}, the list of items has {len(items)}: "
-                         "they belong to something else")
+        raise ValueError(f"the stray epochs of {split!r} have an item {n - 1}, the list of items has "
+                         f"{len(items)}: they belong to something else")
     if known: self._save(splits={**r.meta['splits'], split: dict(known, starts=[[first, 0]])})
     else: self.set_items(split, items, _fingerprint(items), epoch=first)
 
@@ -224,7 +244,7 @@ def write(self: XentWriter,
     fit: int, # Number of the fit
     epoch: int, # Number of the epoch, counted over all fits
     split: str, # 'train', 'valid' or a name of your own
-    cols: dict, # Arrays of one length by name, as `parquet.ROWS` lists them; perhaps `padding`, which rows only fill up a batch
+    cols: dict, # Arrays of one length by name, see `parquet.ROWS`; perhaps `padding`: fills up a batch
     maps: dict|None = None, # item → column → array `d…`: the numbers of every position of some items
     probs: tuple|None = None, # Items `r` and probabilities of the classes `r c`
     rank: int = 0, # Rank of the process in a distributed training
@@ -242,6 +262,7 @@ def write(self: XentWriter,
     if fold: self._folds.append(self._pool.submit(self._keep_scores, split))
     while self._folds[:-1] and self._folds[0].done(): self._tell_of(self._folds.pop(0))
 
+# %% ../nbs/05i_writer.ipynb #6d2e2e57
 @patch
 def _do(self: XentWriter, job, *args):
     self._check_in_step()
@@ -260,18 +281,22 @@ def _write_rows(self: XentWriter, key, cols, rank):
     r, (fit, split, epoch) = self._record, key
     packed = r._epochs.compact().get(split)
     if packed and (fit, epoch) in packed.marks:
-        raise ValueError(f"epoch {epoch} of {split!r} in fit {fit} lies in {packed.name}, and what was compacted is not replaced")
-    r._place.write(self._file('rows', key, rank), lambda f: write_rows(f, row_tables(cols, key, r.meta['precision'])))
+        raise ValueError(f"epoch {epoch} of {split!r} in fit {fit} lies in {packed.name}, and what was compacted "
+                         "is not replaced")
+    def rows(f): write_rows(f, row_tables(cols, key, r.meta['precision']))
+    r._place.write(self._file('rows', key, rank), rows)
 
 @patch
 def _write_maps(self: XentWriter, key, maps, rank):
     "Keep the numbers of every position of some items. A map is stored flat, with its shape."
     names = list(next(iter(maps.values())))
     kind = lambda o: pa.list_(pa.int32() if o == 'pred' else pa.float32())
+    shapes = [list(m[names[0]].shape) for m in maps.values()]
     table = pa.table({'item': pa.array(list(maps), pa.int32()),
-                      'shape': pa.array([list(m[names[0]].shape) for m in maps.values()], pa.list_(pa.int32())),
+                      'shape': pa.array(shapes, pa.list_(pa.int32())),
                       **{o: pa.array([m[o].ravel() for m in maps.values()], kind(o)) for o in names}})
-    self._record._place.write(self._file('maps', key, rank), lambda f: pq.write_table(table, f, compression='zstd'))
+    name = self._file('maps', key, rank)
+    self._record._place.write(name, lambda f: pq.write_table(table, f, compression='zstd'))
 
 @patch
 def _write_probs(self: XentWriter, key, item, probs, rank):
@@ -290,14 +315,14 @@ _WAITING = 2**18 # rows that may wait for the thread; a larger epoch waits alone
 
 @patch
 def _keep_scores(self: XentWriter, split) -> str|None: # What to tell
-    "Bring the running scores up to date, unless it is too soon. They can be computed from the rows: nothing hangs on them."
+    "Bring the running scores up to date, unless it is too soon; they can be computed from the rows too."
     start = time.perf_counter()
     if start < self._next_fold.get(split, 0): return
     if not self.in_step(): return                         # told by the rows
     try: self._record._cache.update(self._record._segment(split))
     except Exception as e:
-        return (f"XentWriter could not keep the running scores of {split!r}, they will be computed from the epochs "
-                f"when they are asked for: {e!r}")
+        return (f"XentWriter could not keep the running scores of {split!r}, they will be computed from the "
+                f"epochs when they are asked for: {e!r}")
     finally: self._next_fold[split] = start + (time.perf_counter() - start) / _SHARE
 
 @patch
@@ -306,11 +331,12 @@ def settle(self: XentWriter,
 ) -> None:
     "Raise the errors of what was handed in, and wait until few enough rows are on their way."
     def full(): return sum(n for _, n in self._jobs) + room > _WAITING
-    while self._jobs and (self._jobs[0][0].done() or full()): self._tell_of(self._jobs.pop(0)[0])
+    while self._jobs and (self._jobs[0][0].done() or full()):
+        self._tell_of(self._jobs.pop(0)[0])
 
 @patch
 def wait(self: XentWriter) -> None:
-    "Wait until all that was handed in is written, and raise the first of its errors."
+    "Wait until all that was handed in is written, and raise its first error."
     jobs, self._jobs = self._jobs, []
     failed = [e for e in (job.exception() for job, _ in jobs) if e is not None]
     if failed: raise failed[0]
@@ -338,11 +364,13 @@ def close(self: XentWriter) -> None:
         if self._lock is not None: self._lock.close()
         self._pool = self._lock = None
 
+# %% ../nbs/05i_writer.ipynb #a9252124
 @patch
 def __enter__(self: XentWriter): return self
 @patch
 def __exit__(self: XentWriter, *error):
-    if error[0] is not None: self._pass = None            # a pass that was interrupted is not one
+    if error[0] is not None:
+        self._pass = None  # a pass that was interrupted is not one
     self.close()
 
 # %% ../nbs/05i_writer.ipynb #b1b77c9b
@@ -358,7 +386,8 @@ def add(self: XentWriter,
     "Take the rows of a batch. The numbers stay on the device until the pass ends."
     if self._stopped: return
     self._in_loop = True
-    if self._pass is None or (self._pass.split, self._pass.epoch) != (split, epoch): self._begin_pass(split, epoch)
+    now = self._pass and (self._pass.split, self._pass.epoch)
+    if now != (split, epoch): self._begin_pass(split, epoch)
     self._pass.add(item, pred, targ, self._step if split == 'train' else -1)
     if split == 'train': self._step += 1
 
@@ -380,10 +409,10 @@ def _end_pass(self: XentWriter):
     now, self._pass = self._pass, None
     if now is None or self._stopped or not now.at: return
     self._closed.add((now.split, now.epoch))
-    cols = now.cols()
+    cols, rank = now.cols(), int(os.environ.get('RANK') or 0)
     def write():
         self.set_items(now.split, now.items, _fingerprint(now.items), self.vocab, now.epoch, now.n_classes)
-        self.write(self._fit, now.epoch, now.split, cols, rank=int(os.environ.get('RANK') or 0), fold=_processes() == 1)
+        self.write(self._fit, now.epoch, now.split, cols, rank=rank, fold=_processes() == 1)
     self._safely(write)
 
 @patch
@@ -394,5 +423,5 @@ def _safely(self: XentWriter, do):
         if not self._in_loop: raise
         self._stopped = True
         self.give_up()
-        warnings.warn(f"XentWriter has stopped recording: {e!r}. The training goes on, and finished epochs are kept",
-                      stacklevel=4)
+        warnings.warn(f"XentWriter has stopped recording: {e!r}. The training goes on, and finished epochs are "
+                      "kept", stacklevel=4)

@@ -127,6 +127,16 @@ def test_torn_states_are_never_believed(tmp_path):
         np.testing.assert_array_equal(XentRecord(tmp_path / 'r').score('loss'), got)
         (tmp_path / 'r/rows/train/fit-1-epoch-003-part-0.parquet').unlink()
 
+@pytest.mark.parametrize('name', [b'"crc"', b'"facts"'])
+def test_states_whose_metadata_lost_a_name_are_never_believed(tmp_path, name):
+    record = fill(tmp_path / 'r', RUN)
+    want, file = answers(record), tmp_path / 'r/_running/train-0.pq'
+    bad = file.read_bytes().replace(name, b'"' + b'x' * (len(name) - 2) + b'"')
+    assert bad != file.read_bytes()
+    with pytest.raises(NoStates): States(io.BytesIO(bad))
+    file.write_bytes(bad)
+    assert answers(XentRecord(tmp_path / 'r')) == want
+
 def test_foreign_and_stale_states_are_never_believed(tmp_path):
     record = fill(tmp_path / 'r', RUN)
     other = fill(tmp_path / 'other', ({'train': 6, 'valid': 3}, [(0, e, s, rows([0, 1, 2], seed=50 + e)) for e in range(3) for s in ('train', 'valid')], None))
@@ -241,7 +251,7 @@ def test_registering_refuses(registered):
     with pytest.raises(TypeError, match="'a' is a str, expected an instance of a Reducer"): register_score('a', 'b')
     class Squares(Confidence):
         def update(self, state, item, weight, p_targ): super().update(state, item, weight, p_targ**2)
-    with pytest.raises(ValueError, match='not folded alike'): register_score('squares', Squares())
+    with pytest.raises(ValueError, match='not computed alike'): register_score('squares', Squares())
     class Power(Mean):
         columns = ('margin',)
         def __init__(self, power): self.power = power

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-import fastai_xent.issues  # noqa: F401 registers 'label_doubt'
+import fastai_xent.cache  # noqa: F401 registers 'label_doubt'
 from fastai_xent.dynamics import SCORES, EarlyMean, Mean, Reducer, get_score
 
 FLOATS = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'entropy', 'grand')

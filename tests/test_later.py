@@ -8,10 +8,12 @@ import sys
 
 import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
 from fastai_xent import show, views
+from fastai_xent.interpretation import XentInterpretation
 from fastai_xent.later import LATER, Later
 from fastai_xent.record import XentRecord
 from fastai_xent.records import XentRecords
@@ -106,7 +108,7 @@ def test_the_recorder_knows_the_data_and_their_names(folder):  # noqa: F811  a f
     recorder = recorded(datasets(folder), key_fn=lambda f: f.stem.upper())
     recorder.show_top(4)
     fig = plt.gcf()
-    assert fig.get_suptitle() == 'train: the first 4 of 6 items' and len([o for o in fig.axes if o.images]) == 4
+    assert fig.get_suptitle() == 'train: the first 4 of 6 items by margin_loss' and len([o for o in fig.axes if o.images]) == 4
     recorder.show_items(recorder.record.top(2, split='valid'), 'valid', title='two')
     assert plt.gcf().get_suptitle() == 'two'
     recorder.show_history(3)
@@ -119,3 +121,26 @@ def test_a_recorder_without_a_learner_shows_the_names(monkeypatch):
     recorder.learn.remove_cb(recorder)
     recorder.show_top(2)
     assert 'item' in shown[0] and not plt.get_fignums()
+
+
+# -- a record is left as it was
+
+def contents(folder): return {o.relative_to(folder): o.read_bytes() for o in folder.rglob('*') if o.is_file()}
+
+def test_looking_changes_nothing(tmp_path):
+    "Every picture and every question of an interpretation, of a record on disk."
+    record, other = seen(path=tmp_path / 'run'), seen(seed=1)
+    issues, top = record.top(12).assign(is_issue=True), record.top(3)       # by now the writer has written all
+    before = contents(tmp_path)
+    issues.loc[5:, 'is_issue'] = False
+    kept = issues.copy(deep=True), top.copy(deep=True)
+    record = XentRecord(tmp_path / 'run')
+    args = dict(plot_history=[0], plot_class_pairs=[issues], plot_class_issues=[issues], plot_two_runs=[other],
+                show_items=[top], draw_items=[top], show_history=[0])
+    names = ' '.join(LATER['XentRecord'][o] for o in ('views', 'show')).split()
+    for name in names: getattr(record, name)(*args.get(name, []))
+    interp = XentInterpretation(record, split='train')
+    interp.plot_top_losses(2), interp.plot_confusion_matrix(), interp.print_classification_report()
+    interp.most_confused(), interp.top_losses(items=True)
+    for old, new in zip(kept, (issues, top)): pd.testing.assert_frame_equal(new, old)
+    assert before and contents(tmp_path) == before

@@ -248,7 +248,7 @@ def test_overlap_wants_a_k_that_all_have():
     runs = XentRecords(dict(a=record_of(m), b=record_of(np.where(m < 5, np.nan, m))))
     assert runs.overlap(7).loc['a', 'b'] == 2 / 7      # a has 0 to 6 first, b 5 to 11
     for k in (0, 8, -1):
-        with pytest.raises(ValueError, match=f"k is {k}, expected 1 to 7: so many items has run 'b' seen"): runs.overlap(k)
+        with pytest.raises(ValueError, match=f"k is {k}, expected 1 to 7, the number of items that run 'b' has seen"): runs.overlap(k)
 
 
 # -- the items to look at

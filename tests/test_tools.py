@@ -1,5 +1,6 @@
-"What tools/ does: the README, the site's maths and links, the measures of the house, mutants."
-import ast, json, subprocess
+"What tools/ does: the README, the site's maths and links, the measures of the house, journeys, mutants."
+import ast, json, re, subprocess, sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import links, maths, measure, mutants, pytest, readme
@@ -255,3 +256,13 @@ def test_failing_tests_are_refused(tree, bare, monkeypatch):
     (tree/'tests'/'test_a.py').write_text('def test(): assert False')
     monkeypatch.setattr(mutants, 'ROOT', tree)
     with pytest.raises(SystemExit, match='do not pass'): mutants.main(['--modules', 'b', '--tests', 'tests'])
+
+
+def test_journeys():
+    "In a process of its own: the profiler is the whole process's."
+    tool = Path(measure.ROOT)/'tools'/'journeys.py'
+    said = subprocess.run([sys.executable, '-W', 'ignore', tool], capture_output=True, text=True, check=True).stdout
+    passed = dict(re.findall(r'^(\S.*): (\d+ files, \d+ functions)$', said, re.M))
+    assert list(passed) == ["a batch's loss", 'record.top(20)', 'a new score']
+    assert passed['a new score'].startswith('1 files') and '    dynamics: register_score' in said
+    for o in ('losses: XentLossFlat.__call__', 'writer: XentWriter._do', 'parquet: write_rows'): assert f'    {o}' in said
