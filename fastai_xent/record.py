@@ -202,8 +202,10 @@ def items(self: XentRecord,
     split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch
 ) -> pd.DataFrame: # Columns item, name, source
-    "What the items of a split are called, and where they stood in their source."
-    return self._items_frame(split, self._list(split, segment))
+    "What the items of a split are called, and where they stood in their source; `attrs` has the split."
+    res = self._items_frame(split, self._list(split, segment))
+    res.attrs['split'] = split
+    return res
 
 @patch
 def _items_frame(self: XentRecord, split, k) -> pd.DataFrame: return _frame(self._items_table(split, k))
@@ -393,7 +395,9 @@ def top(self: XentRecord,
     if not np.isnan(likely).all(): self._check_score(reducer, score, split, segment)      # items were seen
     order = _first(-score if reducer.largest_first else score, k)
     classes = dict(targ=self._class_names(targ[order]), likely=self._class_names(likely[order]))
-    return self._items_at(split, seg.k, order).assign(**classes, score=score[order])
+    res = self._items_at(split, seg.k, order).assign(**classes, score=score[order])
+    res.attrs['split'] = split
+    return res
 
 _ASK_THE_LOSS = "the loss could not be asked for that of a row; use one such as `XentLossFlat`"
 _HOW_TO_GET = dict(grand="ask for it with `XentRecorder(head='auto')`", loss=_ASK_THE_LOSS, grad_norm=_ASK_THE_LOSS)
