@@ -117,9 +117,21 @@ def test_modules_are_in_step(house):
 
 def test_site_settings_are_in_step(house):
     before = contents(house)
-    nbdev(house, 'from nbdev.quarto import nbdev_sidebar, refresh_quarto_yml; refresh_quarto_yml(); nbdev_sidebar()')
+    nbdev(house, 'from nbdev.quarto import refresh_quarto_yml; refresh_quarto_yml()')
     stale = changed(before, contents(house))
     assert not stale, 'run `make docs`'
+
+
+def entries(contents):
+    "The pages of a sidebar, section by section."
+    for o in contents: yield from entries(o['contents']) if 'section' in o else [o['href'] if isinstance(o, dict) else o]
+
+
+def test_every_page_is_in_the_sidebar():
+    "nbs/sidebar.yml is written by hand: guides first, internals last."
+    side = yaml.safe_load((NBS/'sidebar.yml').read_text(encoding='utf-8'))['website']['sidebar']['contents']
+    pages = [o.relative_to(NBS).as_posix() for o in NOTEBOOKS]
+    assert sorted(entries(side)) == sorted(pages), 'give each page one line of nbs/sidebar.yml'
 
 
 @pytest.mark.skipif(not (NBS/'index.ipynb').exists(), reason='no nbs/index.ipynb yet')
