@@ -202,6 +202,6 @@ def _told(df, found, precision, only_issues) -> LabelIssues:
     found.update(zip(('precision', 'precision_low', 'precision_high'), precision), n_issues=len(issues),
                  expected_wrong=float(issues['p_wrong'].sum()))
     res = LabelIssues(issues if only_issues else df)
-    res.attrs = dict(found, verdict=told(found, len(df)))
+    res.attrs = {**df.attrs, **found, 'verdict': told(found, len(df))}
     if not found['reviewed'] and found['reached'] < .5: warnings.warn(res.attrs['verdict'], stacklevel=3)
     return res

@@ -56,7 +56,8 @@ def verdict(
         warnings.simplefilter('always')
         try: issues = record.label_issues(split)
         except ValueError as e: return None, [f"No verdict on the labels of {split}: {e}."]
-    return issues, [_sentence(str(o.message)) for o in caught if issubclass(o.category, UserWarning)]
+    said = [_sentence(str(o.message)) for o in caught if issubclass(o.category, UserWarning)]
+    return issues, [o for o in said if o != issues.attrs['verdict']]
 
 def _sentence(text) -> str: return f"{text[:1].upper()}{text[1:]}".rstrip('.') + '.'
 
@@ -64,13 +65,7 @@ def suspects(
     issues: pd.DataFrame, # As from `record.label_issues()`
 ) -> list: # Of sentences
     "How many labels are wrong, and how sure that is."
-    a, n = issues.attrs, len(issues)
-    rate, sd, marked = a['noise_rate'], a['noise_rate_sd'], a['n_issues']
-    res = [f"About {rate * n:,.0f} of {n:,} labels are wrong: {rate:.1%}, give or take {sd:.1%}."]
-    if not marked: return [*res, "No single label is wrong with a probability of one half or more."]
-    res.append(f"{count(marked, 'label')} {'is' if marked == 1 else 'are'} marked, each wrong with a probability of "
-               f"one half or more; of these {a['expected_wrong']:,.0f} should be wrong indeed.")
-    return res
+    return [issues.attrs['verdict']]
 
 # %% ../nbs/08d_summary.ipynb #f6fdb501
 def mistaken(
@@ -110,7 +105,6 @@ def advice(
            "`relabel(dls, record, pd.read_csv('chosen.csv'))` gives those items their likely class, "
            "`prune(dls, record, drop=pd.read_csv('chosen.csv'))` leaves them out; nothing is changed on disk.",
            "Train again with what comes back, and compare the losses of valid."]
-    if issues.attrs['noise_rate_sd'] > .06: res.insert(1, "Trust the order of the items more than their number.")
     return res
 
 def summary(
