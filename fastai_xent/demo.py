@@ -56,7 +56,8 @@ def digits(
 
 def small_cnn() -> nn.Module:
     "Two convolutions and a linear head, for 1×8×8 images."
-    return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(), nn.Conv2d(32, 64, 3, stride=2, padding=1),
+    return nn.Sequential(nn.Conv2d(1, 32, 3, padding=1), nn.BatchNorm2d(32), nn.ReLU(),
+                         nn.Conv2d(32, 64, 3, stride=2, padding=1),
                          nn.BatchNorm2d(64), nn.ReLU(), nn.AdaptiveAvgPool2d(2), nn.Flatten(), nn.Linear(256, 10))
 
 # %% ../nbs/09_demo.ipynb #93133e68
@@ -71,8 +72,10 @@ def run(
     train, valid = digits(seed=seed)
     dls = DataLoaders(TfmdDL(train, bs=64, shuffle=True, num_workers=0), TfmdDL(valid, bs=256, num_workers=0))
     dls.vocab = list('0123456789')
-    learn = Learner(dls, small_cnn(), loss_func=XentLossFlat(), metrics=accuracy, cbs=XentRecorder(path, overwrite=True))
-    with nullcontext() if show else learn.no_bar(), nullcontext() if show else learn.no_logging(): learn.fit_one_cycle(epochs, 1e-2)
+    learn = Learner(dls, small_cnn(), loss_func=XentLossFlat(), metrics=accuracy,
+                    cbs=XentRecorder(path, overwrite=True))
+    with nullcontext() if show else learn.no_bar(), nullcontext() if show else learn.no_logging():
+        learn.fit_one_cycle(epochs, 1e-2)
     return learn
 
 def found(learn: Learner) -> dict: # auroc, precision at k, k, and the recorder's share of the time
@@ -81,7 +84,8 @@ def found(learn: Learner) -> dict: # auroc, precision at k, k, and the recorder'
     score, k = recorder.record.score(), int(planted.sum())
     first = np.argsort(-np.nan_to_num(score, nan=-np.inf), kind='stable')[:k]
     seen = ~np.isnan(score)
-    return dict(auroc=roc_auc_score(planted[seen], score[seen]), precision_at_k=planted[first].mean(), k=k, share=recorder.seconds / recorder.fit_seconds)
+    return dict(auroc=roc_auc_score(planted[seen], score[seen]), precision_at_k=planted[first].mean(), k=k,
+                share=recorder.seconds / recorder.fit_seconds)
 
 # %% ../nbs/09_demo.ipynb #46b1aecb
 def pictures(learn: Learner, path: Path) -> list: # Of the files
@@ -91,7 +95,8 @@ def pictures(learn: Learner, path: Path) -> list: # Of the files
     top = record.top(20)
     figs = {'losses': views.plot_losses(record),
             'data_map': views.plot_data_map(record, mark=top['item']),
-            'suspects': show.draw_items(record, top, learn.dls, title='The 20 training digits to look at first', cols=10, size=1.1)}
+            'suspects': show.draw_items(record, top, learn.dls, title='The 20 training digits to look at first',
+                                        cols=10, size=1.1)}
     files = []
     for name, drawn in figs.items():
         files.append(path / f'{name}.png')
@@ -122,10 +127,13 @@ def main(path: str = 'runs/demo'):
     recorder = learn.xent_recorder
     top, q = recorder.record.top(20), found(learn)
     top['planted'] = np.where(learn.dls.train_ds.planted[top['item']], 'yes', 'no')
-    top = top.rename(columns=dict(targ='given label', likely='likely label', planted='wrong label?')).drop(columns=['name', 'source'])
+    top = top.rename(columns=dict(targ='given label', likely='likely label', planted='wrong label?'))
+    top = top.drop(columns=['name', 'source'])
     print(f"\nThe 20 examples to look at first:\n\n{top.to_string(index=False, float_format='{:.2f}'.format)}\n")
-    print(f"{q['precision_at_k']:.1%} of the first {q['k']} are planted errors (there are {q['k']}); AUROC {q['auroc']:.4f}.")
-    print(f"The recorder took {recorder.seconds:.2f} s of {recorder.fit_seconds:.1f} s, {q['share']:.1%}, Parquet files included.\n")
+    print(f"{q['precision_at_k']:.1%} of the first {q['k']} are planted errors (there are {q['k']}); "
+          f"AUROC {q['auroc']:.4f}.")
+    print(f"The recorder took {recorder.seconds:.2f} s of {recorder.fit_seconds:.1f} s, {q['share']:.1%}, "
+          "Parquet files included.\n")
     print(recorder.record, '\n')
     for f in pictures(learn, Path(path)): print(f"wrote {f}")
     print(f"\nAsk it more:\n\n{question(path, top['item'].iloc[0])}")
