@@ -1,6 +1,6 @@
 """Trainings with planted noise of four kinds, whose rows are kept for `verdict.py`: a second or two each.
 
-Their rows lie in XENT_CACHE (default /tmp/verdict/cache), a file each; those that are there are not made again.
+Their rows lie in XENT_CACHE (default: xent_trainings among the temporary files), a file each; those that are there are not made again.
 
 Noise: `sym`, any other class; `pair`, the next class; `class`, each class with a rate and likely targets of its own; `confusable`, drawn
 from the softened predictions of a weak model of other items, so that it sits on hard items, as human mistakes do.
@@ -8,6 +8,7 @@ Data: `XENT_DATA` (default ../shared/data), and Debian's package dataset-fashion
 import json
 import os
 import sys
+import tempfile
 import time
 import warnings
 import zlib
@@ -27,7 +28,7 @@ from sklearn.linear_model import LogisticRegression  # noqa: E402
 from sklearn.naive_bayes import MultinomialNB  # noqa: E402
 from torch import nn  # noqa: E402
 
-CACHE = Path(os.environ.get('XENT_CACHE', '/tmp/verdict/cache'))
+CACHE = Path(os.environ.get('XENT_CACHE', f'{tempfile.gettempdir()}/xent_trainings'))
 
 
 # -- data: inputs and classes, or None where something is missing

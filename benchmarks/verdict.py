@@ -1,9 +1,10 @@
 """How often does the verdict of `label_issues` hold? Its own answer on the rows that `trainings.py` has kept, beside the truth.
 
-CHOSEN says on which trainings the constants were chosen; the tables are of the others, and of those beside them.
+`chosen_on` says on which trainings the constants were chosen; the tables are of the others, and of those beside them.
 A training is handed over as a record of arrays: what `label_issues` reads of a record, and nothing else."""
 import os
 import sys
+import tempfile
 import warnings
 from collections import namedtuple
 from pathlib import Path
@@ -16,7 +17,7 @@ import pandas as pd  # noqa: E402
 import fastai_xent.label_issues as _page  # noqa: E402
 from fastai_xent.issues import LabelDoubt, plateau  # noqa: E402
 
-CACHE = Path(os.environ.get('XENT_CACHE', '/tmp/verdict/cache'))
+CACHE = Path(os.environ.get('XENT_CACHE', f'{tempfile.gettempdir()}/xent_trainings'))
 Segment = namedtuple('Segment', 'split k n found')
 Column = namedtuple('Column', 'v')
 Columns = namedtuple('Columns', 'columns')
@@ -154,7 +155,6 @@ def main(pattern='*'):
     paths = sorted(o for o in CACHE.glob(f'{pattern}.npz') if '.part' not in o.name)
     if not paths: return print(f"skipped: no trainings in {CACHE}; `python benchmarks/trainings.py` makes them")
     df = pd.DataFrame([measured(Kept(o)) for o in paths])
-    df.to_pickle(CACHE.parent / 'verdict.pkl')
     print(f"{len(df)} trainings, {df['chosen'].sum()} of them chosen on")
     for table in (coverage, reviews, ranking): table(df)
     clean = df[df['planted'] == 0]

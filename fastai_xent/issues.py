@@ -110,8 +110,9 @@ class LabelDoubt(Reducer):
         return pair_lift(held, label, np.nan_to_num(self.mean(state, 'confidence')), rival)
     def finalize(self, state):
         doubt = self.mean(state, 'doubt')
-        with np.errstate(divide='ignore'): x = doubt + np.log(-np.expm1(-doubt)) # ln(eᵈ − 1), whatever its size
-        return np.logaddexp(0, x + .6 * self.lift(state))
+        with np.errstate(divide='ignore', invalid='ignore'):
+            x = doubt + np.log(-np.expm1(-doubt))             # ln(eᵈ − 1), whatever its size
+            return np.logaddexp(0, x + .6 * self.lift(state))
 
 # %% ../nbs/04a_issues.ipynb #f1cce56d
 _RATE, _STEEP, _BINS = np.linspace(0, .6, 121), np.exp(np.linspace(-1.5, 3, 37)), 40

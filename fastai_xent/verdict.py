@@ -156,6 +156,7 @@ def draw(
 def _share(p) -> str: return f'{p:.1%}' if p < .0995 else f'{p:.0%}'
 
 def _range(low, high) -> str:
+    if _share(low) == _share(high): return _share(low)
     return f'at most {_share(high)}' if low < .0005 else f'between {_share(low)} and {_share(high)}'
 
 def advice(
