@@ -136,3 +136,11 @@ def test_search_puts_guides_first(site, small):
     assert 'sortFn' in (small/'s.js').read_text()
     (small/'s.js').write_text('')
     with pytest.raises(ValueError, match='found 0'): site.rank_search(small, small)
+
+
+def test_no_font_from_another_host(site, tmp_path):
+    (tmp_path/'site_libs').mkdir()
+    css = tmp_path/'site_libs'/'a.css'
+    css.write_text('@charset "UTF-8";@import url(https://fonts.example/css2?family=Lato:wght@0,400;0,700&display=swap);:root{--a:1}')
+    site.drop_fonts(tmp_path)
+    assert css.read_text() == '@charset "UTF-8";:root{--a:1}'

@@ -24,6 +24,7 @@ EVENTS = {o for o in vars(event) if o[0] != '_'}  # fastai calls these methods o
 RANKS = dict(Reference=1, Internals=2)  # what stands elsewhere in the sidebar comes first in a search
 
 _documents = re.compile(r'^show_doc\((?:[\w.]+\.)?(\w+)', re.M)
+_font = re.compile(r'@import\s+url\(["\']?https://fonts[^)]*\)\s*;?')
 _output_file = re.compile(r'^output-file:.*\n?', re.M)
 _no_matches = 'includeMatches: false,'  # an option of Fuse, in smalldocs' script
 _bare_align = re.compile(r'^\s*\\begin\{align\*?\}|^\s*\$\$\s*\{#', re.M)
@@ -124,6 +125,11 @@ def localise(site, url):
         write(site/name, own.sub(lambda m: f'{m[1]}{up}{m[2]}{nearest(parsed[m[2]], m[3])}', text))
 
 
+def drop_fonts(site):
+    "A theme's font comes from another host; the reader's own will do."
+    for fn in (site/'site_libs').rglob('*.css'): write(fn, _font.sub('', fn.read_text(encoding='utf-8')))
+
+
 def name_markdown(site):
     "Name the markdown copy of a page as Quarto and the modules' docstrings do: losses.html.md."
     copies = list(site.rglob('*.llms.md'))
@@ -182,6 +188,7 @@ def build():
     made = smalldocs.site.build(proc, quiet=True)
     maths.draw(made.out)
     localise(made.out, cfg.doc_url.rstrip('/'))
+    drop_fonts(made.out)
     name_markdown(made.out)
     write_llms(made.out, proc, cfg.doc_url.rstrip('/'))
     rank_search(made.out, proc)
