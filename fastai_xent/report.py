@@ -200,7 +200,9 @@ def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: #
     shown = thumbnails(record, split, _first_items(order, k), dls, key_fn)
     pictures = page.add(_json(shown))['id'] if shown else None
     first = next((o for o in ('label_doubt', RANK_BY) if o in scores), '=item')
-    told = dict(split=split, n=len(scores), prefix=folder, first=first, cols=cols, scored=scored, pictures=pictures)
+    flagged = None if issues is None else np.sort(issues['item'][issues['is_issue']]).tolist()
+    told = dict(split=split, n=len(scores), prefix=folder, first=first, cols=cols, scored=scored, pictures=pictures,
+                flagged=flagged)
     return told, scores, order
 
 def _add_histories(page, classes, record, told, order) -> None:
@@ -350,11 +352,12 @@ def _meaning(score) -> str:
 
 def scores_html(
     scores: pd.DataFrame, # As from `split_scores`
+    flagged: list|None, # Items whose label is flagged
     left: list, # Scores that are not among the items above
 ) -> FT:
     "Every score: how it is distributed, and what it means."
     names = [o for o in scores if o not in _LABELS and np.isfinite(scores[o].astype(float)).any()]
-    marked = scores['p_wrong'].to_numpy() >= .5 if 'p_wrong' in scores else np.zeros(len(scores), dtype=bool)
+    marked = np.isin(scores['item'], flagged or [])
     charts, rows = [], []
     for o in names:
         v = scores[o].to_numpy(float)
@@ -364,7 +367,7 @@ def scores_html(
         rows.append([o, f'{np.sum(~np.isnan(v)):,}', *[f'{q:.3g}' for q in at]])
     told = f" On the map and in the list there is no room for {', '.join(left)}." if left else ''
     table = _table(['score', 'items', 'least', '10 %', 'median', '90 %', 'largest'], rows)
-    note = _p(f'Items, on a scale of logarithms; orange are the marked labels.{told}', cls='soft')
+    note = _p(f'Items, on a scale of logarithms; orange are the flagged labels.{told}', cls='soft')
     return _section('scores', 'Scores', note, ft('div', *charts, cls='charts'), _more('As a table', table))
 
 # %% ../nbs/08e_report.ipynb #2e0b8d14
@@ -410,7 +413,7 @@ def report(
     left = [_add_scores(page, told, scores) for told, scores, _ in read]
     page.scripts['meta'] = packed(_json(dict(title=title, classes=list(classes), splits=[o for o, _, _ in read])))
     parts = [_nav(title, record), summary_html(summary(record, split, found[split])), _EXPLORE, losses_html(record),
-             confusion_html(record, split, found[split][0]), scores_html(read[0][1], left[0])]
+             confusion_html(record, split, found[split][0]), scores_html(read[0][1], read[0][0]['flagged'], left[0])]
     return _write(Path(path), title, parts, page)
 
 _EXPLORE = 'EXPLORE' # its place among the parts

@@ -137,7 +137,7 @@ def test_first_items_are_the_most_suspect(plain, visit):
     record, path = plain
     page, issues = visit(path), record.label_issues()
     assert shown(page) == [o.removeprefix('pics/') for o in issues['name'][:25]]
-    page.get_by_label('marked only').check()
+    page.get_by_label('flagged only').check()
     settled(page, issues['is_issue'].sum())
 
 def test_brush_gives_the_items_in_it(plain, visit, tmp_path):
@@ -282,8 +282,8 @@ def test_items_of_valid_are_not_taken_for_those_of_train(visit, tmp_path):
     choice(page, 'Split').select_option('valid')
     settled(page, 30, 30)
     csv = downloaded(page, tmp_path/'valid.csv')
-    with pytest.warns(UserWarning, match='all 60 training items stay'): assert len(prune(dls, record, drop=csv[:3]).train_ds) == 60
-    with pytest.warns(UserWarning, match='no label is changed'): assert not len(relabel(dls, record, csv).xent_changes)
+    for act in (lambda: prune(dls, record, drop=csv[:3]), lambda: relabel(dls, record, csv)):
+        with pytest.raises(ValueError, match="items of 'valid', and only those of 'train'"): act()
 
 
 # -- texts

@@ -159,7 +159,8 @@ async function refresh() {
   const mine = S
   await need($('by').value, $('x').value, $('y').value, $('sort').value)
   if (mine != S) return
-  S.marked ??= Uint8Array.from({length: S.n}, (_, i) => S.data.p_wrong ? VALUE[S.data.p_wrong[i]] >= .5 : S.targ && S.targ[i] >= 0 && S.likely[i] != S.targ[i])
+  S.marked ??= Uint8Array.from({length: S.n}, (_, i) => !S.flagged && S.targ && S.targ[i] >= 0 && S.likely[i] != S.targ[i])
+  for (const i of S.flagged ?? []) S.marked[i] = 1
   S.kept = filter()
   S.order = sortedBy(sortCodes($('sort').value), S.kept.slice(), show.down)
   show.page = 0
@@ -241,7 +242,7 @@ function draw() {
   ctx.putImageData(image, 0, 0)
   axes(ctx)
   const drawn = n - S.nowhere
-  const what = S.data.p_wrong ? 'labels that are wrong with a probability of at least one half' : 'items whose likely class is not their label'
+  const what = S.flagged ? 'labels that the verdict flags' : 'items whose likely class is not their label'
   $('drawn').textContent = `All ${count(drawn)} items of ${S.split} are drawn, none left out; a stronger colour means more items on one spot. Orange: ${what}.`
     + (all ? '' : ' Grey: not chosen.') + (S.nowhere ? ` ${count(S.nowhere)} items do not have both scores and have no place here.` : '')
   canvas.setAttribute('aria-label', `${$('y').value} against ${$('x').value} of ${count(drawn)} items; the fields below choose a region, the table lists the items in it`)
