@@ -6,7 +6,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/items.html.md"""
 
 # %% auto #0
 __all__ = ['NoItemIdentity', 'item_numbers', 'n_items', 'item_names', 'item_source', 'items_frame', 'fingerprint', 'difference',
-           'may_rename', 'labels_of', 'KnownItems', 'class_names']
+           'may_rename', 'labels_of', 'KnownItems', 'targets_vocab', 'class_names']
 
 # %% ../nbs/03_items.ipynb #532a037c
 import hashlib
@@ -381,14 +381,20 @@ class KnownItems:
         return len(now) == len(self.state) and all(map(_same, self.state, now))
 
 # %% ../nbs/03_items.ipynb #393aac68
+def targets_vocab(
+    dls, # DataLoaders
+): # None if they have none
+    "The vocab of the targets."
+    vocab = getattr(dls, 'vocab', None)
+    if vocab is None or isinstance(vocab, (str, dict)): return None
+    last = vocab[-1] if len(vocab) else None
+    two = not isinstance(last, (str, bytes)) and hasattr(last, '__len__')   # texts: of words, and of classes
+    return last if two else vocab
+
 def class_names(
     dls, # DataLoaders
     c: int, # Number of classes the model has
 ) -> list|None: # The vocab of the targets, or None if `dls` has none of that length
     "The names of the classes."
-    vocab = getattr(dls, 'vocab', None)
-    if vocab is None or isinstance(vocab, (str, dict)): return None
-    last = vocab[-1] if len(vocab) else None
-    two = not isinstance(last, (str, bytes)) and hasattr(last, '__len__')   # texts: of words, and of classes
-    if two: vocab = last
-    return as_names(vocab) if len(vocab) == c else None
+    vocab = targets_vocab(dls)
+    return as_names(vocab) if vocab is not None and len(vocab) == c else None
