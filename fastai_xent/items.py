@@ -6,7 +6,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/items.html.md"""
 
 # %% auto #0
 __all__ = ['NoItemIdentity', 'item_numbers', 'n_items', 'item_names', 'item_source', 'items_frame', 'fingerprint', 'difference',
-           'labels_of', 'KnownItems', 'class_names']
+           'may_rename', 'labels_of', 'KnownItems', 'targets_vocab', 'class_names']
 
 # %% ../nbs/03_items.ipynb #532a037c
 import hashlib
@@ -14,16 +14,16 @@ import os
 import reprlib
 from collections.abc import Mapping
 from itertools import islice
+from types import FunctionType
 
 import numpy as np
 import pandas as pd
 import pyarrow as pa
 import torch
-from fastai.data.core import Datasets
-from fastai.data.load import SkipItemException
+from fastai.data.core import Datasets, TfmdLists
 from fastai.tabular.core import Tabular
 from fastai.torch_core import no_random
-from torch.utils.data import ConcatDataset, Subset
+from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
 from .classes import as_names
 
@@ -266,32 +266,68 @@ def difference(
     return ''
 
 # %% ../nbs/03_items.ipynb #e6e6687a
-def _label(y) -> int|None:
+_FASTAIS, _PLAIN = {'fastai', 'fastcore', 'fasttransform'}, {'builtins', 'pathlib', 'numpy', 'pandas'}
+
+def _root_of(o) -> str: return type(o).__module__.partition('.')[0]
+
+def _label(y) -> int:
+    "A class, −1 if there is no single one."
     if isinstance(y, (list, tuple)) and len(y) == 1: y = y[0]
     if isinstance(y, torch.Tensor): y = y.detach().cpu().numpy()
-    if not isinstance(y, (int, np.generic, np.ndarray)): return None
+    if not isinstance(y, (int, np.generic, np.ndarray)): return -1
     y = np.asarray(y)
-    return int(y.reshape(())) if y.size == 1 and y.dtype.kind in 'iub' else None
+    return int(y.reshape(())) if y.size == 1 and y.dtype.kind in 'iub' else -1
+
+def _is_fastais(f) -> bool:
+    "Is this code of fastai's own, or one of Python's getters?"
+    if not isinstance(f, FunctionType): return _root_of(f) in _FASTAIS | {'_operator', 'operator'}
+    held = [c.cell_contents for c in f.__closure__ or ()]
+    return f.__globals__['__name__'].partition('.')[0] in _FASTAIS and all(map(_is_fastais, held))
+
+def _reads_alone(tl) -> bool:
+    "Does a label come from its item by fastai's own transforms?"
+    if type(tl) is not TfmdLists or not all(_root_of(t) in _FASTAIS for t in tl.tfms.fs): return False
+    given = [vars(t).get('encodes') for t in tl.tfms.fs]
+    return all(_is_fastais(m.implementation) for f in given if f is not None for m in f.methods)
+
+def _given_labels(tl, at) -> list:
+    items = getattr(tl.items, 'iloc', tl.items)
+    if _root_of(tl.items) not in _PLAIN | {'fastcore'}: return []
+    if not all(_root_of(items[i]) in _PLAIN for i in at): return []
+    with no_random(): return [_label(tl[i]) for i in at]
+
+def _array_of(ds):
+    "The labels that a dataset keeps in an array, None if it keeps none."
+    if isinstance(ds, Tabular): return ds.items[ds.y_names[0]] if len(ds.y_names) else None
+    if type(ds) is TensorDataset: return ds.tensors[-1] if len(ds.tensors) > 1 else None
+    own = getattr(ds, '__dict__', {})
+    return own.get('targets', own.get('labels'))
+
+def may_rename(ds) -> bool:
+    "May this dataset give other labels than those it keeps in an array? A `target_transform` does so."
+    return not isinstance(_root(ds), (Tabular, TensorDataset, Datasets))
 
 def labels_of(
     ds, # A dataset
-    at, # Indices of some of its items
-    whole: bool = True, # May items be read whole, where their labels cannot be had alone?
-) -> list: # A class for each of them, None where there is no single one
-    "The labels that a dataset gives, read without a trace in the random states."
-    at = [int(i) for i in at]
-    if isinstance(ds, Tabular):
-        return [None if pd.isna(o) else _label(o) for o in ds.items[ds.y_names[0]].iloc[at]]
-    if isinstance(ds, Subset) and type(ds).__getitem__ is Subset.__getitem__:
-        return labels_of(ds.dataset, _chosen(ds)[at], whole)
-    alone = isinstance(ds, Datasets) and len(ds.tls) > ds.n_inp
-    if not (alone or whole): return [None] * len(at)
-    def read(i):
-        try: item = ds.tls[-1][i] if alone else ds[i]
-        except SkipItemException: return None
-        if alone: return _label(item)
-        return _label(item[-1]) if isinstance(item, (tuple, list)) and len(item) > 1 else None
-    with no_random(): return [read(i) for i in at]
+    n: int, # Its length
+    most: int = 256, # So many labels are read, if each is to be read by itself
+) -> np.ndarray: # int32, the class of each item, −1 where it is not known
+    "The labels that can be read without any code of the dataset's own."
+    known = np.full(n, -1, dtype=np.int32)
+    if type(ds) is Subset:
+        at = _chosen(ds)
+        return labels_of(ds.dataset, n_items(ds.dataset), most)[at] if len(at) == n else known
+    if type(ds) is Datasets:
+        if len(ds.tls) > ds.n_inp and _reads_alone(ds.tls[-1]):
+            at = range(0, n, max(1, -(-n // most)))
+            for i, y in zip(at, _given_labels(ds.tls[-1], at)): known[i] = y
+        return known
+    y = _array_of(ds)
+    if isinstance(y, torch.Tensor): y = y.detach().cpu().numpy()
+    if not isinstance(y, (np.ndarray, pd.Series, list, tuple)) or len(y) != n: return known
+    if isinstance(y, (list, tuple)) and not set(map(type, y)) <= {int}: return known
+    y = np.asarray(y)
+    return y.astype(np.int32) if y.ndim == 1 and y.dtype.kind in 'iub' else known
 
 # %% ../nbs/03_items.ipynb #a065e57e
 def _copied(o):
@@ -345,14 +381,20 @@ class KnownItems:
         return len(now) == len(self.state) and all(map(_same, self.state, now))
 
 # %% ../nbs/03_items.ipynb #393aac68
+def targets_vocab(
+    dls, # DataLoaders
+): # None if they have none
+    "The vocab of the targets."
+    vocab = getattr(dls, 'vocab', None)
+    if vocab is None or isinstance(vocab, (str, dict)): return None
+    last = vocab[-1] if len(vocab) else None
+    two = not isinstance(last, (str, bytes)) and hasattr(last, '__len__')   # texts: of words, and of classes
+    return last if two else vocab
+
 def class_names(
     dls, # DataLoaders
     c: int, # Number of classes the model has
 ) -> list|None: # The vocab of the targets, or None if `dls` has none of that length
     "The names of the classes."
-    vocab = getattr(dls, 'vocab', None)
-    if vocab is None or isinstance(vocab, (str, dict)): return None
-    last = vocab[-1] if len(vocab) else None
-    two = not isinstance(last, (str, bytes)) and hasattr(last, '__len__')   # texts: of words, and of classes
-    if two: vocab = last
-    return as_names(vocab) if len(vocab) == c else None
+    vocab = targets_vocab(dls)
+    return as_names(vocab) if vocab is not None and len(vocab) == c else None

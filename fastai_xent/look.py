@@ -8,34 +8,21 @@ Docs: https://fastai-xent.github.io/fastai_xent/look.html.md"""
 __all__ = ['untouched', 'hearers', 'in_order', 'LookFailed', 'look']
 
 # %% ../nbs/06b_look.ipynb #d4448fe7
-import random
 from contextlib import contextmanager, nullcontext
 from copy import copy
 
-import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.learner import Recorder
 from fastcore.foundation import L
 from torch import nn
 
+from .asking import generators, random_kept
 from .items import NoItemIdentity
 from .passes import Pass
 from .batch import NotRecordable, read_batch
 
 # %% ../nbs/06b_look.ipynb #e337ae75
-@contextmanager
-def _random_kept():
-    "Leave the random states as they were."
-    on_gpu = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else None
-    states = random.getstate(), np.random.get_state(), torch.get_rng_state()
-    try: yield
-    finally:
-        random.setstate(states[0])
-        np.random.set_state(states[1])
-        torch.set_rng_state(states[2])
-        if on_gpu is not None: torch.cuda.set_rng_state_all(on_gpu)
-
 def _refill(holder, then):
     "Give a list, dict or set the content of `then`, if it has another one."
     flat = lambda o: [*o.keys(), *o.values()] if isinstance(o, dict) else [*o]
@@ -76,9 +63,12 @@ def _touched(learn, cbs) -> list:
 def untouched(
     learn, # A Learner
     cbs, # Those of its callbacks that hear what happens
+    *holders, # Of more random generators: a loader
 ):
     "Leave a Learner, its model and the random states as they were."
-    with _random_kept(), _attributes_kept(_touched(learn, cbs)), _buffers_kept(learn.model):
+    touched = _touched(learn, cbs)
+    own = generators(*holders, *touched[1:], learn.model)
+    with random_kept(own=own), _attributes_kept(touched), _buffers_kept(learn.model):
         yield
 
 # %% ../nbs/06b_look.ipynb #7c8f3b26
@@ -112,7 +102,7 @@ def in_order(
     if isinstance(inner, torch.utils.data.DataLoader):
         return torch.utils.data.DataLoader(inner.dataset, batch_size=inner.batch_size or 64,
                                            num_workers=inner.num_workers, collate_fn=inner.collate_fn)
-    with _random_kept():                                  # a loader draws a seed when it is made
+    with random_kept():                                   # a loader draws a seed when it is made
         res = inner.new(shuffle=False, drop_last=False)
     return res if inner is dl else type(dl)(res, dl.rank, dl.world_size, dl.device)
 
@@ -131,7 +121,7 @@ def look(
     ear, ds = _Ear(seen, bar), dl.dataset
     ear.learn = learn
     as_valid = ds.set_split_idx(1) if hasattr(ds, 'set_split_idx') else nullcontext()
-    with untouched(learn, cbs), learn.lock, as_valid:
+    with untouched(learn, cbs, dl), learn.lock, as_valid:
         learn.cbs, learn.training = L([*cbs, ear]), False
         learn.model.eval()
         try: learn._do_epoch_validate(dl=dl)

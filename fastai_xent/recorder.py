@@ -27,7 +27,7 @@ from torch import nn
 
 from .dynamics import RANK_BY
 from .head import find_head
-from .items import NoItemIdentity, class_names
+from .items import NoItemIdentity, class_names, targets_vocab
 from .look import LookFailed, in_order, look
 from .passes import KeptMaps, KeptProbs, Pass, most_bytes, show_rows
 from .record import XentRecord
@@ -367,15 +367,20 @@ def _after_loss(self: XentRecorder):
     now, learn = self._life.now, self.learn
     if now is None: return
     batch, first = read_batch(learn, now.mix), not now.rows.at
-    if first: self._same.check_classes(batch.n_classes)
     now.take(batch, learn.iter, learn.train_iter if learn.training else -1)
-    if first: self._tell_of_loss(now)
+    if not first: return
+    self._tell_of_loss(now, batch.n_classes)
+    self._same.check_classes(batch.n_classes)
 
 @patch
-def _tell_of_loss(self: XentRecorder, now):
-    "A loss that cannot be asked for its rows is told at the first batch."
-    why = now.rows.why_no_loss
+def _tell_of_loss(self: XentRecorder, now, n_classes):
+    "A loss that cannot be asked for its rows is told at the first batch; are its predictions of classes at all?"
+    why, vocab = now.rows.why_no_loss, targets_vocab(self.learn.dls)
     if not why: return
+    if vocab is not None and len(vocab) != n_classes:
+        raise NotRecordable(f"the model gives {n_classes} numbers an item, and the vocab has {len(vocab)} classes; the "
+                            f"loss cannot be asked what it makes of them, as {why}. Embeddings and the like are no "
+                            "logits: let the model end with a number for each class")
     self._tell("has no loss and no gradient of single rows, and records the other columns: "
                f"the loss is not asked, as {why}")
 

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from fastcore.basics import patch
 
-from .asking import Asked
+from .asking import Asked, _add_up_to_one
 from .batch import Batch, NotRecordable, check_sums
 from .cpu_kernels import FusedPass
 from .ledger import Balance, Ledger
@@ -132,7 +132,12 @@ class RowBuffer:
     def _try(self, b):
         "See whether this loss can be asked."
         known = self.asked is not None and self.asked.loss_func == b.loss_func
-        if not known: self.asked = Asked(b.loss_func, b.pred, b.targ)
+        if known: return
+        if _add_up_to_one(b.pred, b.axis):
+            raise NotRecordable("the predictions are probabilities: none is below 0, and each row adds up to 1. What "
+                                "is recorded needs logits or log-probabilities: let the model end without Softmax, "
+                                "and the loss take its logits")
+        self.asked = Asked(b.loss_func, b.pred, b.targ)
 
     def _take(self, b, extra, to):
         "The statistics of a batch: as they came with the loss, from its logits, or the logits for later."

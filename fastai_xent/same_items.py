@@ -12,7 +12,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .classes import vocab_difference
-from .items import KnownItems, NoItemIdentity, difference, labels_of
+from .items import KnownItems, NoItemIdentity, difference, labels_of, may_rename
 from .writer import XentWriter
 
 # %% ../nbs/06a_same_items.ipynb #c8fd56db
@@ -94,7 +94,7 @@ def open(self: SameItems, split: str, dataset, epoch: int) -> None:
 @patch
 def meet(self: SameItems,
     split: str,
-    cols: dict, # The rows: `item` and `targ`
+    cols: dict, # The rows: `item` and `targ`, and `lam` where rows are mixed
     epoch: int,
     vocab: list|None, # Names of the classes
 ) -> None:
@@ -107,7 +107,7 @@ def meet(self: SameItems,
         raise NoItemIdentity(f"the dataset had {len(now.frame):,} items when the pass began, "
                              f"and has been asked for item {last}")
     if split not in self.lists: self._choose(split, now, cols, epoch, vocab)
-    self._watch_labels(split, cols['item'], cols['targ'], len(now.frame))
+    self._watch_labels(split, cols, len(now.frame))
 
 @patch
 def _choose(self: SameItems, split, now, cols, epoch, vocab):
@@ -164,11 +164,12 @@ _REORDERED = ("If labels are drawn at random this is as it should be. If not, a 
               "reorders the rows of a batch, and the record is wrong")
 
 @patch
-def _watch_labels(self: SameItems, split, item, targ, n):
+def _watch_labels(self: SameItems, split, cols, n):
     "Tell if items have other labels than before."
+    item, targ = cols['item'], cols['targ']
     known = self.labels.get(split)
-    if known is None: known = self.labels[split] = self._first_labels(split, item, targ, n)
-    changed = (known[item] >= 0) & (targ >= 0) & (known[item] != targ)
+    if known is None: known = self.labels[split] = self._first_labels(split, cols, n)
+    changed = _changed(known, item, targ)
     if changed.any():
         i = item[changed][0]
         n = len(np.unique(item[changed]))
@@ -176,17 +177,31 @@ def _watch_labels(self: SameItems, split, item, targ, n):
                   f"(item {i}: {known[i]}, now {targ[changed][0]}). {_REORDERED}")
     known[item] = targ
 
-_FEW = 8 # labels that are read from the dataset
+def _changed(known, item, targ) -> np.ndarray: # A boolean a row
+    return (known[item] >= 0) & (targ >= 0) & (known[item] != targ)
 
+# %% ../nbs/06a_same_items.ipynb #f9aac988
 @patch
-def _first_labels(self: SameItems, split, item, targ, n) -> np.ndarray: # Class of each item, −1 where unknown
-    "The labels of a few items as the dataset itself gives them, where it gives labels alone."
-    known = np.full(n, -1, dtype=np.int32)
-    few = np.unique(item[targ >= 0])
-    few = few[::max(1, len(few) // _FEW)][:_FEW]
-    try: labels = labels_of(self.seen[split][0], few, whole=False)
-    except Exception:
-        labels = []  # nothing to compare with; the rows' own labels are kept
-    for i, y in zip(few, labels):
-        if y is not None: known[i] = y
-    return known
+def _first_labels(self: SameItems, split, cols, n) -> np.ndarray: # Class of each item, −1 where unknown
+    "The labels that the dataset itself gives, where they can be read; raise if the rows were reordered."
+    nothing = np.full(n, -1, dtype=np.int32)
+    mixed = ~np.isnan(cols['lam']) if 'lam' in cols else np.zeros(len(cols['item']), dtype=bool)
+    item, targ = cols['item'][~mixed], cols['targ'][~mixed]
+    for most in (256, n):
+        try: known = labels_of(self.seen[split][0], n, most)
+        except Exception: return nothing                  # the rows' own labels are kept
+        changed = _changed(known, item, targ)
+        if not changed.any(): return known
+    ok = (known[item] >= 0) & (targ >= 0)
+    was, now = known[item][ok], targ[ok]
+    if may_rename(self.seen[split][0]) and _renamed(was, now): return nothing
+    if not np.array_equal(np.sort(was), np.sort(now)): return known
+    i = item[changed][0]
+    raise NoItemIdentity(f"the rows of its batches were reordered after the loader: {changed.sum():,} rows have "
+                         f"another label than their item has in the dataset (item {i}: {known[i]}, the row "
+                         f"{targ[changed][0]}), while there are as many rows of each class. Let no transform, "
+                         "collate function or callback change the order of the rows")
+
+def _renamed(was, now) -> bool:
+    "Does each class stand for one other, in all rows?"
+    return np.unique(np.stack([was, now]), axis=1).shape[1] == len(np.unique(was))

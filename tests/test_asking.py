@@ -11,7 +11,7 @@ from fastai.losses import BaseLoss, CrossEntropyLossFlat, FocalLossFlat, LabelSm
 from torch import nn
 from torch.testing import assert_close
 
-from fastai_xent.asking import Asked, alike, copied, random_kept
+from fastai_xent.asking import Asked, alike, copied, generators, random_kept
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.rowloss import xent_settings
 
@@ -321,3 +321,45 @@ def test_random_states_come_back_after_an_error():
 
 @pytest.mark.parametrize('loss_func', [copied(plain_focal), copied(around(2.)), copied(functools.partial(plain_focal)), copied(Focal())], ids=['function', 'closure', 'partial', 'module'])
 def test_a_copy_computes_the_same(loss_func): assert torch.isfinite(loss_func(PRED, TARG))
+
+
+# -- models that end in LogSoftmax
+
+def own_nll(z, y): return -z.gather(1, y[:, None]).mean()
+def focal_of_log_probs(z, y):
+    logp = z.gather(1, y[:, None])
+    return -((1 - logp.exp())**2 * logp).mean()
+
+@pytest.mark.parametrize('n', [1, N])
+def test_the_gradient_of_log_probabilities_is_that_in_the_logits_below(n):
+    for loss_func, rows in ((own_nll, ce), (focal_of_log_probs, focal_rows)):
+        got = Asked(loss_func, PRED[:n].log_softmax(1), TARG[:n])(PRED[:n].log_softmax(1), TARG[:n])
+        for a, b in zip(got, truth(rows, PRED[:n], TARG[:n])): assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+def test_the_gradient_of_mixed_log_probabilities():
+    lam, other = torch.rand(N, generator=torch.Generator().manual_seed(1)), TARG.flip(0)
+    z = PRED.log_softmax(1)
+    want = truth(lambda z, y: lam * ce(z, y) + (1 - lam) * ce(z, other), PRED, TARG)
+    assert_close(Asked(own_nll, z, TARG)(z, TARG, (other, lam)), want, rtol=1e-4, atol=1e-6)
+
+
+# -- generators of one's own
+
+class Holder:
+    of_class = np.random.default_rng(3)
+    def __init__(self):
+        hidden = np.random.RandomState(1)
+        def f(): return hidden.rand()
+        self.parts = dict(a=[np.random.default_rng(0), random.Random(2)], b=(torch.Generator(),), c=[f, functools.partial(f)], d=np.random.PCG64(5))
+        self.me, self.data = self, list(range(10**5))
+
+def test_generators_are_found_and_kept():
+    o = Holder()
+    def draw():
+        a, b = o.parts['a']
+        return a.random(), b.random(), torch.rand(1, generator=o.parts['b'][0]).item(), o.parts['c'][0](), o.of_class.random(), o.parts['d'].random_raw()
+    found = generators([o])
+    assert len(found) == 6
+    with random_kept(own=found): first = draw()
+    assert draw() == first
+    assert generators(random.SystemRandom(), 3, None, torch.zeros(3)) == []

@@ -2,6 +2,7 @@
 import os
 import random
 from collections import UserList, deque
+from operator import attrgetter
 from pathlib import Path
 
 import numpy as np
@@ -10,8 +11,7 @@ import pytest
 import torch
 from fastai.data.block import CategoryBlock
 from fastai.data.core import Datasets, TfmdLists
-from fastai.data.load import SkipItemException
-from fastai.data.transforms import Categorize, RandomSplitter
+from fastai.data.transforms import Categorize, RandomSplitter, RegexLabeller, Transform, parent_label
 from fastai.tabular.core import TabularPandas
 from fastai.tabular.data import TabularDataLoaders
 from fastcore.foundation import L
@@ -307,30 +307,47 @@ def test_labels_stand_in_for_names():
 
 # -- labels
 
-class Drawing(Listed):
-    def __getitem__(self, i):
-        random.random(), np.random.rand(), torch.rand(1)
-        if i == 2: raise SkipItemException
-        return torch.tensor(i), [torch.tensor(1), torch.tensor([2]), 0, np.int64(3), np.array([4]), 5, True, [6],
-            .5, 'cat', {'a': 1}, torch.zeros(2, 2), None][i]
-
-def test_labels_of_all_kinds():
-    before = rng_state()
-    assert labels_of(Drawing(n=13), range(13)) == [1, 2, None, 3, 4, 5, 1, 6, None, None, None, None, None]
-    assert labels_of(Drawing(n=13), [3], whole=False) == [None]
-    same_bits(rng_state(), before)
+def test_labels_that_are_kept_in_arrays():
+    from torch.utils.data import TensorDataset
+    y = [2, 0, 1, 2]
+    assert labels_of(TensorDataset(torch.zeros(4, 2), torch.tensor(y)), 4).tolist() == y
+    assert labels_of(Subset(TensorDataset(torch.zeros(4, 2), torch.tensor(y)), [3, 1]), 2).tolist() == [2, 0]
+    for kept in (y, tuple(y), np.array(y), torch.tensor(y), pd.Series(y)):
+        for name in ('targets', 'labels'):
+            ds = Listed(range(4))
+            setattr(ds, name, kept)
+            assert labels_of(ds, 4).tolist() == y and (labels_of(ds, 5) == -1).all()
+    ds.labels = [.5, 1, 2, 3]
+    assert (labels_of(ds, 4) == -1).all()
+    assert (labels_of(TensorDataset(torch.zeros(4, 2), torch.zeros(4, 2)), 4) == -1).all()
 
 def test_labels_of_datasets():
-    dsets, n = Datasets(list('abcab'), [[str.upper, counted], [Categorize()]],
-        splits=[[4, 2, 0], [1, 3]]), READ['items']
-    for whole in (False, True):
-        assert labels_of(dsets.train, range(3), whole) == [1, 2, 0] and labels_of(Subset(dsets.train, [2, 1]),
-            [0, 1], whole) == [0, 2]
+    dsets, n = Datasets(list('abcab'), [[str.upper, counted], [Categorize()]], splits=[[4, 2, 0], [1, 3]]), READ['items']
+    assert labels_of(dsets.train, 3).tolist() == [1, 2, 0] and labels_of(dsets.train, 3, most=2).tolist() == [1, -1, 0]
+    assert labels_of(Subset(dsets.train, [2, 1]), 2).tolist() == [0, 2]
     assert READ['items'] == n                          # only the labels were
-    assert labels_of(Datasets([3, 4], [[counted]]), [0], whole=False) == [None]      # an input, not a label
-    assert labels_of([{'x': 1, 'y': 2}, (torch.tensor(1),)], [0, 1]) == [None, None]
     _, to = table(None, ([3, 1], [0]))
-    assert labels_of(to.train, [0, 1], whole=False) == [0, 1]
+    assert labels_of(to.train, 2).tolist() == [0, 1]
+
+@pytest.mark.parametrize('label', [parent_label, RegexLabeller(r'^(.)/'), attrgetter('parent.name')], ids=['parent_label', 'RegexLabeller', 'attrgetter'])
+def test_labels_that_fastai_makes_of_names(label):
+    dsets = Datasets([Path('a/1.png'), Path('b/2.png'), Path('a/3.png')], [[lambda o: o], [label, Categorize()]])
+    assert labels_of(dsets, 3).tolist() == [0, 1, 0]
+
+class Encodes(Transform):
+    def encodes(self, o): return counted(o)
+
+def test_labels_that_need_code_of_ones_own_are_not_read():
+    "Such code may draw random numbers, or count."
+    class Own(Datasets): pass
+    class Reads(Listed):
+        @property
+        def targets(self): return counted([0, 1, 2])
+    items, read = ['a', 'b', 'c'], Datasets(list('abc'), [[lambda o: o], [counted, Categorize()]])
+    made = Datasets(items, [[lambda o: o], [Encodes(), Categorize()]]), Own(items, [[lambda o: o], [Categorize()]]), Datasets(items, [[counted]])
+    n = READ['items']
+    for ds in (read, *made, Reads(items), Listed(items)): assert (labels_of(ds, 3) == -1).all()
+    assert READ['items'] == n
 
 READ = dict(items=0)
 def counted(o):
