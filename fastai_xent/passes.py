@@ -62,6 +62,14 @@ def take(self: Pass,
     for o in self.keepers: o.take(batch, i, self)
     self.rows.add(i, batch, step, None if self.head is None else dict(grand=self.head.factor(batch.pred)))
 
+@patch
+def take_grad(self: Pass,
+    loss: torch.Tensor, # What is about to be trained
+    i: int, # Number of the batch in the walk
+) -> None:
+    "Take what this batch is trained with."
+    if self.rows.at[-1:] == [i]: self.rows.ledger.add_grad(len(self.rows.at) - 1, loss)
+
 # %% ../nbs/06_passes.ipynb #88f5053a
 @patch
 def columns(self: Pass) -> dict: # Column → array; empty if no batch came

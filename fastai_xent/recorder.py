@@ -18,8 +18,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import torch
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
+from fastai.callback.rnn import RNNRegularizer
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
@@ -44,6 +47,7 @@ class _Life:
     epoch: int = 0             # Number of the epoch, counted over all fits
     split: str = ''            # That of the last pass
     now: Pass|None = None      # The pass that is being recorded
+    strange: bool = False      # May somebody's callback train on another loss than is shown?
     in_fit: bool = False       # Are we in an epoch, or between two?
     heard: bool = False        # Was there a pass in this epoch?
     wrote: bool = False        # Has this fit written rows?
@@ -162,8 +166,8 @@ def show_history(self: XentRecorder,
 
 # %% ../nbs/06c_recorder.ipynb #0dcfa389
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss',
-          'after_train', 'after_validate', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
-_IN_BATCH = ('before_batch', 'after_loss')
+          'before_backward', 'after_train', 'after_validate', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
+_IN_BATCH = ('before_batch', 'after_loss', 'before_backward')
 
 @patch(as_prop=True)
 def _elsewhere(self: XentRecorder) -> bool:
@@ -337,6 +341,7 @@ def _open(self: XentRecorder, split):
     life.heard, life.split = True, split
     life.now = self._listen(split, self.learn.dl)
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run and split == 'train']
+    life.strange = split == 'train' and _may_change_loss(self.learn.cbs)
     if mixers: life.now.mixed_by(mixers[0])
     if len(mixers) < 2: return
     raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: "
@@ -370,6 +375,23 @@ def _after_loss(self: XentRecorder):
     if first: self._same.check_classes(batch.n_classes)
     now.take(batch, learn.iter, learn.train_iter if learn.training else -1)
     if first: self._tell_of_loss(now)
+
+def _may_change_loss(cbs) -> bool:
+    "Can a callback of neither fastai nor us change `learn.loss_grad`? `RNNRegularizer` itself adds a number a batch."
+    if any(isinstance(cb, RNNRegularizer) and cb.run for cb in cbs): return False
+    found = [getattr(type(cb), o, None) for cb in cbs if cb.run for o in ('after_loss', 'before_backward')]
+    return any(f.__module__.split('.')[0] not in ('fastai', 'fastai_xent') for f in found if f is not None)
+
+@patch
+def _before_backward(self: XentRecorder):
+    "Take what the batch is trained with, without what mixed precision multiplies it by."
+    now, learn = self._life.now, self.learn
+    if now is None or not self._life.strange: return
+    loss, scaler = learn.loss_grad.detach(), getattr(learn, 'scaler', None)
+    if scaler is not None: loss = loss / scaler.scale(torch.ones_like(loss))
+    for cb in learn.cbs:
+        if isinstance(cb, NonNativeMixedPrecision) and cb.run: loss = loss / cb.loss_scale
+    now.take_grad(loss, learn.iter)
 
 @patch
 def _tell_of_loss(self: XentRecorder, now):
