@@ -8,13 +8,14 @@ Docs: https://fastai-xent.github.io/fastai_xent/recorder.html.md"""
 __all__ = ['XentRecorder']
 
 # %% ../nbs/06c_recorder.ipynb #fcb936c5
+import re
 import reprlib
 import time
 import traceback
 import warnings
 import weakref
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -56,6 +57,7 @@ class _Life:
     seconds: float = 0.        # That were spent here, in all fits
     spent: float = 0.          # Of these, before this fit
     fit_seconds: float = 0.    # Of all fits
+    told: set = field(default_factory=set) # What this fit has told, without its numbers
 
 _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes to a path
 
@@ -209,9 +211,14 @@ def _name_weights(learn):
 # %% ../nbs/06c_recorder.ipynb #b94e0e0a
 @patch
 def _tell(self: XentRecorder, message):
-    "Warn, once for each message."
-    if message not in self._told: warnings.warn(f"XentRecorder {message}", stacklevel=3)
+    "Warn, once for each message; if it names numbers, once a fit whatever they are."
+    kind = _NUMBER.sub('#', message)
+    if message not in self._told and kind not in self._life.told:
+        warnings.warn(f"XentRecorder {message}", stacklevel=3)
     self._told.add(message)
+    self._life.told.add(kind)
+
+_NUMBER = re.compile(r'[-+]?\d[\d.,e+-]*')
 
 @patch
 def _drop(self: XentRecorder):
@@ -266,6 +273,7 @@ def _begin(self: XentRecorder):
     life = self._life
     life.stopped = life.in_fit = life.wrote = life.heard = False
     life.started, life.spent = time.perf_counter(), life.seconds
+    life.told = set()
 
 @patch
 def _take_over(self: XentRecorder):
@@ -281,8 +289,9 @@ def _take_over(self: XentRecorder):
 def _keep_in_step(self: XentRecorder):
     "Is the record still the one that this recorder has left?"
     if num_distrib() > 1 or self._writer.in_step(): return
-    raise OtherItems(f"someone else has written to {self._writer.path} since this recorder did, or has removed what "
-                     "was there; use another path, or a recorder with `resume=True` to go on with what is there")
+    raise OtherItems(f"someone else has written to {self._writer.path} since this recorder did (of a Learner and its "
+                     "copies, the first that writes goes on), or has removed what was there; use another path, or a "
+                     "recorder with `resume=True` to go on with what is there")
 
 @patch
 def _look_at_loaders(self: XentRecorder):
@@ -339,7 +348,11 @@ def _open(self: XentRecorder, split):
     life = self._life
     self._drop()
     life.heard, life.split = True, split
-    life.now = self._listen(split, self.learn.dl)
+    dl = getattr(self.learn, 'dl', None)
+    if dl is None:
+        raise OtherItems("this recorder was given to another Learner since, and follows one only; "
+                         "give each Learner an XentRecorder of its own")
+    life.now = self._listen(split, dl)
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run and split == 'train']
     life.strange = split == 'train' and _may_change_loss(self.learn.cbs)
     if mixers: life.now.mixed_by(mixers[0])
