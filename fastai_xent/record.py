@@ -323,10 +323,15 @@ def sql(self: XentRecord,
         for name, frame in frames.items(): con.register(name, frame)
         if 'items' in query.lower(): con.register('items', self._all_items())         # perhaps a million names
         if names or 'classes' in query.lower(): con.register('classes', self._classes())
-        self._view_rows(con, names)
-        return con.execute(query).df()
+        try:
+            self._view_rows(con, names)
+            return con.execute(query).df()
+        except _UNREADABLE:
+            self._epochs.try_reading(self._found())
+            raise
 
 _TABLES = ('record', 'items', 'classes')
+_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.InternalException, duckdb.SerializationException)
 
 @patch
 def _view_rows(self: XentRecord, con, names):
