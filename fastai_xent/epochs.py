@@ -209,6 +209,7 @@ def _dataset(self: Epochs, names: list):
         [self.place.at(o) for o in names], schema=ALL, format='parquet', partitioning=hive,
         partition_base_dir=self.place.root, filesystem=None if self.place.local else self.place.fs)
 
+# %% ../nbs/05b_epochs.ipynb #874cdec7
 @patch
 def read(self: Epochs,
     found: dict, # As from `found`

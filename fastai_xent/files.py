@@ -48,8 +48,8 @@ def _check_utf8(path: str|Path|None):
     whole = path if not isinstance(path, Path) else path.absolute()
     try: str(whole).encode()
     except UnicodeEncodeError:
-        raise ValueError(f"{os.fsencode(str(whole))!r} is no path in UTF-8, and the files of a record could not be read "
-                         "there; rename the directory, or use another path") from None
+        raise ValueError(f"{os.fsencode(str(whole))!r} is no path in UTF-8, and the files of a record could not be "
+                         "read there; rename the directory, or use another path") from None
 
 class Place:
     "A directory, on a local disk, on any file system that fsspec knows, or in memory."

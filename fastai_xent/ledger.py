@@ -72,6 +72,12 @@ def divisor(
     ok = (y >= 0) & (y < batch.n_classes) & (y != s.ignore_index)
     return (s.weight.to(y.device)[y * ok] * ok).sum()
 
+def _counts(cols) -> tuple: # How many positions of each row count; how often its loss is in the sum
+    counts = (cols['pred'] >= 0).astype(np.int32)
+    if 'n_pos' not in cols: return counts, 1
+    dense = cols['n_pos'] >= 0
+    return np.where(dense, cols['n_pos'], counts), np.where(dense, cols['n_pos'], 1)
+
 # %% ../nbs/02c_ledger.ipynb #52d2e2b1
 class Balance(NamedTuple):
     "The losses of a pass, as the Learner had them and as the rows give them; batches that can be compared."
@@ -184,9 +190,3 @@ class Ledger:
         res = np.full(len(self.at), math.nan)
         res[self.grads_at] = self.grads.numpy()
         return res
-
-def _counts(cols) -> tuple: # How many positions of each row count; how often its loss is in the sum
-    counts = (cols['pred'] >= 0).astype(np.int32)
-    if 'n_pos' not in cols: return counts, 1
-    dense = cols['n_pos'] >= 0
-    return np.where(dense, cols['n_pos'], counts), np.where(dense, cols['n_pos'], 1)

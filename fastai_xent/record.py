@@ -345,6 +345,7 @@ def _view_rows(self: XentRecord, con, names):
                 'left join classes t on r.targ = t.class left join classes p on r.pred = p.class')
     con.execute(f'create view record as {rows}')
 
+# %% ../nbs/05g_record.ipynb #465d75e7
 @patch
 def _classes(self: XentRecord) -> pa.Table:
     "The classes and their names; a class without a name is called by its number."

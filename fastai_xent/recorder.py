@@ -19,21 +19,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
-import torch
 from fastai.callback.core import Callback
-from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixHandler
-from fastai.callback.rnn import RNNRegularizer
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from .dynamics import RANK_BY
 from .head import find_head
 from .items import NoItemIdentity, class_names
 from .look import LookFailed, in_order, look
-from .passes import KeptMaps, KeptProbs, Pass, most_bytes, show_rows
+from .passes import (KeptMaps, KeptProbs, Pass, bar_below, may_change_loss, most_bytes, name_weights,
+                                show_rows, trained_loss)
 from .record import XentRecord
 from .batch import NotRecordable, put_back, read_batch
 from .same_items import OtherItems, SameItems
@@ -59,6 +56,7 @@ class _Life:
     fit_seconds: float = 0.    # Of all fits
     told: set = field(default_factory=set) # What this fit has told, without its numbers
 
+_NUMBER = re.compile(r'[-+]?\d[\d.,e+-]*')
 _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes to a path
 
 # %% ../nbs/06c_recorder.ipynb #b9b43749
@@ -168,7 +166,8 @@ def show_history(self: XentRecorder,
 
 # %% ../nbs/06c_recorder.ipynb #0dcfa389
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss',
-          'before_backward', 'after_train', 'after_validate', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
+          'before_backward', 'after_train', 'after_validate', 'after_cancel_epoch', 'after_epoch',
+          'after_cancel_fit', 'after_fit')
 _IN_BATCH = ('before_batch', 'after_loss', 'before_backward')
 
 @patch(as_prop=True)
@@ -181,7 +180,7 @@ def _elsewhere(self: XentRecorder) -> bool:
 def __call__(self: XentRecorder, event_name):
     "Call the event's method; keep its errors and its time."
     if event_name not in _HEARD: return
-    if event_name == 'before_fit': _name_weights(self.learn)
+    if event_name == 'before_fit': name_weights(self.learn)
     life = self._life
     if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')):
         return
@@ -199,15 +198,6 @@ def __call__(self: XentRecorder, event_name):
 def _hears_batch(self: XentRecorder) -> bool:
     return self.run_train if self.learn.training else self.run_valid
 
-def _name_weights(learn):
-    "Class weights by name are told the classes' order; an error here is the user's to see: it cannot train so."
-    if not hasattr(learn.loss_func, 'set_vocab'): return
-    vocab = getattr(learn.dls, 'vocab', None)
-    if vocab is None: return
-    last = vocab[-1] if len(vocab) else None
-    two = not isinstance(last, (str, bytes)) and hasattr(last, '__len__')   # texts: of words, and of classes
-    learn.loss_func.set_vocab(last if two else vocab)
-
 # %% ../nbs/06c_recorder.ipynb #b94e0e0a
 @patch
 def _tell(self: XentRecorder, message):
@@ -217,8 +207,6 @@ def _tell(self: XentRecorder, message):
         warnings.warn(f"XentRecorder {message}", stacklevel=3)
     self._told.add(message)
     self._life.told.add(kind)
-
-_NUMBER = re.compile(r'[-+]?\d[\d.,e+-]*')
 
 @patch
 def _drop(self: XentRecorder):
@@ -272,8 +260,7 @@ def _count_only_one(self: XentRecorder):
 def _begin(self: XentRecorder):
     life = self._life
     life.stopped = life.in_fit = life.wrote = life.heard = False
-    life.started, life.spent = time.perf_counter(), life.seconds
-    life.told = set()
+    life.started, life.spent, life.told = time.perf_counter(), life.seconds, set()
 
 @patch
 def _take_over(self: XentRecorder):
@@ -350,11 +337,10 @@ def _open(self: XentRecorder, split):
     life.heard, life.split = True, split
     dl = getattr(self.learn, 'dl', None)
     if dl is None:
-        raise OtherItems("this recorder was given to another Learner since, and follows one only; "
-                         "give each Learner an XentRecorder of its own")
+        raise OtherItems("this recorder was given to another Learner since; give each Learner one of its own")
     life.now = self._listen(split, dl)
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run and split == 'train']
-    life.strange = split == 'train' and _may_change_loss(self.learn.cbs)
+    life.strange = split == 'train' and may_change_loss(self.learn.cbs)
     if mixers: life.now.mixed_by(mixers[0])
     if len(mixers) < 2: return
     raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: "
@@ -389,28 +375,16 @@ def _after_loss(self: XentRecorder):
     now.take(batch, learn.iter, learn.train_iter if learn.training else -1)
     if first: self._tell_of_loss(now)
 
-def _may_change_loss(cbs) -> bool:
-    "Can a callback of neither fastai nor us change `learn.loss_grad`? `RNNRegularizer` itself adds a number a batch."
-    if any(isinstance(cb, RNNRegularizer) and cb.run for cb in cbs): return False
-    found = [getattr(type(cb), o, None) for cb in cbs if cb.run for o in ('after_loss', 'before_backward')]
-    return any(f.__module__.split('.')[0] not in ('fastai', 'fastai_xent') for f in found if f is not None)
-
 @patch
 def _before_backward(self: XentRecorder):
-    "Take what the batch is trained with, without what mixed precision multiplies it by."
-    now, learn = self._life.now, self.learn
-    if now is None or not self._life.strange: return
-    loss, scaler = learn.loss_grad.detach(), getattr(learn, 'scaler', None)
-    if scaler is not None: loss = loss / scaler.scale(torch.ones_like(loss))
-    for cb in learn.cbs:
-        if isinstance(cb, NonNativeMixedPrecision) and cb.run: loss = loss / cb.loss_scale
-    now.take_grad(loss, learn.iter)
+    "Take what the batch is trained with."
+    life, learn = self._life, self.learn
+    if life.now is not None and life.strange: life.now.take_grad(trained_loss(learn), learn.iter)
 
 @patch
 def _tell_of_loss(self: XentRecorder, now):
     "A loss that cannot be asked for its rows is told at the first batch."
-    why = now.rows.why_no_loss
-    if not why: return
+    if not (why := now.rows.why_no_loss): return
     self._tell("has no loss and no gradient of single rows, and records the other columns: "
                f"the loss is not asked, as {why}")
 
@@ -470,14 +444,7 @@ def _look_at_train(self: XentRecorder, epoch: int):
     split, dl = 'train_eval', in_order(self.learn.dls.train)
     try:
         now = self._listen(split, dl)
-        try: look(self.learn, dl, now, self._bar(dl))
+        try: look(self.learn, dl, now, bar_below(self.learn, dl))
         finally: now.stop()
         self._write(now, epoch)
     except (NoItemIdentity, NotRecordable, LookFailed) as e: self._leave(split, e)
-
-@patch
-def _bar(self: XentRecorder, dl):
-    "A progress bar below the Learner's own, if it shows one."
-    own = getattr(self.learn, 'progress', None) if self.learn.create_mbar else None
-    if own is None: return None
-    return progress_bar(range(len(dl)), parent=getattr(own, 'mbar', None), leave=False)

@@ -76,11 +76,6 @@ class XentWriter:
         self._folds = []                                  # bringing scores up to date
         self._next_fold = {}                              # when those of a split may be brought up to date again
 
-    @property
-    def _me(self):
-        "A name for this writer; a forked process, which has a copy of it, has another."
-        return f'{self._name}-{os.getpid()}'
-
     def __getstate__(self):
         self._said = None                                 # from here on there is a copy
         own = ('_record', 'items', 'vocab', 'loss_func', 'repeats')
@@ -128,6 +123,11 @@ def _refuse_strangers(new, path):
                           "Use a path that does not exist, or an empty directory")
 
 # %% ../nbs/05i_writer.ipynb #f6ec380d
+@patch(as_prop=True)
+def _me(self: XentWriter) -> str:
+    "A name for this writer; a forked process, which has a copy of it, has another."
+    return f'{self._name}-{os.getpid()}'
+
 @patch
 def _save(self: XentWriter, **new) -> None:
     "Change what the record knows of itself; it holds once it is on the disk."
