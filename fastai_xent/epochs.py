@@ -25,7 +25,7 @@ from fastcore.basics import patch
 
 from .bars import Bar
 from .files import Place
-from .parquet import ALL, GROUP, KEY, ROWS, read_items, with_key, write_rows
+from .parquet import ALL, GROUP, KEY, ROWS, naming, read_items, with_key, write_rows
 
 # %% ../nbs/05b_epochs.ipynb #5c9b560a
 FORMAT = 3
@@ -68,7 +68,7 @@ class Compact:
     "A file with many epochs."
     def __init__(self, place: Place, name: str, number: int):
         self.name, self.number = name, number
-        with pq.ParquetFile(**place.parquet(name)) as f:
+        with naming(place.at(name)), pq.ParquetFile(**place.parquet(name)) as f:
             known = json.loads(f.metadata.metadata[b'epochs'])
         self.marks = {(fit, epoch): mark for fit, epoch, *mark in known}
 
@@ -121,7 +121,8 @@ class Epochs:
         single, packed = self._files(found)
         hold = set()
         for name in (*single, *packed):
-            with pq.ParquetFile(**self.place.parquet(name)) as f: facts = f.metadata.metadata
+            with naming(self.place.at(name)), pq.ParquetFile(**self.place.parquet(name)) as f:
+                facts = f.metadata.metadata
             hold |= {*json.loads(facts.get(b'columns', _ALL_NAMES))}
         return [o for o in ALL.names if o in hold]
 
@@ -208,13 +209,25 @@ def _dataset(self: Epochs, names: list):
         [self.place.at(o) for o in names], schema=ALL, format='parquet', partitioning=hive,
         partition_base_dir=self.place.root, filesystem=None if self.place.local else self.place.fs)
 
+# %% ../nbs/05b_epochs.ipynb #874cdec7
 @patch
 def read(self: Epochs,
     found: dict, # As from `found`
     columns: list|None = None, # None: all
 ) -> pa.Table:
     "The rows of these epochs."
-    return pa.concat_tables([o.to_table(columns=columns or ALL.names) for o in self.scan(found)])
+    try: return pa.concat_tables([o.to_table(columns=columns or ALL.names) for o in self.scan(found)])
+    except (pa.ArrowException, OSError, UnicodeDecodeError):
+        self.try_reading(found)                           # Arrow does not say which file it is
+        raise
+
+@patch
+def try_reading(self: Epochs, found: dict) -> None:
+    "Raise an error with its name if one of the files of these epochs cannot be read."
+    single, packed = self._files(found)
+    for name in (*single, *packed):
+        with naming(self.place.at(name)), pq.ParquetFile(**self.place.parquet(name)) as f:
+            for group in range(f.num_row_groups): f.read_row_group(group)
 
 # %% ../nbs/05b_epochs.ipynb #3796b33c
 _AT_ONCE = 2**20 # Rows, or a little more

@@ -43,12 +43,21 @@ def _store(url: str) -> tuple:
     except (ImportError, ValueError) as e:
         raise type(e)(f"{url} cannot be reached: {e}") from e
 
+def _check_utf8(path: str|Path|None):
+    "Arrow and DuckDB read no other names. Relative paths have the directory they lie in."
+    whole = path if not isinstance(path, Path) else path.absolute()
+    try: str(whole).encode()
+    except UnicodeEncodeError:
+        raise ValueError(f"{os.fsencode(str(whole))!r} is no path in UTF-8, and the files of a record could not be "
+                         "read there; rename the directory, or use another path") from None
+
 class Place:
     "A directory, on a local disk, on any file system that fsspec knows, or in memory."
     def __init__(self,
         path: str|Path|None = None, # Directory (with `~`, too) or URL; None: memory, gone with this object
     ):
         self.path = path if path is None or '://' in str(path) else Path(path).expanduser()
+        _check_utf8(self.path)
         self.fs, self.root = _file_system(self.path)
         self.local = isinstance(self.fs, LocalFileSystem)
 

@@ -72,6 +72,12 @@ def divisor(
     ok = (y >= 0) & (y < batch.n_classes) & (y != s.ignore_index)
     return (s.weight.to(y.device)[y * ok] * ok).sum()
 
+def _counts(cols) -> tuple: # How many positions of each row count; how often its loss is in the sum
+    counts = (cols['pred'] >= 0).astype(np.int32)
+    if 'n_pos' not in cols: return counts, 1
+    dense = cols['n_pos'] >= 0
+    return np.where(dense, cols['n_pos'], counts), np.where(dense, cols['n_pos'], 1)
+
 # %% ../nbs/02c_ledger.ipynb #52d2e2b1
 class Balance(NamedTuple):
     "The losses of a pass, as the Learner had them and as the rows give them; batches that can be compared."
@@ -79,19 +85,42 @@ class Balance(NamedTuple):
     learner: np.ndarray # Its loss, as the Learner had it
     rows: np.ndarray    # The losses of its rows, reduced
     rtol: float         # By how much of the loss they may differ
+    grads: np.ndarray|None = None # What was trained, `learn.loss_grad`; nan: not looked at
+    sizes: np.ndarray|None = None # Number of rows of each batch
 
     @property
     def differ(self) -> np.ndarray: # A boolean a batch
-        "Which batches differ."
+        "Which batches differ, in the loss that is shown; or, if none does, in the one that was trained."
+        shown = self._shown_differ
+        return self._grads_differ if not shown.any() and self.grads is not None else shown
+
+    @property
+    def _shown_differ(self):
         return ~np.isclose(self.rows, self.learner, rtol=self.rtol, atol=self.rtol / 50, equal_nan=True)
+
+    @property
+    def _grads_differ(self):
+        "Which were trained on something else than their loss times one number, perhaps times their size?"
+        found = [self._not_times(o) for o in (self.learner, self.learner * self.sizes)]
+        return min(found, key=np.sum)
+
+    def _not_times(self, loss):
+        "Which of the trained losses are not `loss` times the number that is usual?"
+        known = np.isfinite(self.grads) & np.isfinite(loss) & (loss != 0)
+        if not known.any(): return known
+        usual = np.median(self.grads[known] / loss[known])
+        room = self.rtol * abs(usual) * (abs(loss) + 1 / 50)
+        return known & (abs(self.grads - usual * loss) > room)
 
     def __str__(self):
         differ, n = self.differ, f'{len(self.rows):,}'
         if not differ.any():
             return f"the losses of the rows add up to the Learner's in all of {n} batches"
-        k, by = differ.argmax(), _by_how_much(self.learner[differ], self.rows[differ])
-        return (f"the losses of the rows do not add up to the Learner's in {differ.sum():,} of {n} batches; "
-                f"the first is batch {self.batches[k]}, where the Learner has {self.learner[k]:.6g} "
+        k, (came, how) = differ.argmax(), (self.learner, '')
+        if not self._shown_differ.any(): came, how = self.grads, ', as it is trained (`learn.loss_grad`),'
+        by = _by_how_much(came[differ], self.rows[differ])
+        return (f"the losses of the rows do not add up to the Learner's{how} in {differ.sum():,} of {n} batches; "
+                f"the first is batch {self.batches[k]}, where the Learner has {came[k]:.6g} "
                 f"and the rows give {self.rows[k]:.6g}{by}. "
                 "If a callback multiplies the loss or adds a penalty, the rows are recorded without that, "
                 "and are right. If rows are mixed or targets exchanged by other means than fastai's MixUp "
@@ -109,8 +138,8 @@ def _by_how_much(learner, rows) -> str:
 class Ledger:
     "The loss of each batch of a pass, and what its rows are to be divided by."
     def __init__(self):
-        self.losses, self.divisors = Scalars(), Scalars()
-        self.at, self.all, self.eps = [], [], 0.
+        self.losses, self.divisors, self.grads = Scalars(), Scalars(), Scalars()
+        self.at, self.all, self.eps, self.grads_at = [], [], 0., []
 
     def add(self,
         k: int, # Which of the recorded batches
@@ -128,6 +157,15 @@ class Ledger:
         types = [loss.dtype] if asked is None else [loss.dtype, batch.pred.dtype]
         self.eps = max(self.eps, *(torch.finfo(o).eps for o in types))
 
+    def add_grad(self,
+        k: int, # Which of the recorded batches
+        loss: Tensor, # What is about to be trained
+    ) -> None:
+        "Keep what a batch is trained with, where it may be another number than its loss."
+        if self.at[-1:] != [k]: return
+        self.grads_at.append(len(self.at) - 1)
+        self.grads.add(loss.mean() if loss.ndim else loss)
+
     def balance(self,
         cols: dict, # The rows' columns, arrays by name
         sizes: list, # Number of rows of each batch
@@ -143,10 +181,12 @@ class Ledger:
         by = np.where(np.isnan(by), count, by)
         ok = (by != 0) & ((alike == 0) | (alike == count))
         rtol = max(1e-4, 4 * self.eps)
-        return Balance(np.array(numbers)[self.at][ok], self.losses.numpy()[ok], total[ok] / by[ok], rtol)
+        grads = None if not self.grads_at else self._grads()[ok]
+        return Balance(np.array(numbers)[self.at][ok], self.losses.numpy()[ok], total[ok] / by[ok], rtol,
+                       grads, np.array(sizes)[self.at][ok])
 
-def _counts(cols) -> tuple: # How many positions of each row count; how often its loss is in the sum
-    counts = (cols['pred'] >= 0).astype(np.int32)
-    if 'n_pos' not in cols: return counts, 1
-    dense = cols['n_pos'] >= 0
-    return np.where(dense, cols['n_pos'], counts), np.where(dense, cols['n_pos'], 1)
+    def _grads(self):
+        "What was trained, a number a batch."
+        res = np.full(len(self.at), math.nan)
+        res[self.grads_at] = self.grads.numpy()
+        return res

@@ -332,10 +332,15 @@ def sql(self: XentRecord,
         for name, frame in frames.items(): con.register(name, frame)
         if 'items' in query.lower(): con.register('items', self._all_items())         # perhaps a million names
         if names or 'classes' in query.lower(): con.register('classes', self._classes())
-        self._view_rows(con, names)
-        return con.execute(query).df()
+        try:
+            self._view_rows(con, names)
+            return con.execute(query).df()
+        except _UNREADABLE:
+            self._epochs.try_reading(self._found())
+            raise
 
 _TABLES = ('record', 'items', 'classes')
+_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.InternalException, duckdb.SerializationException)
 
 @patch
 def _view_rows(self: XentRecord, con, names):
@@ -349,6 +354,7 @@ def _view_rows(self: XentRecord, con, names):
                 'left join classes t on r.targ = t.class left join classes p on r.pred = p.class')
     con.execute(f'create view record as {rows}')
 
+# %% ../nbs/05g_record.ipynb #465d75e7
 @patch
 def _classes(self: XentRecord) -> pa.Table:
     "The classes and their names; a class without a name is called by its number."

@@ -8,13 +8,14 @@ Docs: https://fastai-xent.github.io/fastai_xent/recorder.html.md"""
 __all__ = ['XentRecorder']
 
 # %% ../nbs/06c_recorder.ipynb #fcb936c5
+import re
 import reprlib
 import time
 import traceback
 import warnings
 import weakref
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -22,14 +23,14 @@ from fastai.callback.core import Callback
 from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
-from fastprogress.fastprogress import progress_bar
 from torch import nn
 
 from .dynamics import RANK_BY
 from .head import find_head
 from .items import NoItemIdentity, class_names, targets_vocab
 from .look import LookFailed, in_order, look
-from .passes import KeptMaps, KeptProbs, Pass, most_bytes, show_rows
+from .passes import (KeptMaps, KeptProbs, Pass, bar_below, may_change_loss, most_bytes, name_weights,
+                                show_rows, trained_loss)
 from .record import XentRecord
 from .batch import NotRecordable, put_back, read_batch
 from .same_items import OtherItems, SameItems
@@ -44,6 +45,7 @@ class _Life:
     epoch: int = 0             # Number of the epoch, counted over all fits
     split: str = ''            # That of the last pass
     now: Pass|None = None      # The pass that is being recorded
+    strange: bool = False      # May somebody's callback train on another loss than is shown?
     in_fit: bool = False       # Are we in an epoch, or between two?
     heard: bool = False        # Was there a pass in this epoch?
     wrote: bool = False        # Has this fit written rows?
@@ -52,7 +54,9 @@ class _Life:
     seconds: float = 0.        # That were spent here, in all fits
     spent: float = 0.          # Of these, before this fit
     fit_seconds: float = 0.    # Of all fits
+    told: set = field(default_factory=set) # What this fit has told, without its numbers
 
+_NUMBER = re.compile(r'[-+]?\d[\d.,e+-]*')
 _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes to a path
 
 # %% ../nbs/06c_recorder.ipynb #b9b43749
@@ -162,8 +166,9 @@ def show_history(self: XentRecorder,
 
 # %% ../nbs/06c_recorder.ipynb #0dcfa389
 _HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss',
-          'after_train', 'after_validate', 'after_cancel_epoch', 'after_epoch', 'after_cancel_fit', 'after_fit')
-_IN_BATCH = ('before_batch', 'after_loss')
+          'before_backward', 'after_train', 'after_validate', 'after_cancel_epoch', 'after_epoch',
+          'after_cancel_fit', 'after_fit')
+_IN_BATCH = ('before_batch', 'after_loss', 'before_backward')
 
 @patch(as_prop=True)
 def _elsewhere(self: XentRecorder) -> bool:
@@ -175,7 +180,7 @@ def _elsewhere(self: XentRecorder) -> bool:
 def __call__(self: XentRecorder, event_name):
     "Call the event's method; keep its errors and its time."
     if event_name not in _HEARD: return
-    if event_name == 'before_fit': _name_weights(self.learn)
+    if event_name == 'before_fit': name_weights(self.learn)
     life = self._life
     if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')):
         return
@@ -193,21 +198,15 @@ def __call__(self: XentRecorder, event_name):
 def _hears_batch(self: XentRecorder) -> bool:
     return self.run_train if self.learn.training else self.run_valid
 
-def _name_weights(learn):
-    "Class weights by name are told the classes' order; an error here is the user's to see: it cannot train so."
-    if not hasattr(learn.loss_func, 'set_vocab'): return
-    vocab = getattr(learn.dls, 'vocab', None)
-    if vocab is None: return
-    last = vocab[-1] if len(vocab) else None
-    two = not isinstance(last, (str, bytes)) and hasattr(last, '__len__')   # texts: of words, and of classes
-    learn.loss_func.set_vocab(last if two else vocab)
-
 # %% ../nbs/06c_recorder.ipynb #b94e0e0a
 @patch
 def _tell(self: XentRecorder, message):
-    "Warn, once for each message."
-    if message not in self._told: warnings.warn(f"XentRecorder {message}", stacklevel=3)
+    "Warn, once for each message; if it names numbers, once a fit whatever they are."
+    kind = _NUMBER.sub('#', message)
+    if message not in self._told and kind not in self._life.told:
+        warnings.warn(f"XentRecorder {message}", stacklevel=3)
     self._told.add(message)
+    self._life.told.add(kind)
 
 @patch
 def _drop(self: XentRecorder):
@@ -261,7 +260,7 @@ def _count_only_one(self: XentRecorder):
 def _begin(self: XentRecorder):
     life = self._life
     life.stopped = life.in_fit = life.wrote = life.heard = False
-    life.started, life.spent = time.perf_counter(), life.seconds
+    life.started, life.spent, life.told = time.perf_counter(), life.seconds, set()
 
 @patch
 def _take_over(self: XentRecorder):
@@ -277,8 +276,9 @@ def _take_over(self: XentRecorder):
 def _keep_in_step(self: XentRecorder):
     "Is the record still the one that this recorder has left?"
     if num_distrib() > 1 or self._writer.in_step(): return
-    raise OtherItems(f"someone else has written to {self._writer.path} since this recorder did, or has removed what "
-                     "was there; use another path, or a recorder with `resume=True` to go on with what is there")
+    raise OtherItems(f"someone else has written to {self._writer.path} since this recorder did (of a Learner and its "
+                     "copies, the first that writes goes on), or has removed what was there; use another path, or a "
+                     "recorder with `resume=True` to go on with what is there")
 
 @patch
 def _look_at_loaders(self: XentRecorder):
@@ -335,8 +335,12 @@ def _open(self: XentRecorder, split):
     life = self._life
     self._drop()
     life.heard, life.split = True, split
-    life.now = self._listen(split, self.learn.dl)
+    dl = getattr(self.learn, 'dl', None)
+    if dl is None:
+        raise OtherItems("this recorder was given to another Learner since; give each Learner one of its own")
+    life.now = self._listen(split, dl)
     mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run and split == 'train']
+    life.strange = split == 'train' and may_change_loss(self.learn.cbs)
     if mixers: life.now.mixed_by(mixers[0])
     if len(mixers) < 2: return
     raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: "
@@ -371,6 +375,12 @@ def _after_loss(self: XentRecorder):
     if not first: return
     self._tell_of_loss(now, batch.n_classes)
     self._same.check_classes(batch.n_classes)
+
+@patch
+def _before_backward(self: XentRecorder):
+    "Take what the batch is trained with."
+    life, learn = self._life, self.learn
+    if life.now is not None and life.strange: life.now.take_grad(trained_loss(learn), learn.iter)
 
 @patch
 def _tell_of_loss(self: XentRecorder, now, n_classes):
@@ -440,14 +450,7 @@ def _look_at_train(self: XentRecorder, epoch: int):
     split, dl = 'train_eval', in_order(self.learn.dls.train)
     try:
         now = self._listen(split, dl)
-        try: look(self.learn, dl, now, self._bar(dl))
+        try: look(self.learn, dl, now, bar_below(self.learn, dl))
         finally: now.stop()
         self._write(now, epoch)
     except (NoItemIdentity, NotRecordable, LookFailed) as e: self._leave(split, e)
-
-@patch
-def _bar(self: XentRecorder, dl):
-    "A progress bar below the Learner's own, if it shows one."
-    own = getattr(self.learn, 'progress', None) if self.learn.create_mbar else None
-    if own is None: return None
-    return progress_bar(range(len(dl)), parent=getattr(own, 'mbar', None), leave=False)

@@ -67,7 +67,8 @@ class XentWriter:
 
     def _fresh(self):
         "The state that belongs to this process."
-        self._me = uuid.uuid4().hex                       # to notice when somebody else writes
+        self._name = uuid.uuid4().hex                     # to notice when somebody else writes
+        self._said = None                                 # by which name the record knows that we write now
         self._pool = self._lock = self._pass = None
         self._fit, self._step, self._closed = self._record.n_fits, 0, set()
         self._in_loop = self._stopped = False
@@ -76,6 +77,7 @@ class XentWriter:
         self._next_fold = {}                              # when those of a split may be brought up to date again
 
     def __getstate__(self):
+        self._said = None                                 # from here on there is a copy
         own = ('_record', 'items', 'vocab', 'loss_func', 'repeats')
         return {k: v for k, v in self.__dict__.items() if k in own}
     def __setstate__(self, state):
@@ -121,6 +123,11 @@ def _refuse_strangers(new, path):
                           "Use a path that does not exist, or an empty directory")
 
 # %% ../nbs/05i_writer.ipynb #f6ec380d
+@patch(as_prop=True)
+def _me(self: XentWriter) -> str:
+    "A name for this writer; a forked process, which has a copy of it, has another."
+    return f'{self._name}-{os.getpid()}'
+
 @patch
 def _save(self: XentWriter, **new) -> None:
     "Change what the record knows of itself; it holds once it is on the disk."
@@ -169,7 +176,16 @@ def _check_in_step(self: XentWriter):
     gone = not self._record._place.exists(self._record._layout.meta)
     what = 'removed' if gone else 'replaced, or written to by someone else,'
     raise RecordReplaced(f"the record at {self.path} was {what} since this writer began; nothing more is written "
-                         "to it. Use another path, or `resume=True` to go on with what is there")
+                         "to it. Of a writer and its copies, or of two at one path, the first that writes goes on. "
+                         "Use another path, or `resume=True` to go on with what is there")
+
+@patch
+def _say_who(self: XentWriter):
+    "Tell all others at this path that we write now: copies of this writer too, which know what it knew."
+    if self._said == self._me or _processes() > 1: return
+    self._check_in_step()
+    self._save()
+    self._said = self._me
 
 # %% ../nbs/05i_writer.ipynb #efcfdfd0
 _NAMES = 2**11 # Names that are read at once
@@ -251,6 +267,7 @@ def write(self: XentWriter,
     fold: bool = True, # Bring the running scores up to date now and then?
 ) -> None:
     "Hand in the rows of one epoch, in any order; they are written in the background."
+    self._say_who()
     n, key = len(cols['item']), (fit, split, epoch)
     jobs = [(self._write_rows, key, cols, rank)]
     if maps: jobs.append((self._write_maps, key, maps, rank))
@@ -362,7 +379,7 @@ def close(self: XentWriter) -> None:
     finally:
         if self._pool is not None: self._pool.shutdown()
         if self._lock is not None: self._lock.close()
-        self._pool = self._lock = None
+        self._pool = self._lock = self._said = None
 
 # %% ../nbs/05i_writer.ipynb #a9252124
 @patch
@@ -378,18 +395,24 @@ def __exit__(self: XentWriter, *error):
 def add(self: XentWriter,
     *,
     split: str, # 'train', 'valid' or a name of your own
-    epoch: int, # Number of the epoch; each once a split
+    epoch: int, # Number of the epoch, from 0; each once a split
     item, # Index of each row's item in the split: a list, an array or a tensor `n`
     pred: torch.Tensor, # Logits, `n c` or `n c d…`
     targ: torch.Tensor, # Classes, `n` or `n d…`, or probabilities in the shape of `pred`
 ) -> None:
     "Take the rows of a batch. The numbers stay on the device until the pass ends."
     if self._stopped: return
+    epoch = _whole_number(epoch)
     self._in_loop = True
     now = self._pass and (self._pass.split, self._pass.epoch)
     if now != (split, epoch): self._begin_pass(split, epoch)
     self._pass.add(item, pred, targ, self._step if split == 'train' else -1)
     if split == 'train': self._step += 1
+
+def _whole_number(epoch) -> int:
+    if isinstance(epoch, (int, np.integer)) and not isinstance(epoch, bool) and 0 <= epoch < 2**31: return int(epoch)
+    raise ValueError(f"epoch is {epoch!r}, expected a whole number, 0 or more, as of `for epoch in range(n)`; "
+                     "give another kind as `int(epoch)`")
 
 @patch
 def _begin_pass(self: XentWriter, split, epoch):

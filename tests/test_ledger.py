@@ -7,7 +7,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
+from fastai.callback.fp16 import NonNativeMixedPrecision
 from fastai.callback.mixup import MixUp
+from fastai.callback.rnn import RNNRegularizer
 from fastai.callback.training import GradientAccumulation
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import set_seed
@@ -242,6 +244,63 @@ def test_a_pass_without_losses():
     assert rows.balance().differ.tolist() == []
     rows.add(0, Batch(torch.zeros(4, 2), torch.zeros(4, dtype=torch.long), XentLoss(), 1))
     assert rows.balance().differ.tolist() == [] and 'all of 0 batches' in str(rows.balance())
+
+
+# -- what is trained, where it is not what is shown
+
+class MixesGradient(Callback):
+    "Mixes inputs, shows the plain loss, and trains on both labels."
+    order, run_valid, through = 0, False, 'after_loss'
+    def before_batch(self):
+        self.perm = torch.arange(len(self.y)).roll(1)
+        self.learn.xb = (torch.lerp(self.x[self.perm], self.x, .5),)
+    def _mix(self, event):
+        if event == self.through: self.learn.loss_grad = .5 * self.learn.loss_grad + .5 * self.loss_func(self.pred, self.y[self.perm])
+    def after_loss(self): self._mix('after_loss')
+    def before_backward(self): self._mix('before_backward')
+
+class MixesLate(MixesGradient): order = 45
+class MixesBeforeBackward(MixesGradient): through = 'before_backward'
+
+class Scales(NonNativeMixedPrecision):
+    "fastai's scaling of the loss, by another number in each batch, without its half precision."
+    def __init__(self): self.loss_scale = 1.
+    def before_fit(self): pass
+    def before_batch(self): self.loss_scale *= 2
+    def after_pred(self): pass
+    def before_step(self):
+        for p in self.learn.model.parameters(): p.grad /= self.loss_scale
+    def after_step(self): pass
+    def after_fit(self): pass
+
+class Looks(Callback):
+    "Somebody's callback that only reads."
+    def after_loss(self): self.kept = self.learn.loss_grad.detach()
+
+class Doubles(Callback):
+    run_valid = False
+    def after_loss(self): self.learn.loss_grad = 2 * self.learn.loss_grad
+
+@pytest.mark.parametrize('more', [(), (lambda: GradientAccumulation(20),), (lambda: Scales(),)], ids=['alone', 'accumulation', 'scaled'])
+@pytest.mark.parametrize('cb', [MixesGradient, MixesLate, MixesBeforeBackward])
+def test_mixed_in_the_loss_that_is_trained(cb, more):
+    said, record = told([cb, *more])
+    said = [o for o in said if 'add up' in o]
+    assert len(said) == 1 and "in epoch 0 of 'train'" in said[0] and "as it is trained (`learn.loss_grad`)" in said[0], said
+    assert [o[1:3] for o in record.meta['ledger']] == [['train', 0], ['train', 1]]
+
+@pytest.mark.parametrize('cbs', [[Looks], [Doubles], [lambda: GradientAccumulation(20), Looks], [lambda: GradientAccumulation(20), Doubles], [MixUp, Looks],
+                                 [lambda: Scales(), Looks], [lambda: RNNRegularizer(1., 1.), Looks]])
+@pytest.mark.parametrize('bs', [8, 11, 36])
+def test_no_alarm_for_a_loss_that_is_only_multiplied(cbs, bs):
+    if any(isinstance(o(), RNNRegularizer) for o in cbs): cbs = [*cbs, AsAnRNN]
+    said, _ = told(cbs, bs=bs)
+    assert not said, said
+
+class AsAnRNN(Callback):
+    "What `RNNRegularizer` reads."
+    order = -20
+    def after_pred(self): self.learn.rnn = type('Out', (), dict(raw_out=torch.stack([self.pred, self.pred], 1), out=self.pred))
 
 
 # -- who asks the record is told

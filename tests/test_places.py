@@ -9,6 +9,7 @@ import pandas as pd
 import pytest
 from runs import RUN, everything, fill, frame, put, rows, same_answers
 
+from fastai_xent.files import Place
 from fastai_xent.record import XentRecord
 from fastai_xent.recorder import XentRecorder
 from fastai_xent.records import XentRecords
@@ -246,3 +247,12 @@ def test_records_in_memory_share_nothing():
     for k, p in enumerate(places): p.write(f'a/{k}', lambda f: f.write(b'1'))
     assert [p.files() for p in places] == [['a/0'], ['a/1']]
     assert MemoryFileSystem.store == before
+
+@pytest.mark.skipif(os.name != 'posix', reason="names are text here")
+@pytest.mark.parametrize('kind', [str, Path])
+def test_a_path_that_is_not_utf8(kind, tmp_path):
+    path = kind(os.fsdecode(os.fsencode(tmp_path) + b'/caf\xe9'))
+    for make in (Place, XentWriter, XentRecord):
+        with pytest.raises(ValueError, match='no path in UTF-8.*use another path'): make(path)
+    assert not list(tmp_path.iterdir())
+    assert XentWriter(tmp_path/'café').path == tmp_path/'café'

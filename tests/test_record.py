@@ -1,6 +1,8 @@
 "The record: what goes in comes out, in memory as on disk; scores as pandas would compute them; what is refused."
 import json
 import pickle
+import re
+import shutil
 import tempfile
 from pathlib import Path
 
@@ -198,3 +200,18 @@ def test_a_score_that_nobody_has_is_an_error():
     record = w.record
     with pytest.raises(ValueError, match="no item of 'train' has the score 'grand'.*head='auto'.*it has the scores"): record.top(3, by='grand')
     assert len(record.top(3)) == 3
+
+QUESTIONS = dict(top=lambda r: r.top(2), to_df=lambda r: r.to_df('train'), item=lambda r: r.item(1), sql=lambda r: r.sql('select avg(loss) from record'))
+
+@pytest.mark.parametrize('packed', [False, True])
+@pytest.mark.parametrize('ask', QUESTIONS)
+def test_a_torn_file_is_named(ask, packed, tmp_path):
+    "Cut off at some places, or empty."
+    record = fill(tmp_path/'r', RUN)
+    if packed: record.compact()
+    shutil.rmtree(tmp_path/'r'/'_running', ignore_errors=True)
+    torn = sorted((tmp_path/'r'/'rows'/'train').rglob('*.parquet'))[0]
+    data = torn.read_bytes()
+    for bad in (data[:50], data[:-20], b''):
+        torn.write_bytes(bad)
+        with pytest.raises(OSError, match=re.escape(torn.name) + '.*torn or altered'): QUESTIONS[ask](XentRecord(tmp_path/'r'))

@@ -2,6 +2,7 @@
 import copy
 import csv
 import functools
+import os
 import pickle
 import random
 import re
@@ -436,27 +437,123 @@ def test_an_error_in_the_second_epoch_keeps_the_first(monkeypatch, tmp_path):
 
 # -- pickles and copies
 
-@pytest.mark.parametrize('where', ['memory', 'disk'])
-def test_copies_and_pickles(where, tmp_path):
-    path = tmp_path / 'r' if where == 'disk' else None
-    learn = learner([XentRecorder(path, precision='full')], path=tmp_path)
+@pytest.mark.parametrize('make', [copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))], ids=['deepcopy', 'pickle'])
+def test_copies_in_memory_have_a_record_each(make, tmp_path):
+    learn = learner([XentRecorder(precision='full')], path=tmp_path)
     learn.fit(2)
-    n = len(learn.xent_recorder.record.to_df())
-    for make in (copy.deepcopy, lambda o: pickle.loads(pickle.dumps(o))):
-        other = make(learn)
-        rec = other.xent_recorder
-        assert rec is not learn.xent_recorder and rec in list(other.cbs)
-        assert len(rec.record.to_df()) == (n if path else 0)
-        other.validate(), other.get_preds()
-        before = rec.record.n_epochs
-        with warned() as said: other.fit(1)
-        assert not said, said
-        assert rec.record.n_epochs == before + 1
-        n += 54 if path else 0
-    alone = pickle.loads(pickle.dumps(learn.xent_recorder))
-    assert len(alone.record.to_df()) == (n if path else 0)
-    with warned() as said: learn.fit(1)               # the first one goes on
-    assert not said and len(learn.xent_recorder.record.to_df()) == n + 54
+    other = make(learn)
+    rec = other.xent_recorder
+    assert rec is not learn.xent_recorder and rec in list(other.cbs) and not len(rec.record.to_df())
+    with warned() as said: other.fit(1), learn.fit(1)
+    assert not said and len(rec.record.to_df()) == 54 and len(learn.xent_recorder.record.to_df()) == 3 * 54
+
+def exported(learn):
+    "As `learn.export` and `load_learner` make it."
+    dls = learn.dls
+    learn.export('e.pkl')
+    other = quiet(load_learner(learn.path/'e.pkl'))
+    other.dls = dls
+    return other
+
+class CopiesLater(Callback):
+    "A copy that is made while a fit goes on."
+    order = 90
+    def after_epoch(self):
+        if self.learn.epoch == 0: self.learn.copied = copy.deepcopy(self.learn)
+
+def copied_in_a_fit(learn):
+    with learn.added_cbs(CopiesLater()): learn.fit(2)
+    copied = learn.copied
+    copied.remove_cbs([o for o in copied.cbs if isinstance(o, CopiesLater)])
+    return copied
+
+COPIES = dict(deepcopy=copy.deepcopy, pickle=lambda o: pickle.loads(pickle.dumps(o)), export=exported)
+
+@pytest.mark.parametrize('first', ['copy', 'original'])
+@pytest.mark.parametrize('how', COPIES)
+def test_of_copies_on_disk_the_first_that_writes_goes_on(how, first, tmp_path):
+    learn = looker([XentRecorder(tmp_path/'r')], path=tmp_path)
+    learn.fit(1)
+    other = COPIES[how](learn)
+    assert len(other.xent_recorder.record.to_df()) == 34
+    other.validate()
+    one, two = (other, learn) if first == 'copy' else (learn, other)
+    with warned() as said: one.fit(2), one.fit(1)
+    assert not said, said
+    end = copy.deepcopy(two.model.state_dict())
+    with warned() as said: two.fit(1)
+    assert len(said) == 1 and 'the first that writes goes on' in said[0] and 'resume=True' in said[0]
+    assert any(not torch.equal(v, end[k]) for k, v in two.model.state_dict().items())      # it trains all the same
+    record = XentRecord(tmp_path/'r')
+    assert (record.n_fits, record.n_epochs) == (3, 4)
+    again = looker([XentRecorder(tmp_path/'r', resume=True)], path=tmp_path)
+    with warned() as said: again.fit(1)
+    assert not said and again.xent_recorder.record.n_epochs == 5
+
+def test_a_copy_from_the_middle_of_a_fit(tmp_path):
+    learn = learner([XentRecorder(tmp_path/'r')])
+    other = copied_in_a_fit(learn)
+    with warned() as said: other.fit(1)
+    assert len(said) == 1 and 'the first that writes goes on' in said[0]
+    with warned() as said: learn.fit(1)
+    assert not said and XentRecord(tmp_path/'r').n_epochs == 3
+
+def test_copies_before_the_first_fit(tmp_path):
+    "As a loop over folds makes them: the first has the record, in memory each has its own."
+    for path, epochs in ((tmp_path/'r', [1, 1]), (None, [1, 1])):
+        learn = learner([XentRecorder(path)])
+        folds = [copy.deepcopy(learn) for _ in range(2)]
+        with warned() as said:
+            for o in folds: o.fit(1)
+        assert len(said) == (path is not None), said
+        assert [o.xent_recorder.record.n_epochs for o in folds[:1]] == epochs[:1]
+
+@pytest.mark.skipif(not hasattr(os, 'fork'), reason="no fork here")
+def test_a_forked_process_that_goes_on(tmp_path):
+    learn = learner([XentRecorder(tmp_path/'r')])
+    learn.fit(1)
+    pid = os.fork()
+    if not pid:
+        learn.fit(1)
+        os._exit(0)
+    os.waitpid(pid, 0)
+    assert XentRecord(tmp_path/'r').n_epochs == 2
+    with warned() as said: learn.fit(1)
+    assert len(said) == 1 and 'the first that writes goes on' in said[0] and XentRecord(tmp_path/'r').n_epochs == 2
+
+def test_another_recorder_that_resumes_while_the_first_goes_on(tmp_path):
+    first = learner([XentRecorder(tmp_path/'r')])
+    first.fit(1)
+    second = learner([XentRecorder(tmp_path/'r', resume=True)])
+    with warned() as said: second.fit(1)
+    assert not said
+    with warned() as said: first.fit(1)
+    assert len(said) == 1 and 'someone else has written' in said[0]
+    assert XentRecord(tmp_path/'r').n_fits == 2
+
+# -- what is told, and how often
+
+class OtherNumbers(Callback):
+    "A refusal that names another number each time."
+    order = 30
+    def before_train(self): self.learn.xent_recorder._leave('train', f'item -{3 + self.learn.epoch} of {36 * (1 + self.learn.epoch)} is unknown')
+
+def test_a_refusal_that_names_a_value_is_told_once_a_fit():
+    learn = learner([XentRecorder(), OtherNumbers()])
+    with warned() as said: learn.fit(4)
+    assert len(said) == 1 and 'item -3 of 36' in said[0]
+    learn = learner([XentRecorder(), OtherNumbers()])
+    with warned() as said:
+        learn.xent_recorder._tell("says this of 'valid'"), learn.xent_recorder._tell("says this of 'train'")
+    assert len(said) == 2
+
+def test_a_recorder_of_two_learners():
+    rec = XentRecorder()
+    first, second = learner([rec]), learner([rec])
+    with warned() as said: first.fit(1)
+    assert len(said) == 1 and 'was given to another Learner' in said[0] and 'Traceback' not in said[0]
+    with warned() as said: second.fit(1)
+    assert not said and len(rec.record.to_df()) == 54
 
 @pytest.mark.parametrize('interrupted', [False, True])
 @pytest.mark.parametrize('where', ['memory', 'disk'])

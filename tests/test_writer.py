@@ -1,6 +1,7 @@
 "The writer under faults: a full disk, a place that cannot be, strangers in the directory, and death at any instant."
 import json
 import os
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +9,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from helpers import Truth, at_most, ended, learner, same_bits, same_rows, warned
-from runs import RUN, expected, fill, same_frame
+from runs import RUN, expected, fill, put, rows, same_frame
 
 import fastai_xent
 from fastai_xent.record import XentRecord
 from fastai_xent.recorder import XentRecorder
-from fastai_xent.writer import XentWriter
+from fastai_xent.writer import RecordReplaced, XentWriter
 
 @pytest.fixture(autouse=True)
 def guard():
@@ -258,3 +260,23 @@ def test_after_a_death_it_goes_on(deaths):
             got, first = record.to_df(key[1], key[2]), want.to_df(key[1], 0)          # the same seed: the same first epoch
             pd.testing.assert_frame_equal(got.drop(columns=['fit', 'epoch']), first.drop(columns=['fit', 'epoch']))
         assert len(record.score()) == 20 and not np.isnan(record.score()).any()
+
+@pytest.mark.parametrize('epoch', [1., -1, True, np.float32(2), np.int64(-3), torch.tensor(1), None, '1', 2**31], ids=repr)
+def test_an_epoch_that_is_no_whole_number(epoch):
+    "It is refused when it comes, and nothing of it stays behind."
+    writer = XentWriter(items=4)
+    batch = dict(split='train', item=torch.arange(4), pred=torch.zeros(4, 3), targ=torch.zeros(4, dtype=torch.long))
+    writer.add(epoch=0, **batch)
+    with pytest.raises(ValueError, match='expected a whole number, 0 or more'): writer.add(epoch=epoch, **batch)
+    for e in (np.int64(1), np.uint8(2), 3): writer.add(epoch=e, **batch)
+    writer.close()
+    assert writer.record.to_df('train').groupby('epoch').size().to_dict() == {e: 4 for e in range(4)}
+
+@pytest.mark.parametrize('first', [0, 1])
+def test_of_a_writer_and_its_copy_the_first_that_writes_goes_on(first, tmp_path):
+    writer = XentWriter(fill(tmp_path/'r', RUN).path, resume=True)
+    both = [writer, pickle.loads(pickle.dumps(writer))]
+    put(both[first], 2, 3, 'train', rows([0, 1]))
+    both[first].close()
+    with pytest.raises(RecordReplaced, match='the first that writes goes on'): put(both[1 - first], 2, 3, 'train', rows([2, 3]))
+    assert XentRecord(tmp_path/'r').to_df('train', 3)['item'].tolist() == [0, 1]
