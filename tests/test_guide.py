@@ -9,7 +9,7 @@ import fastai_xent.all
 
 ROOT = Path(__file__).resolve().parent.parent
 NBS = ROOT/'nbs'
-GUIDES = sorted([*(NBS/'howto').glob('*.ipynb'), *(NBS/'explain').glob('*.ipynb')])
+GUIDES = sorted([*(NBS/'tutorials').glob('*.ipynb'), *(NBS/'explain').glob('*.ipynb')])
 
 
 # -- examples
