@@ -27,11 +27,10 @@ test-all: $(INSTALLED)
 docs: $(INSTALLED)
 	$(PY) tools/site.py
 
-# Bring the modules, the sidebar and README.md in step with the notebooks.
+# Bring the modules and README.md in step with the notebooks.
 prepare: $(INSTALLED)
 	.venv/bin/nbdev-clean
 	.venv/bin/nbdev-export
-	.venv/bin/nbdev-sidebar
 	$(PY) tools/readme.py
 
 # Run every benchmark.

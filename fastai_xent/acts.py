@@ -22,8 +22,8 @@ from fastai.tabular.core import TabDataLoader, Tabular, TabWeightedDL
 from fastai.torch_core import no_random
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
-from .chosen import (as_recorded, check_distinct, check_items, flagged, item_mask, item_numbers,
-                                items_named, known_score, labels_of, record_classes, score_name, targets,
+from .chosen import (as_recorded, check_distinct, check_frame, check_items, flagged, item_mask, item_numbers,
+                                items_named, known_score, labels_of, of_train, record_classes, score_name, targets,
                                 train_field)
 from .classes import class_index, is_missing, read_as_missing
 from .datasets import class_of, fewer_items, label_kind, label_of, other_labels, part
@@ -222,7 +222,8 @@ def _weights(weights, record, n) -> tuple: # Weights `n`, why, and what they are
         score = known_score(record, RANK_BY)
         return np.nan_to_num(np.exp(-score), nan=1.), f'exp(−{RANK_BY})', dict(score=score)
     if isinstance(weights, pd.DataFrame):
-        w, why, p = _frame_weights(weights, n)
+        w, why, p = _frame_weights(of_train(weights), n)
+        check_frame(weights, record)
         return w, why, dict(p_wrong=p)
     if isinstance(weights, (pd.Series, dict)):
         raise TypeError(f"a {type(weights).__name__} does not say which items its weights are for; give a "
@@ -285,11 +286,12 @@ def reweight(
     return _acted(dls, _weighted(dl, new), changes)
 
 # %% ../nbs/07_acts.ipynb #8e8fd990
-def _wanted(issues) -> tuple: # Items, labels, is each label a name, p_wrong, why
+def _wanted(issues, record) -> tuple: # Items, labels, is each label a name, p_wrong, why
     "Which items shall have which label."
     if isinstance(issues, dict):
         return item_numbers(list(issues)), list(issues.values()), False, None, ['given'] * len(issues)
     frame = flagged(issues, 'relabel')
+    check_frame(frame, record)
     col = 'label' if 'decision' in frame else next((o for o in ('new', 'likely') if o in frame), None)
     if col is None:
         raise KeyError(f"the frame has no column `new` or `likely`; it has {', '.join(map(str, frame))}")
@@ -367,7 +369,7 @@ def relabel(
     key_fn=None, # The recorder's `key_fn`, if it had one
 ) -> DataLoaders: # Its `xent_changes` say which labels were changed
     "`dls` with other labels for some training items."
-    at, labels, is_name, p, why = _wanted(issues)
+    at, labels, is_name, p, why = _wanted(issues, record)
     _check_loader(dls.train)
     check_items(dls, record, key_fn, key)
     ds, names = dls.train.dataset, record_classes(record)

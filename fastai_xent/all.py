@@ -6,17 +6,19 @@ Docs: https://fastai-xent.github.io/fastai_xent/all.html.md"""
 
 # %% auto #0
 __all__ = ['LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable', 'RANK_BY',
-           'RecordReplaced', 'Reducer', 'SCORES', 'XentGraph', 'XentInterpretation', 'XentLogger', 'XentLoss',
-           'XentLossFlat', 'XentProgress', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler', 'XentStats',
-           'XentWriter', 'draw_items', 'get_score', 'head_in_loss', 'linear_xent', 'no_bars', 'plot_class_issues',
-           'plot_class_pairs', 'plot_data_map', 'plot_history', 'plot_losses', 'plot_runs', 'plot_score',
-           'plot_training_time', 'plot_two_runs', 'plot_two_scores', 'prune', 'register_score', 'relabel', 'reweight',
-           'show_history', 'show_items', 'show_top', 'softmax_jacobian', 'xent_grad', 'xent_stats']
+           'RecordReplaced', 'Reducer', 'Reviews', 'SCORES', 'XentCleaner', 'XentGraph', 'XentInterpretation',
+           'XentLogger', 'XentLoss', 'XentLossFlat', 'XentProgress', 'XentRecord', 'XentRecorder', 'XentRecords',
+           'XentSampler', 'XentStats', 'XentWriter', 'draw_items', 'get_score', 'head_in_loss', 'linear_xent',
+           'no_bars', 'plot_class_issues', 'plot_class_pairs', 'plot_data_map', 'plot_history', 'plot_losses',
+           'plot_runs', 'plot_score', 'plot_training_time', 'plot_two_runs', 'plot_two_scores', 'prune',
+           'register_score', 'relabel', 'reweight', 'show_history', 'show_items', 'show_top', 'softmax_jacobian',
+           'xent_grad', 'xent_stats']
 
 # %% ../nbs/10_all.ipynb #84e34e1a
 # ruff: noqa: F401
 from .acts import prune, relabel, reweight
 from .bars import no_bars
+from .cleaner import XentCleaner
 from .docs import document
 from .dynamics import RANK_BY, SCORES, MarginLoss, Mean, MeanColumn, Reducer, get_score, register_score
 from .interpretation import XentInterpretation
@@ -28,6 +30,7 @@ from .numerics import XentStats, softmax_jacobian, xent_grad, xent_stats
 from .record import XentRecord
 from .recorder import XentRecorder
 from .records import XentRecords
+from .reviews import Reviews
 from .batch import NotRecordable
 from .sampler import XentSampler
 from .show import draw_items, show_history, show_items, show_top
@@ -42,8 +45,9 @@ from .writer import RecordReplaced, XentWriter
 # %% ../nbs/10_all.ipynb #8125224d
 _all_ = [
     'LabelDoubt', 'LinearXentLossFlat', 'MarginLoss', 'Mean', 'MeanColumn', 'NoItemIdentity', 'NotRecordable',
-    'RANK_BY', 'RecordReplaced', 'Reducer', 'SCORES', 'XentGraph', 'XentInterpretation', 'XentLogger',
-    'XentLoss', 'XentLossFlat', 'XentProgress', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler',
+    'RANK_BY', 'RecordReplaced', 'Reducer', 'Reviews', 'SCORES', 'XentCleaner', 'XentGraph',
+    'XentInterpretation', 'XentLogger', 'XentLoss', 'XentLossFlat',
+    'XentProgress', 'XentRecord', 'XentRecorder', 'XentRecords', 'XentSampler',
     'XentStats', 'XentWriter', 'draw_items', 'get_score', 'head_in_loss', 'linear_xent', 'no_bars',
     'plot_class_issues', 'plot_class_pairs', 'plot_data_map', 'plot_history', 'plot_losses', 'plot_runs',
     'plot_score', 'plot_training_time', 'plot_two_runs', 'plot_two_scores', 'prune', 'register_score',

@@ -6,7 +6,8 @@ Docs: https://fastai-xent.github.io/fastai_xent/chosen.html.md"""
 
 # %% auto #0
 __all__ = ['DECISIONS', 'train_field', 'labels_of', 'targets', 'record_classes', 'as_recorded', 'check_items', 'score_name',
-           'known_score', 'item_numbers', 'flagged', 'item_mask', 'check_distinct', 'items_named']
+           'known_score', 'item_numbers', 'of_train', 'flagged', 'item_mask', 'check_distinct', 'check_frame',
+           'items_named']
 
 # %% ../nbs/06d_chosen.ipynb #568eaf4d
 import numpy as np
@@ -127,6 +128,17 @@ def _decided(frame, decision) -> pd.DataFrame:
         raise ValueError(f"the column `decision` has {other!r}, expected one of {', '.join(DECISIONS)}")
     return frame[frame['decision'] == decision]
 
+def of_train(frame) -> pd.DataFrame:
+    "The rows of train, of decisions on several splits; any other frame must be of train alone."
+    split = frame.attrs.get('split', 'train')
+    if 'split' in frame:
+        rows = frame['split'].astype(object)
+        if 'decision' in frame and (rows == 'train').any(): return frame[(rows == 'train').to_numpy()]
+        split = next((o for o in rows if o != 'train'), 'train')
+    if split == 'train': return frame
+    raise ValueError(f"the frame speaks of items of {split!r}, and only those of 'train' are acted on: "
+                     "the same number is another item there. Give a frame of 'train', as `record.top()` makes it")
+
 def flagged(
     frame, # With a column `item`
     decision='drop', # Which rows of a frame of decisions are meant
@@ -134,8 +146,7 @@ def flagged(
     "The rows that count: of train, with `is_issue` and with the decision, as far as there are such columns."
     if 'item' not in frame:
         raise KeyError(f"the frame has no column `item`; it has {', '.join(map(str, frame))}")
-    if 'split' in frame: frame = frame[frame['split'] == 'train']
-    frame = _decided(frame, decision)
+    frame = _decided(of_train(frame), decision)
     if 'is_issue' not in frame: return frame
     if frame['is_issue'].dtype == bool: return frame[frame['is_issue'].to_numpy()]
     try:
@@ -143,6 +154,7 @@ def flagged(
     except ValueError as e:
         raise ValueError(f"the column `is_issue` must be true or false in each row: {e}") from None
 
+# %% ../nbs/06d_chosen.ipynb #3c6e963a
 def item_mask(at, n) -> np.ndarray: # Boolean, `n`
     "Where the items `at` are, if they exist."
     beyond = at[(at < 0) | (at >= n)]
@@ -157,9 +169,43 @@ def check_distinct(at):
     twice = pd.Series(at)[pd.Series(at).duplicated()]
     if len(twice): raise ValueError(f"item {twice.iloc[0]} is named twice")
 
+# %% ../nbs/06d_chosen.ipynb #78cc6fcb
+def _as_number(o) -> float|None:
+    try: return float(o)
+    except (TypeError, ValueError): return None
+
+def _same_name(a, b) -> bool:
+    "Are these one name, which a file may have made text or a float of?"
+    return str(a) == str(b) or (_as_number(a) is not None and _as_number(a) == _as_number(b))
+
+def _same_class(names, value, c) -> bool:
+    "Does `value` mean class `c`, by its name or by its number?"
+    if _as_number(value) == c: return True
+    try: return class_index(names, value, is_name=True) == c
+    except ValueError: return False
+
+def check_frame(
+    frame, # With a column `item`, and perhaps `name` and `targ`
+    record: XentRecord,
+) -> None:
+    "Raise if a frame gives an item another name or another label than the record does."
+    at, items, targ, names = item_numbers(frame['item']), record.items('train'), targets(record), record_classes(record)
+    item_mask(at, len(items))
+    labels = np.array([*names, None], dtype=object)[targ]          # −1: none
+    known = dict(name=(items['name'].astype(object).to_numpy(), _same_name),
+                 targ=(labels, lambda value, label: _same_class(names, value, names.index(label))))
+    for column, (has, same) in known.items():
+        if column not in frame: continue
+        given, has = frame[column].astype(object).to_numpy(), has[at]
+        asked = np.flatnonzero(~(pd.isna(given) | pd.isna(has)) & (given.astype(str) != has.astype(str)))
+        for i, value, there in zip(at[asked], given[asked], has[asked]):
+            if same(value, there): continue
+            raise ValueError(f"the frame's `{column}` of item {i} is {value!r}, and the record has {there!r}: is the "
+                             "frame of another split or record? Leave out a column of your own that is called so")
+
 # %% ../nbs/06d_chosen.ipynb #b3bf9d46
 def items_named(
-    what, # A frame with a column `item` (one of decisions: those to drop), a boolean mask `n`, indices, or a function of the items' frame
+    what, # A frame with a column `item` (of decisions: those to drop), a mask `n`, indices, or a function of the frame
     record: XentRecord,
     by=None, # The score that a function finds in the frame; None: `RANK_BY`, nan where there is none
 ) -> np.ndarray: # Boolean, `n`
@@ -171,7 +217,9 @@ def items_named(
         if isinstance(what, pd.Series) and what.index.equals(items.index):
             what = what.to_numpy()
     if isinstance(what, pd.DataFrame):
-        return item_mask(item_numbers(flagged(what)['item']), len(items))
+        frame = flagged(what)
+        check_frame(frame, record)
+        return item_mask(item_numbers(frame['item']), len(items))
     if isinstance(what, pd.Series) and what.dtype == bool:
         raise TypeError("a boolean Series does not say which items its rows are; give the frame with its "
                         "column `item`, or `.to_numpy()` of a mask in the order of the items")

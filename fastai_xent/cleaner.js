@@ -152,7 +152,12 @@ function render({ model, el }) {
     if (next < cards().length) cursor = anchor = next;
     else if (state().page + 1 < state().pages) turn(1);
     else cursor = anchor = cards().length - 1;
+    reveal();
+  }
+
+  function reveal() {
     paint();
+    grid.children[cursor]?.scrollIntoView({ block: "nearest" });
   }
 
   function turn(step) {
@@ -199,7 +204,7 @@ function render({ model, el }) {
       const [a, b] = [Math.min(anchor, cursor), Math.max(anchor, cursor)];
       selected = new Set(Array.from({ length: b - a + 1 }, (_, k) => a + k));
     } else { anchor = cursor; selected = new Set(); }
-    paint();
+    reveal();
   }
 
   function toggle(k) {

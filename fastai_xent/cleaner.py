@@ -105,7 +105,8 @@ def card(
 ) -> dict: # Of text alone, for the page
     "What is shown of an item."
     differs = pd.notna(row.targ) and pd.notna(row.likely) and row.targ != row.likely
-    return dict(item=int(row.item), name=f'item {row.item}' if pd.isna(row.name) else str(row.name),
+    name = f'item {row.item}' if pd.isna(row.name) else str(row.name)
+    return dict(item=int(row.item), name=name,
                 given='' if pd.isna(row.targ) else str(row.targ), p_given=_share(row.p_targ),
                 likely=str(row.likely) if differs else '', p_likely=_share(row.p_likely) if differs else '',
                 score=f'{row.score:.3g}', **_shown(sample, size))
@@ -131,7 +132,8 @@ def _widget_class():
 def _record_of(o) -> XentRecord:
     if isinstance(o, XentRecord): return o
     if hasattr(o, 'xent_recorder'): return o.xent_recorder.record
-    raise TypeError(f"got a {type(o).__name__}, expected an XentRecord, or a Learner that was trained with an XentRecorder")
+    raise TypeError(f"got a {type(o).__name__}, expected an XentRecord, or a Learner that was trained with an "
+                    "XentRecorder")
 
 def _running_loop():
     "The loop of a kernel, in which its cells run; None elsewhere."
@@ -143,7 +145,7 @@ def _home(split) -> str:
     return 'train' if split == 'train_eval' else split
 
 class XentCleaner:
-    "A page on which a person decides about the items that a score suspects. Decisions are saved beside the record."
+    "A page on which a person decides about suspects. Decisions are saved beside the record."
     def __init__(self,
         learn, # A `Learner` that was trained with an `XentRecorder`, or an `XentRecord`
         dls=None, # The DataLoaders of the run; None: the learner's; of a record alone, what the items' names give
@@ -162,7 +164,7 @@ class XentCleaner:
         self.by, self.n, self.per_page, self.size = RANK_BY if by is None else by, n, per_page, size
         self.reviews = Reviews(self.record, who)
         self._suspects, self._lists, self._cards = {}, {}, {}
-        self._loop = _running_loop()
+        self._thread, self._loop = threading.get_ident(), _running_loop()
         self.widget = _widget_class()()
         self.widget.on_msg(self._heard)
         self._show(split)
@@ -216,6 +218,7 @@ def _next_list(self: XentCleaner) -> np.ndarray:
     at = self._of(self.split).order(self._pairs(), self.label)
     return at[~np.isin(at, self._decided())][:self.n]
 
+# %% ../nbs/08d_cleaner.ipynb #71f8a2a6
 @patch
 def _show(self: XentCleaner, split, label=-1, kind='todo'):
     "Show the list of a split and a class, or what was decided about it."
@@ -245,7 +248,8 @@ def _turn(self: XentCleaner, page):
 @patch
 def _pages(self: XentCleaner) -> int: return -(-len(self.items) // self.per_page)
 @patch
-def _on_page(self: XentCleaner, page) -> np.ndarray: return self.items[page * self.per_page:(page + 1) * self.per_page]
+def _on_page(self: XentCleaner, page) -> np.ndarray:
+    return self.items[page * self.per_page:(page + 1) * self.per_page]
 
 @patch
 def _more(self: XentCleaner):
@@ -286,8 +290,8 @@ def _read(self: XentCleaner, rows) -> list: # Of `Sample`
 # %% ../nbs/08d_cleaner.ipynb #1b524e4c
 @patch
 def _heard(self: XentCleaner, widget, message, buffers):
-    "Leave what was asked for on the page to the main thread."
-    elsewhere = self._loop is not None and threading.current_thread() is not threading.main_thread()
+    "Leave what was asked for on the page to the thread in which cells run."
+    elsewhere = self._loop is not None and threading.get_ident() != self._thread
     if elsewhere: self._loop.call_soon_threadsafe(self._answer, message)
     else: self._answer(message)
 
@@ -335,6 +339,7 @@ def _told_decision(n, decision, label, left) -> str:
     if left: told += f" {left} item{'s have' if left != 1 else ' has'} no other likely label: undecided."
     return told.strip()
 
+# %% ../nbs/08d_cleaner.ipynb #84ac796a
 @patch
 def _undo(self: XentCleaner):
     back = self.reviews.undo()

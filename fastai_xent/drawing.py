@@ -59,7 +59,8 @@ def put_circles(ax, x, y): ax.scatter(x, y, s=40, facecolors='none', edgecolors=
 
 def put_counts(ax, counts, names, text='{:,}', cmap=None):
     "Counts in cells, written where they are not 0."
-    cells = ax.imshow(np.ma.masked_equal(counts, 0), cmap=cmap or shades(), vmin=0, vmax=max(counts.max(initial=0), 1e-9))
+    most = max(counts.max(initial=0), 1e-9)
+    cells = ax.imshow(np.ma.masked_equal(counts, 0), cmap=cmap or shades(), vmin=0, vmax=most)
     light = cells.to_rgba(counts)[..., :3] @ (.3, .6, .1)
     for i, j in np.argwhere(counts) if text else ():
         ax.text(j, i, text.format(counts[i, j]), ha='center', va='center', fontsize=8,

@@ -75,6 +75,7 @@ class XentInterpretation:
         where = f"XentInterpretation of {self.split}, epoch {self.epoch} (fit {self.fit})"
         return f"{where}: {len(self.rows):,} rows{'' if self._why_not else f', {self._told_right()}'}"
 
+# %% ../nbs/08b_interpretation.ipynb #71f4e9a5
 def _pass_of(record, split, epoch, fit) -> tuple: # fit, split, epoch
     "The pass that is meant."
     record._of_split(split)
@@ -84,7 +85,8 @@ def _pass_of(record, split, epoch, fit) -> tuple: # fit, split, epoch
         if epoch in (None, -1) and k == last or k.epoch == epoch: return k
     of_fit = '' if fit is None else f" in fit {fit}"
     there = ', '.join(f"{k.epoch} (fit {k.fit})" for k in record.epochs if k.split == split) or 'none'
-    raise KeyError(f"no epoch {'' if epoch is None else epoch} of {split!r}{of_fit} in this record; it has the epochs {there}")
+    raise KeyError(f"no epoch {'' if epoch is None else epoch} of {split!r}{of_fit} in this record; "
+                   f"it has the epochs {there}")
 
 # %% ../nbs/08b_interpretation.ipynb #61ba4804
 @patch
@@ -92,18 +94,21 @@ def top_losses(self: XentInterpretation,
     k: int|None = None, # Number of losses; None: all
     largest: bool = True, # The largest first, or the smallest?
     items: bool = False, # Give the items, too?
-) -> tuple: # losses `k`, indices of items `k`, and perhaps the items: those of the dataset, or without `dls` the record's
+) -> tuple: # losses `k`, indices `k`, and perhaps the items: those of the dataset, or without `dls` the record's
     "The largest or smallest losses, and whose they are. Equal losses come in the order of their items."
     at = self._order(largest)[:k]
     idx = self.rows['item'].to_numpy(np.int64)[at]
     res = self.losses[at], TensorBase(idx)
     return (*res, self._items(idx)) if items else res
 
+# %% ../nbs/08b_interpretation.ipynb #55a6180a
 @patch
 def _order(self: XentInterpretation, largest=True) -> np.ndarray: # Places of rows
     loss = self.rows['loss'].to_numpy(float, na_value=np.nan)
     at = np.flatnonzero(~np.isnan(loss))
-    if not len(at): raise ValueError(f"epoch {self.epoch} of {self.split!r} has no losses: the loss could not be asked for those of rows")
+    if not len(at):
+        raise ValueError(f"epoch {self.epoch} of {self.split!r} has no losses: "
+                         "the loss could not be asked for those of rows")
     return at[np.argsort(-loss[at] if largest else loss[at], kind='stable')]
 
 @patch
@@ -137,7 +142,8 @@ def _own_dls(self: XentInterpretation):
     "The DataLoaders, if they have the items of this pass."
     now = self.record._list_at(self.split, self.epoch) == self.record._list(self.split)
     if now or self.dls is None: return self.dls
-    raise ValueError(f"in epoch {self.epoch} {self.split!r} had other items than at the end, which the DataLoaders may not have; "
+    raise ValueError(f"in epoch {self.epoch} {self.split!r} had other items than at the end, "
+                     "which the DataLoaders may not have; "
                      "leave `dls` out, and items are shown by their names")
 
 @patch
@@ -163,7 +169,8 @@ def _why_not(self: XentInterpretation) -> str: # Empty if there is nothing again
     if d['lam'].notna().any():
         return (f"{where} has mixed rows (MixUp or CutMix), whose prediction is of two items at once; use 'valid', "
                 "or record train once more without mixing, with `XentRecorder(eval_every=1)`, as 'train_eval'")
-    if d['n_pos'].notna().any(): return f"the items of {where} have a class a position; `top_losses` can be asked for these"
+    if d['n_pos'].notna().any():
+        return f"the items of {where} have a class a position; `top_losses` can be asked for these"
     return '' if _known(d).any() else f"{where} has no row with a label and a predicted class"
 
 def _known(d) -> np.ndarray: return (d[['targ', 'pred']].fillna(-1) >= 0).all(axis=1).to_numpy()

@@ -17,7 +17,8 @@ LATER = dict( # class → module → names of functions
     XentRecord=dict(
         views='plot_losses plot_data_map plot_history plot_score plot_class_pairs plot_class_issues plot_two_scores '
               'plot_two_runs plot_training_time',
-        show='show_top show_items show_history draw_items',
+        show='show_top show_items show_history',
+        report='report',
     ),
     XentRecords=dict(views='plot_runs'),
 )

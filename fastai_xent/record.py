@@ -34,8 +34,9 @@ from .parquet import ALL, ROWS, with_key
 # %% ../nbs/05g_record.ipynb #00a6b968
 Key = namedtuple('Key', 'fit split epoch')
 
-_NOW = dict(new='XentWriter(path)', add='XentWriter.write', set_items='XentWriter.set_items', keys='record.epochs',
-            add_maps='XentWriter.write(…, maps=)', add_probs='XentWriter.write(…, probs=)') # what was called otherwise
+_NOW = dict( # what was called otherwise
+            new='XentWriter(path)', add='XentWriter.write', set_items='XentWriter.set_items', keys='record.epochs',
+            add_maps='XentWriter.write(…, maps=)', add_probs='XentWriter.write(…, probs=)')
 
 def _missing(name):
     moved = f"; it is {_NOW[name]} now" if name in _NOW else ''
@@ -44,6 +45,7 @@ def _missing(name):
 class _Renamed(type):
     def __getattr__(cls, name): raise _missing(name)
 
+# %% ../nbs/05g_record.ipynb #0cff2d88
 @with_later
 class XentRecord(metaclass=_Renamed):
     "What happened to every example of a run, epoch by epoch."
@@ -64,7 +66,8 @@ class XentRecord(metaclass=_Renamed):
     def _no_record(self, path) -> str:
         left = told_epochs(self._epochs.parts())
         why = "a run that ended before its first epoch leaves none"
-        if left: why = f"it holds stray epochs, {left}; `XentWriter(path, resume=True, adopt=True)` makes a record of them"
+        if left:
+            why = f"it holds stray epochs, {left}; `XentWriter(path, resume=True, adopt=True)` makes a record of them"
         return f"{path} is not a record: it has no {self._layout.meta}; {why}"
 
     @classmethod
@@ -80,10 +83,11 @@ class XentRecord(metaclass=_Renamed):
         try: meta = json.loads(self._place.read(self._layout.meta))
         except ValueError: meta = None
         if not isinstance(meta, dict) or not {'format', 'splits'} <= meta.keys():
-            raise ValueError(f"{self._place} has a {self._layout.meta} that fastai_xent did not write; use another path")
+            raise ValueError(f"{self._place} has a {self._layout.meta} that fastai_xent did not write; "
+                             "use another path")
         if meta['format'] > FORMAT:
-            raise ValueError(f"{self._place} has format {meta['format']}, this version of fastai_xent reads up to {FORMAT}; "
-                             "update fastai_xent")
+            raise ValueError(f"{self._place} has format {meta['format']}, this version of fastai_xent reads "
+                             f"up to {FORMAT}; update fastai_xent")
         return {'precision': 'full', 'classes': None, **meta} # format 1 knows no other precision
 
     __repr__, _repr_html_ = shown.told, shown.drawn
@@ -202,8 +206,10 @@ def items(self: XentRecord,
     split: str = 'train',
     segment: int = -1, # Which list of items; −1: that of the last epoch
 ) -> pd.DataFrame: # Columns item, name, source
-    "What the items of a split are called, and where they stood in their source."
-    return self._items_frame(split, self._list(split, segment))
+    "What the items of a split are called, and where they stood in their source; `attrs` has the split."
+    res = self._items_frame(split, self._list(split, segment))
+    res.attrs['split'] = split
+    return res
 
 @patch
 def _items_frame(self: XentRecord, split, k) -> pd.DataFrame: return _frame(self._items_table(split, k))
@@ -256,6 +262,7 @@ def to_df(self: XentRecord,
     df = df.sort_values(['epoch', 'split', 'item'], kind='stable', ignore_index=True)
     return self._with_names(df) if names else df
 
+# %% ../nbs/05g_record.ipynb #89c04ead
 @patch
 def _with_names(self: XentRecord, df) -> pd.DataFrame:
     "Rows with names for the numbers."
@@ -279,8 +286,10 @@ def _index(self: XentRecord, i, seg) -> int:
         raise IndexError(f"item {i} is not in split {seg.split!r}, which has items 0 to {seg.n - 1}")
     at = np.flatnonzero(self.items(seg.split, seg.k)['name'].astype(object).map(str) == i)
     if len(at) == 1: return int(at[0])
-    if not len(at): raise KeyError(f"no item of {seg.split!r} is called {i!r}, expected one; `record.items()` has the names")
-    raise KeyError(f"{len(at)} items of {seg.split!r} are called {i!r}, expected one: {', '.join(map(str, at[:5]))}; give the index")
+    if not len(at):
+        raise KeyError(f"no item of {seg.split!r} is called {i!r}, expected one; `record.items()` has the names")
+    raise KeyError(f"{len(at)} items of {seg.split!r} are called {i!r}, expected one: "
+                   f"{', '.join(map(str, at[:5]))}; give the index")
 
 _SOMETIMES = ('n_pos', 'lam', 'partner', 'step', 'entropy', 'grand')
 
@@ -309,7 +318,7 @@ def item(self: XentRecord,
 # %% ../nbs/05g_record.ipynb #e51cd110
 @patch
 def sql(self: XentRecord,
-    query: str, # May use the tables `record` (all rows), `items` (split, segment, item, name, source) and `classes` (class, name)
+    query: str, # Of the tables `record` (rows), `items` (split, segment, item, name, source), `classes` (class, name)
     names: bool = False, # Names instead of numbers for the classes in `record`?
     **frames, # Data frames of your own, by the names that `query` calls them
 ) -> pd.DataFrame:
@@ -365,8 +374,8 @@ def _all_items(self: XentRecord) -> pa.Table:
     if len({t.schema.field('name').type for t in tables}) > 1:    # numbers here, texts there
         tables = [t.set_column(1, 'name', t['name'].cast(pa.string())) for t in tables]
     if tables: return pa.concat_tables(tables, promote_options='permissive')
-    return pa.table({'item': pa.array([], pa.int32()), 'name': pa.array([], pa.string()), 'source': pa.array([], pa.int64()),
-                     'split': pa.array([], pa.string()), 'segment': pa.array([], pa.int32())})
+    columns = dict(item=pa.int32(), name=pa.string(), source=pa.int64(), split=pa.string(), segment=pa.int32())
+    return pa.schema(list(columns.items())).empty_table()
 
 # %% ../nbs/05g_record.ipynb #807c3503
 @patch
@@ -386,6 +395,7 @@ def _readable(by):
         raise KeyError(f"the score {by!r} reads the column {min(unknown)!r}, expected some of {', '.join(ROWS.names)}")
     return reducer
 
+# %% ../nbs/05g_record.ipynb #f39fa1ec
 @patch
 def top(self: XentRecord,
     k: int = 20, # Number of items
@@ -399,7 +409,9 @@ def top(self: XentRecord,
     if not np.isnan(likely).all(): self._check_score(reducer, score, split, segment)      # items were seen
     order = _first(-score if reducer.largest_first else score, k)
     classes = dict(targ=self._class_names(targ[order]), likely=self._class_names(likely[order]))
-    return self._items_at(split, seg.k, order).assign(**classes, score=score[order])
+    res = self._items_at(split, seg.k, order).assign(**classes, score=score[order])
+    res.attrs['split'] = split
+    return res
 
 _ASK_THE_LOSS = "the loss could not be asked for that of a row; use one such as `XentLossFlat`"
 _HOW_TO_GET = dict(grand="ask for it with `XentRecorder(head='auto')`", loss=_ASK_THE_LOSS, grad_norm=_ASK_THE_LOSS)
@@ -464,7 +476,8 @@ def map(self: XentRecord,
         for name in found[k]:
             for row in self._place.table(name).filter(pa.compute.field('item') == i).to_pylist(): return _as_map(row)
     when = f" in epoch {epoch}" if epoch >= 0 else ''
-    raise KeyError(f"no map of item {i} of {split!r}{when}; choose items before training, with `XentRecorder(maps=[…])`")
+    raise KeyError(f"no map of item {i} of {split!r}{when}; choose items before training, "
+                   "with `XentRecorder(maps=[…])`")
 
 # %% ../nbs/05g_record.ipynb #c2730f1f
 @patch

@@ -127,7 +127,8 @@ class XentRecords:
 
     def _keys(self, split) -> dict: # run → what tells its items apart, in item order
         "How the items of each run are told apart."
-        if self.on == 'item': return {k: pd.RangeIndex(r._segment(split).n, name='item') for k, r in self.records.items()}
+        if self.on == 'item':
+            return {k: pd.RangeIndex(r._segment(split).n, name='item') for k, r in self.records.items()}
         return {k: pd.Index(r.items(split)[self.on], name=self.on) for k, r in self.records.items()}
 
     @property

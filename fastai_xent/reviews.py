@@ -43,7 +43,9 @@ def _login() -> str:
     try: return getpass.getuser()
     except (OSError, KeyError, ImportError): return 'unknown'
 
-def _plain_name(o): return None if pd.isna(o) else o if isinstance(o, str) else int(o)
+def _plain_name(o):
+    if pd.isna(o): return None
+    return o if isinstance(o, str) else int(o)
 
 class Reviews:
     "The decisions of people about the items of a record."
@@ -127,14 +129,16 @@ def decide(self: Reviews,
     split: str = 'train',
 ) -> None:
     "Save one decision about these items, as one action. It is on the disk when this returns."
-    if decision not in DECISIONS: raise ValueError(f"{decision!r} is no decision, expected one of {', '.join(DECISIONS)}")
+    if decision not in DECISIONS:
+        raise ValueError(f"{decision!r} is no decision, expected one of {', '.join(DECISIONS)}")
     if (label is None) == (decision == 'relabel'):
         raise ValueError("'relabel' needs `label=`, and the other decisions have none; "
                          f"got {decision!r} and label {label!r}")
     at, given = item_numbers(items), self._given(split)
     item_mask(at, len(given))
     labels = label if isinstance(label, (list, tuple)) else [label] * len(at)
-    if len(labels) != len(at): raise ValueError(f"there are {len(labels)} labels for {len(at)} items, expected one each")
+    if len(labels) != len(at):
+        raise ValueError(f"there are {len(labels)} labels for {len(at)} items, expected one each")
     if not len(at): return
     names = self.record._items_at(split, self.record._list(split), at)['name']
     rows = [self._row(i, name, given[i], decision, y) for i, name, y in zip(at, names, labels)]
@@ -174,8 +178,8 @@ def _frame_of(self: Reviews, actions) -> pd.DataFrame:
 def _tell(self: Reviews, aside):
     "Say how many decisions are about items that the record does not have, if there are more than were told."
     if aside > self._told:
-        warnings.warn(f"{aside:,} decision{'s are' if aside > 1 else ' is'} set aside: this record does not have their "
-                      "items now, or nobody can tell which they are", stacklevel=4)
+        warnings.warn(f"{aside:,} decision{'s are' if aside > 1 else ' is'} set aside: this record does not have "
+                      "their items now, or nobody can tell which they are", stacklevel=4)
     self._told = max(self._told, aside)
 
 @patch

@@ -852,3 +852,28 @@ def test_from_labels_to_a_review_and_back(make, names, tmp_path):
     now = record_of(relabelled, epochs, model=First(len(names))).top(N).set_index('item')['targ']
     assert now[issues['item']].tolist() == issues['new'].tolist()
     assert (now.sort_index() != pd.Series([own[i % len(own)] for i in range(N)])).sum() == 6
+
+
+# -- frames of other items
+
+def test_a_frame_of_another_split_is_refused(tmp_path):
+    "Its numbers are other items in train. What a file made of a right frame is right."
+    dls = of(TfmdDL(Coded(N), bs=4, shuffle=True, num_workers=0))
+    record = record_of(dls)
+    acts = dict(prune=lambda f: prune(dls, record, drop=f), relabel=lambda f: relabel(dls, record, f),
+                reweight=lambda f: reweight(dls, record, f.assign(weight=.5)))
+    valid = record.top(4, split='valid')
+    for act in acts.values():
+        with pytest.raises(ValueError, match="items of 'valid', and only those of 'train'"): act(valid)
+        with pytest.raises(ValueError, match="items of 'valid', and only those of 'train'"): act(valid.assign(split='valid'))
+    with pytest.raises(ValueError, match="items of 'valid'"): prune(dls, record, drop=record.to_df('valid', -1))
+    train = record.top(4)
+    for act in acts.values():
+        assert len(act(train).xent_changes) >= 1
+        train.to_csv(tmp_path/'t.csv', index=False)
+        assert len(act(pd.read_csv(tmp_path/'t.csv')).xent_changes) >= 1
+        other = [o for o in record.vocab or range(record.n_classes)]
+        wrong = train.assign(targ=[next(c for c in other if str(c) != str(t)) for t in train['targ']])
+        wrong.attrs = {}
+        with pytest.raises(ValueError, match="the frame's `targ` of item"): act(wrong)
+    assert len(prune(dls, record, drop=record.to_df('train', -1).head(3)).xent_changes) == 3

@@ -1,4 +1,5 @@
 "The cleaner: its Python side by messages and traits, and all of it by keyboard in a real JupyterLab."
+import asyncio
 import base64
 import io
 import json
@@ -6,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -256,6 +258,21 @@ def test_an_evaluation_of_train_is_of_train(tmp_path, dls):
     c = XentCleaner(r, dls, split='train_eval', per_page=4)
     press(c, 'decide', items=[0], decision='drop')
     assert c.decisions['split'].tolist() == ['train'] and marks(c) == {0: 'drop'}
+
+
+def test_messages_from_another_thread_wait_for_that_of_the_cells(record, dls):
+    "JupyterLab hands them to a thread of their own, in the middle of a training step."
+    async def cell():
+        c = XentCleaner(record, dls, per_page=4)
+        message = dict(do='decide', items=[0], decision='keep', number='x-1')
+        thread = threading.Thread(target=c.widget._handle_custom_msg, args=(message, []))
+        thread.start()
+        thread.join()
+        before = len(c.decisions)
+        await asyncio.sleep(0)
+        return before, c
+    before, c = asyncio.run(cell())
+    assert before == 0 and marks(c) == {0: 'keep'}
 
 
 # -- the decisions go to the data

@@ -125,7 +125,7 @@ def test_a_recorder_without_a_learner_shows_the_names(monkeypatch):
 
 # -- a record is left as it was
 
-def contents(folder): return {o.relative_to(folder): o.read_bytes() for o in folder.rglob('*') if o.is_file()}
+def contents(path): return {o.relative_to(path): o.read_bytes() for o in path.rglob('*') if o.is_file()}
 
 def test_looking_changes_nothing(tmp_path):
     "Every picture and every question of an interpretation, of a record on disk."
@@ -136,7 +136,7 @@ def test_looking_changes_nothing(tmp_path):
     kept = issues.copy(deep=True), top.copy(deep=True)
     record = XentRecord(tmp_path / 'run')
     args = dict(plot_history=[0], plot_class_pairs=[issues], plot_class_issues=[issues], plot_two_runs=[other],
-                show_items=[top], draw_items=[top], show_history=[0])
+                show_items=[top], show_history=[0])
     names = ' '.join(LATER['XentRecord'][o] for o in ('views', 'show')).split()
     for name in names: getattr(record, name)(*args.get(name, []))
     interp = XentInterpretation(record, split='train')
