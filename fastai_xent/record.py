@@ -340,7 +340,8 @@ def sql(self: XentRecord,
             raise
 
 _TABLES = ('record', 'items', 'classes')
-_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.InternalException, duckdb.SerializationException)
+_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.InternalException,
+               duckdb.SerializationException)
 
 @patch
 def _view_rows(self: XentRecord, con, names):
