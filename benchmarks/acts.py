@@ -97,7 +97,7 @@ def noisy(task, n, epochs, noises):
             dls, wrong = task.loaders(n, seed, noise)
             acc, _, learn = task.train(dls, epochs, seed, XentRecorder())
             record = learn.xent_recorder.record
-            issues = record.label_issues()
+            issues = record.label_issues(cautious=False)
             mask = np.zeros(n, dtype=bool)
             mask[issues.loc[issues['is_issue'].astype(bool), 'item']] = True
             chance = np.random.default_rng(seed).choice(n, mask.sum(), replace=False)
