@@ -377,7 +377,7 @@ def _tell_of_loss(self: XentRecorder, now, n_classes):
     "A loss that cannot be asked for its rows is told at the first batch; are its predictions of classes at all?"
     why, vocab = now.rows.why_no_loss, targets_vocab(self.learn.dls)
     if why and vocab is not None and len(vocab) != n_classes:
-        raise NotRecordable(f"{n_classes} numbers an item for {len(vocab)} classes: no logits, which the model is to give")
+        raise NotRecordable(f"{n_classes} numbers an item for {len(vocab)} classes; the model must give logits")
     if why: self._tell("has no loss and no gradient of single rows, and records the other columns: "
                        f"the loss is not asked, as {why}")
 
