@@ -203,6 +203,10 @@ def _ways(loss, targ: Tensor, axis: int) -> list:
     return ways + [_each] + [_in_turn] * (len(targ) <= _MOST_CALLS)
 
 # %% ../nbs/02_asking.ipynb #f3815610
+def _in_logits(grad: Tensor, log_probs: Tensor, axis: int) -> Tensor:
+    "From the gradient in log-probabilities to that in the logits below them."
+    return grad - log_probs.exp() * grad.sum(axis, keepdim=True)
+
 def _add_up_to_one(p: Tensor, axis: int) -> bool:
     "Are these the probabilities of two classes or more, in every row?"
     if p.shape[axis] < 2 or not p.numel(): return False
@@ -242,7 +246,6 @@ class Asked:
         except Exception as e: self._give_up(e)
 
     def _give_up(self, e): self.way, self.why = None, _reason(e)
-
     def __call__(self,
         pred: Tensor, # Logits, `n c d…`
         targ: Tensor, # Classes, `n d…`
@@ -266,8 +269,7 @@ class Asked:
                 own = mix[1].to(rows).view(-1, *[1] * (rows.ndim - 1))
                 rows = torch.lerp(self._answer(loss, z, mix[0]), rows, own)
             grad, = torch.autograd.grad(rows.sum(), z)
-        if self.log_probs:  # the gradient in the logits below them
-            grad = grad - z.detach().softmax(self.axis) * grad.sum(self.axis, keepdim=True)
+        if self.log_probs: grad = _in_logits(grad, z.detach(), self.axis)
         rows, norm = rows.detach(), torch.linalg.vector_norm(grad, dim=self.axis)
         if mix is not None: return rows, norm
         ignored = targ == self.ignore_index

@@ -296,6 +296,7 @@ def _given_labels(tl, at) -> list:
     if not all(_root_of(items[i]) in _PLAIN for i in at): return []
     with no_random(): return [_label(tl[i]) for i in at]
 
+# %% ../nbs/03_items.ipynb #ceec7d2a
 def _array_of(ds):
     "The labels that a dataset keeps in an array, None if it keeps none."
     if isinstance(ds, Tabular): return ds.items[ds.y_names[0]] if len(ds.y_names) else None

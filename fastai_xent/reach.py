@@ -199,6 +199,7 @@ def _methods(self: Reach, c, objects):
             continue
         if not (objects and k in _MAKING): self.shared(f'{c.__name__}.{k}', v)
 
+# %% ../nbs/01c_reach.ipynb #693c8db9
 @patch
 def _function(self: Reach, name, f):
     "A function that is not copied."

@@ -372,9 +372,9 @@ def _after_loss(self: XentRecorder):
     if now is None: return
     batch, first = read_batch(learn, now.mix), not now.rows.at
     now.take(batch, learn.iter, learn.train_iter if learn.training else -1)
-    if not first: return
-    self._tell_of_loss(now, batch.n_classes)
-    self._same.check_classes(batch.n_classes)
+    if first:
+        self._tell_of_loss(now, batch.n_classes)
+        self._same.check_classes(batch.n_classes)
 
 @patch
 def _before_backward(self: XentRecorder):
@@ -386,13 +386,10 @@ def _before_backward(self: XentRecorder):
 def _tell_of_loss(self: XentRecorder, now, n_classes):
     "A loss that cannot be asked for its rows is told at the first batch; are its predictions of classes at all?"
     why, vocab = now.rows.why_no_loss, targets_vocab(self.learn.dls)
-    if not why: return
-    if vocab is not None and len(vocab) != n_classes:
-        raise NotRecordable(f"the model gives {n_classes} numbers an item, and the vocab has {len(vocab)} classes; the "
-                            f"loss cannot be asked what it makes of them, as {why}. Embeddings and the like are no "
-                            "logits: let the model end with a number for each class")
-    self._tell("has no loss and no gradient of single rows, and records the other columns: "
-               f"the loss is not asked, as {why}")
+    if why and vocab is not None and len(vocab) != n_classes:
+        raise NotRecordable(f"{n_classes} numbers an item for {len(vocab)} classes; the model must give logits")
+    if why: self._tell("has no loss and no gradient of single rows, and records the other columns: "
+                       f"the loss is not asked, as {why}")
 
 # %% ../nbs/06c_recorder.ipynb #99b5f32d
 @patch
