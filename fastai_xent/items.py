@@ -302,7 +302,7 @@ def _array_of(ds):
     if isinstance(ds, Tabular): return ds.items[ds.y_names[0]] if len(ds.y_names) else None
     if type(ds) is TensorDataset: return ds.tensors[-1] if len(ds.tensors) > 1 else None
     own = getattr(ds, '__dict__', {})
-    return own.get('targets', own.get('labels'))
+    return next((own[o] for o in ('targets', 'labels', 'y') if o in own), None)
 
 def may_rename(ds) -> bool:
     "May this dataset give other labels than those it keeps in an array? A `target_transform` does so."

@@ -33,6 +33,10 @@ class Targets(Coded):
     "Keeps its labels in an array; they may stand for others."
     def __init__(self, n, kept): self.n, self.skip, self.targets = n, (), kept
 
+class Ys(Targets):
+    "The same, as many call them."
+    def __init__(self, n, kept): self.n, self.skip, self.y = n, (), kept
+
 def tensors(n=N): return TensorDataset(*coded(torch.arange(n)))
 def made(n=N): return Datasets([Path(f'{i % 3}/{i}') for i in range(n)], [[lambda o: coded(int(o.name))[0]], [parent_label, Categorize()]])
 def labels(n=N): return coded(torch.arange(n))[1]
@@ -51,6 +55,7 @@ REORDERED = {
     'subset': (lambda: (plain(Subset(tensors(30), range(29, 5, -1)), collate_fn=turned), plain(tensors())), 'train'),
     'before_batch': (lambda: (TfmdDL(tensors(), bs=6, shuffle=True, num_workers=0, before_batch=[turn_round]), plain(tensors())), 'train'),
     'targets': (lambda: (plain(Targets(N, labels()), collate_fn=turned), plain(tensors())), 'train'),
+    'y': (lambda: (plain(Ys(N, labels()), collate_fn=turned), plain(tensors())), 'train'),
     'Datasets': (lambda: (TfmdDL(made(), bs=6, shuffle=True, num_workers=0, before_batch=[turn_round]), plain(tensors())), 'train'),
     'more than are read at first': (lambda: (TfmdDL(made(600), bs=6, num_workers=0, before_batch=[turn_round]), plain(tensors())), 'train'),
 }
