@@ -322,3 +322,9 @@ def test_ruff():
     "pyflakes and syntax errors, in the notebooks too."
     res = subprocess.run([sys.executable, '-m', 'ruff', 'check', '--no-cache', '--select', 'F,E9', '.'], cwd=ROOT, capture_output=True, text=True)
     assert res.returncode == 0, res.stdout + res.stderr
+
+
+def test_contributing_lists_every_page():
+    text = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
+    missing = [o.stem for o in NOTEBOOKS if re.match(r'\d\d[a-z]?_', o.name) and f'`{o.stem}`' not in text]
+    assert not missing, 'give each page of the house its line in the table of CONTRIBUTING.md'
