@@ -117,6 +117,8 @@ def _decided(frame, df, split) -> tuple: # Places, are they wrong?, the right cl
     wrong = _found_wrong(frame)
     label = frame['label'].where(wrong == 1) if 'label' in frame else pd.Series(index=frame.index, dtype=object)
     known = ~np.isnan(wrong)
+    if not known.any():
+        raise ValueError("nothing is decided in `reviewed`: say of some items, in its column `wrong`, whether their label is")
     return at[known], wrong[known], label.to_numpy(dtype=object)[known]
 
 # %% ../nbs/05d_label_issues.ipynb #1a2802dd
@@ -129,15 +131,16 @@ class LabelIssues(pd.DataFrame):
     def to_review(self,
         n: int = 50, # How many items
         seed: int = 0,
-    ) -> pd.DataFrame: # Rows of this frame, in its order, and `chance`, how likely each was to be drawn
-        "Items for a person to look at; hand the decisions to `label_issues(reviewed=…)`, and ask again."
+    ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance`, how likely each was to be drawn
+        "Items for a person to look at: say in `wrong` which labels are, and ask `label_issues(reviewed=…)` again."
         p, issue = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])), self['is_issue']
         p, issue = p.to_numpy(np.float64), issue.to_numpy()
         if not self.attrs['reviewed']:
             p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
             issue = p >= .5
         asked = np.sort(draw(p, issue, n, seed))
-        return pd.DataFrame(self).assign(chance=chances(p, issue, n)).iloc[asked]
+        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, issue, n)).iloc[asked]
+        return rows.reset_index(drop=True)
 
 def _base(found) -> float:
     "The noise rate from which a review starts."
@@ -166,7 +169,7 @@ def label_issues(record,
     noise_rate: float|None = None, # The share of wrong labels, if you know it; None: measure it on valid
     threshold: float = .5, # An item is an issue if its label is wrong with at least this probability
     only_issues: bool = False, # Leave the other items out?
-    cautious: bool = True, # Flag what is an issue even at the lower bound of the noise rate?
+    cautious: bool = True, # At the lower bound? False: at the noise rate itself, so by `p_wrong`
     reviewed: pd.DataFrame|None = None, # What a person found: item or name; decision (and label) or wrong
 ) -> LabelIssues: # Columns item, name, source, targ, likely, score, p_wrong, is_issue
     "Which labels are wrong? All items, the most suspect first; `attrs` has the verdict."
@@ -193,6 +196,7 @@ def label_issues(record,
         p, issue, precision = _verdict_reviewed(score, found, (at, wrong), threshold, cautious)
         said = ~pd.isna(label)
         df.loc[at[said], 'likely'] = label[said]
+    found['n_more'] = int(((p >= threshold) & ~issue).sum())
     return _told(df.assign(score=score, p_wrong=p, is_issue=issue), found, precision, only_issues)
 
 def _told(df, found, precision, only_issues) -> LabelIssues:

@@ -98,7 +98,9 @@ def advice(
 ) -> list: # Of sentences; between backticks stands code
     "What to do next."
     if issues is None: return ["Look at the items with the largest loss first; `record.top()` gives them."]
-    if not issues.attrs['n_issues']: return ["Nothing has to be mended; look at a few of the first items all the same."]
+    a = issues.attrs
+    if not a['n_issues'] and not a['n_more'] and a['noise_rate_high'] < .05:
+        return ["Nothing has to be mended; look at a few of the first items all the same."]
     res = ["Look at the first of the items below, the most suspect come first. A label that the model cannot "
            "believe may be right and the item rare: a person decides.",
            "Choose on the map, by class or by score, and download what you chose as CSV.",

@@ -166,9 +166,9 @@ def advice(
     width, done = found['noise_rate_high'] - found['noise_rate_low'], found['reached']
     cleaner = found['excess_over_valid']
     if found['reviewed'] or not width: return []
-    hard = "The wrong labels may follow the hard items, which a run alone cannot tell: review 50 and tell me, with " \
-           "`issues.to_review(50)` and `label_issues(reviewed=…)`."
-    said = [(done < .5, "The model is less sure than the labels ask: train longer."),
+    hard = "Wrong labels may sit on items that are hard anyway, which a run alone cannot tell: review some, as " \
+           "`issues.to_review(50)` draws them, and ask again with `label_issues(reviewed=…)`."
+    said = [(done < .5, "The model is still unsure of many items: train longer."),
             (found['n_valid'] < 200, f"Valid is too small for closer bounds, it has {found['n_valid']:,} items."),
             (cleaner > 0, f"Valid is cleaner than train, by about {_share(cleaner)}."),
             (done >= .5 and width > .1, hard)]
@@ -186,6 +186,7 @@ def told(
     if not k: words.append("None is flagged.")
     else:
         precision = _range(found['precision_low'], found['precision_high'])
-        words.append(f"{k:,} flagged; of these, {precision} are wrong indeed.")
+        words.append(f"{k:,} flagged; of these, {precision} are wrong.")
+    if found.get('n_more'): words.append(f"{found['n_more']:,} more are probably wrong: `cautious=False` flags them, too.")
     if found['reviewed']: words.append(f"{len(found['reviewed']):,} were reviewed.")
     return ' '.join([*words, *advice(found)])

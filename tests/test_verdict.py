@@ -233,7 +233,7 @@ def test_the_words():
     found = dict(noise_rate=.02, noise_rate_low=0., noise_rate_high=.04, precision_low=np.nan, precision_high=np.nan, n_issues=0, reviewed=[], reached=1., excess_over_valid=0., n_valid=5000)
     assert told(found, 100) == 'Wrong labels among 100: about 2.0%, at most 4.0%. None is flagged.'
     for change, words in ((dict(reached=.1), 'train longer'), (dict(n_valid=50), 'Valid is too small'), (dict(excess_over_valid=.1), 'Valid is cleaner than train'),
-                          (dict(noise_rate_high=.3), r'review 50 and tell me')):
+                          (dict(noise_rate_high=.3), r'review some')):
         assert words in told({**found, **change}, 100) and words not in told(found, 100)
 
 def test_a_short_training_says_so_itself():
