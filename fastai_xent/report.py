@@ -325,7 +325,7 @@ def confusion_html(
 ) -> FT:
     "Which classes are confused: given for each other, and predicted for each other."
     parts = []
-    if issues is not None: parts.append(counts_html(f'Marked labels of {split}', class_pairs(issues), 'likely'))
+    if issues is not None: parts.append(counts_html(f'Flagged labels of {split}', class_pairs(issues), 'likely'))
     by = 'valid' if 'valid' in record.splits else split
     parts.append(counts_html(f'Wrong predictions for {by}, last epoch', mistaken(record, by), 'predicted'))
     return _section('confusion', 'Confusion', ft('div', *parts, cls='charts wide'))
