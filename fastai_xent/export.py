@@ -88,7 +88,7 @@ def export(record,
     path: str|Path, # File or URL that ends in .csv, .parquet or .jsonl
     by=None, # Names in `dynamics.SCORES`; None: all that apply
     split: str = 'train',
-    segment: int = -1, # Which list of items; −1: that of the last epoch
+    segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
 ) -> str|Path: # `path`
     "Write every item's label and scores into one file."
     folder, _, name = str(path).replace('\\', '/').rpartition('/')

@@ -117,8 +117,9 @@ def _decided(frame, df, split) -> tuple: # Places, are they wrong?, the right cl
     wrong = _found_wrong(frame)
     label = frame['label'].where(wrong == 1) if 'label' in frame else pd.Series(index=frame.index, dtype=object)
     known = ~np.isnan(wrong)
-    if not known.any():
-        raise ValueError("nothing is decided in `reviewed`: say of some items, in its column `wrong`, whether their label is")
+    if not known.any() and 'decision' not in frame:
+        raise ValueError("nothing is decided in `reviewed`: say of some items, in its column `wrong`, "
+                         "whether their label is")
     return at[known], wrong[known], label.to_numpy(dtype=object)[known]
 
 # %% ../nbs/05d_label_issues.ipynb #1a2802dd
@@ -131,7 +132,7 @@ class LabelIssues(pd.DataFrame):
     def to_review(self,
         n: int = 50, # How many items
         seed: int = 0,
-    ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance`, how likely each was to be drawn
+    ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance` of each to be drawn
         "Items for a person to look at: say in `wrong` which labels are, and ask `label_issues(reviewed=…)` again."
         p, issue = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])), self['is_issue']
         p, issue = p.to_numpy(np.float64), issue.to_numpy()
@@ -165,7 +166,7 @@ def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # Th
 # %% ../nbs/05d_label_issues.ipynb #07e3dac2
 def label_issues(record,
     split: str = 'train',
-    segment: int = -1, # Which list of items; −1: that of the last epoch
+    segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
     noise_rate: float|None = None, # The share of wrong labels, if you know it; None: measure it on valid
     threshold: float = .5, # An item is an issue if its label is wrong with at least this probability
     only_issues: bool = False, # Leave the other items out?

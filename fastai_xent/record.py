@@ -34,12 +34,14 @@ from .parquet import ALL, ROWS, with_key
 # %% ../nbs/05g_record.ipynb #00a6b968
 Key = namedtuple('Key', 'fit split epoch')
 
-_NOW = dict( # what was called otherwise
-            new='XentWriter(path)', add='XentWriter.write', set_items='XentWriter.set_items', keys='record.epochs',
-            add_maps='XentWriter.write(…, maps=)', add_probs='XentWriter.write(…, probs=)')
+_NOW = dict( # what is called otherwise, here or in fastai
+    new='XentWriter(path)', add='XentWriter.write', set_items='XentWriter.set_items', keys='record.epochs',
+    add_maps='XentWriter.write(…, maps=)', add_probs='XentWriter.write(…, probs=)', top_losses='record.top',
+    plot_top_losses='record.show_top', plot_confusion_matrix='XentInterpretation(record).plot_confusion_matrix',
+    most_confused='XentInterpretation(record).most_confused')
 
 def _missing(name):
-    moved = f"; it is {_NOW[name]} now" if name in _NOW else ''
+    moved = f"; it is {_NOW[name]}" if name in _NOW else ''
     return AttributeError(f"XentRecord has no {name!r}{moved}")
 
 class _Renamed(type):
@@ -203,8 +205,8 @@ def _frame(t: pa.Table) -> pd.DataFrame:
 
 @patch
 def items(self: XentRecord,
-    split: str = 'train',
-    segment: int = -1, # Which list of items; −1: that of the last epoch
+    split: str = 'train', # 'train', 'valid', or another that was recorded
+    segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
 ) -> pd.DataFrame: # Columns item, name, source
     "What the items of a split are called, and where they stood in their source; `attrs` has the split."
     res = self._items_frame(split, self._list(split, segment))
@@ -296,8 +298,8 @@ _SOMETIMES = ('n_pos', 'lam', 'partner', 'step', 'entropy', 'grand')
 @patch
 def item(self: XentRecord,
     i: int|str, # Index in the split's dataset, or the item's name as text
-    split: str = 'train',
-    segment: int = -1, # Which list of items; −1: that of the last epoch
+    split: str = 'train', # 'train', 'valid', or another that was recorded
+    segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
     names: bool = False, # Names instead of numbers for classes and the partner?
 ) -> pd.DataFrame: # One row for each time the item was seen
     "One item's history. Columns that do not apply are left out."
@@ -382,8 +384,8 @@ def _all_items(self: XentRecord) -> pa.Table:
 @patch
 def score(self: XentRecord,
     by=RANK_BY, # A name in `SCORES`, or a `Reducer`
-    split: str = 'train',
-    segment: int = -1, # Which list of items; −1: that of the last epoch
+    split: str = 'train', # 'train', 'valid', or another that was recorded
+    segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
 ) -> np.ndarray: # One score an item, nan where it was never seen
     "The score of every item of a split."
     return self._cache.values([_readable(by)], self._segment(split, segment))[0]
@@ -401,8 +403,8 @@ def _readable(by):
 def top(self: XentRecord,
     k: int = 20, # Number of items
     by=RANK_BY, # A name in `SCORES`, or a `Reducer`
-    split: str = 'train',
-    segment: int = -1, # Which list of items; −1: that of the last epoch
+    split: str = 'train', # 'train', 'valid', or another that was recorded
+    segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
 ) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (what most predictions vote for), score
     "The items a person should look at first."
     seg, reducer = self._segment(split, segment), _readable(by)
@@ -436,8 +438,8 @@ def _first(x: np.ndarray, k: int) -> np.ndarray: # Places, at most `k`
 
 @patch
 def scores(self: XentRecord,
-    split: str = 'train',
-    segment: int = -1, # Which list of items; −1: that of the last epoch
+    split: str = 'train', # 'train', 'valid', or another that was recorded
+    segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
 ) -> pd.DataFrame: # Columns item, name, source, targ, likely, and a column for each score whose columns were recorded
     "Every score of every item."
     seg = self._segment(split, segment)
@@ -448,8 +450,8 @@ def scores(self: XentRecord,
 # %% ../nbs/05g_record.ipynb #e71fc7f9
 @patch
 def seen(self: XentRecord,
-    split: str = 'train',
-    segment: int = -1, # Which list of items; −1: that of the last epoch
+    split: str = 'train', # 'train', 'valid', or another that was recorded
+    segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
 ) -> pd.DataFrame: # Columns item, name, rows (how often seen), last_epoch, last_step (null if not seen in training)
     "How often each item was seen, and when last."
     seg = self._segment(split, segment)
@@ -468,7 +470,7 @@ def _as_map(row: dict) -> dict:
 @patch
 def map(self: XentRecord,
     i: int, # Index in the split's dataset
-    split: str = 'train',
+    split: str = 'train', # 'train', 'valid', or another that was recorded
     epoch: int = -1, # Number of an epoch; −1: the last that has a map of this item
 ) -> dict: # column → array `d…`
     "The numbers of every position of item `i` in one epoch. Ignored positions are nan."

@@ -27,6 +27,7 @@ from fastcore.script import call_parse
 from fastcore.xml import FT, ft, to_xml
 from PIL import Image
 
+from .bars import over
 from .drawing import short
 from .dynamics import RANK_BY, get_score
 from .record import XentRecord
@@ -132,7 +133,7 @@ def histories(
     row = np.full(record._segment(split).n, -1)
     row[items] = np.arange(len(items))
     p, pred = np.full((len(items), len(at)), 255, np.uint8), np.full((len(items), len(at)), np.nan)
-    for j, (key, where) in enumerate(found[o] for o in at):
+    for j, (key, where) in over(list(enumerate(found[o] for o in at)), f'reading the epochs of {split}'):
         t = record._epochs.read({key: where}, ['item', 'p_targ', 'pred', 'occurrence']).to_pandas()
         t = t[(t['occurrence'] >= 0) & (row[t['item']] >= 0) & t['p_targ'].notna()].drop_duplicates('item')
         p[row[t['item']], j] = (250 * t['p_targ']).round()
@@ -175,11 +176,12 @@ def thumbnails(
     "Items, small, read one by one."
     rows = record.items(split).iloc[items]
     if dls is None or split not in ('train', 'train_eval', 'valid'):
-        return [(int(i), thumbnail(s)) for i, s in zip(rows['item'], map(_from_name, rows['name'].fillna('')))
-                if isinstance(s.inputs[0], Image.Image)]
+        named = list(zip(rows['item'], rows['name'].fillna('')))
+        samples = ((i, _from_name(o)) for i, o in over(named, 'reading pictures'))
+        return [(int(i), thumbnail(s)) for i, s in samples if isinstance(s.inputs[0], Image.Image)]
     dl = loader_of(dls, split)
     _check_names(record, rows, dl.dataset, split, key_fn)
-    return [(int(i), _read(dl, int(i))) for i in rows['item']]
+    return [(int(i), _read(dl, int(i))) for i in over(list(rows['item']), 'reading items')]
 
 def _read(dl, i) -> str:
     try: return thumbnail(read_item(dl, i))
@@ -325,7 +327,7 @@ def confusion_html(
 ) -> FT:
     "Which classes are confused: given for each other, and predicted for each other."
     parts = []
-    if issues is not None: parts.append(counts_html(f'Marked labels of {split}', class_pairs(issues), 'likely'))
+    if issues is not None: parts.append(counts_html(f'Flagged labels of {split}', class_pairs(issues), 'likely'))
     by = 'valid' if 'valid' in record.splits else split
     parts.append(counts_html(f'Wrong predictions for {by}, last epoch', mistaken(record, by), 'predicted'))
     return _section('confusion', 'Confusion', ft('div', *parts, cls='charts wide'))

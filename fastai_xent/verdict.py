@@ -187,6 +187,7 @@ def told(
     else:
         precision = _range(found['precision_low'], found['precision_high'])
         words.append(f"{k:,} flagged; of these, {precision} are wrong.")
-    if found.get('n_more'): words.append(f"{found['n_more']:,} more are probably wrong: `cautious=False` flags them, too.")
+    if more := found.get('n_more'):
+        words.append(f"{more:,} more are probably wrong: `cautious=False` flags them, too.")
     if found['reviewed']: words.append(f"{len(found['reviewed']):,} were reviewed.")
     return ' '.join([*words, *advice(found)])

@@ -90,11 +90,11 @@ def test_help_says_what_parameters_mean():
 
 # -- what was called otherwise
 
-@pytest.mark.parametrize('name, now', dict(new=r'XentWriter\(path\)', keys='record.epochs', add='XentWriter.write', set_items='XentWriter.set_items').items())
+@pytest.mark.parametrize('name, now', dict(new=r'XentWriter\(path\)', keys='record.epochs', add='XentWriter.write', set_items='XentWriter.set_items', plot_top_losses='record.show_top').items())
 def test_old_names(name, now):
     record = fill(None, RUN)
     for o in (XentRecord, record):
-        with pytest.raises(AttributeError, match=f"XentRecord has no '{name}'; it is {now} now"): getattr(o, name)
+        with pytest.raises(AttributeError, match=f"XentRecord has no '{name}'; it is {now}"): getattr(o, name)
         with pytest.raises(AttributeError, match="XentRecord has no 'nonsense'$"): o.nonsense
         assert name not in dir(o)
     assert pickle.loads(pickle.dumps(record)).epochs == record.epochs

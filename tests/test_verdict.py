@@ -211,6 +211,7 @@ def test_what_a_decision_may_look_like(noisy):
         np.testing.assert_allclose(other['p_wrong'], flags['p_wrong'])
     elsewhere = record.label_issues(reviewed=pd.DataFrame(dict(item=[*at, 3], split=['train'] * 10 + ['valid'], wrong=[*wrong[at], True])))
     np.testing.assert_allclose(elsewhere['p_wrong'], flags['p_wrong'])
+    with pytest.raises(ValueError, match='nothing is decided'): record.label_issues(reviewed=record.label_issues().to_review(5))
     unsure = by(decision=['unsure'] * 9 + [None])
     assert unsure.attrs['reviewed'] == []
     for kw, error, words in ((dict(), KeyError, "no column 'decision'"), (dict(decision=['yes'] * 10), ValueError, "'yes' is no decision")):
