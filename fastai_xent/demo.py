@@ -99,7 +99,7 @@ def pictures(learn: Learner, path: Path) -> list: # Of the files
                                         cols=10, size=1.1)}
     files = []
     for name, drawn in figs.items():
-        files.append(path / f'{name}.png')
+        files.append(path.with_name(f'{path.name}-{name}.png'))   # beside the record, which holds rows alone
         views.save_picture(drawn, files[-1])
     return files
 

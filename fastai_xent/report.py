@@ -252,7 +252,8 @@ def summary_html(
 ) -> FT:
     "The summary in words."
     *heads, last = said
-    blocks = [ft('div', ft('h3', o), *[_p(t) for t in said[o]]) for o in heads if said[o]]
+    told = lambda o, t: ft('p', *_with_code(t)) if o.startswith('Labels') else _p(t)      # a class may have any name
+    blocks = [ft('div', ft('h3', o), *[told(o, t) for t in said[o]]) for o in heads if said[o]]
     todo = ft('ol', *[ft('li', *_with_code(t)) for t in said[last]])
     return _section('summary', 'Summary', ft('div', *blocks, cls='facts'), ft('h3', last), todo)
 

@@ -120,7 +120,7 @@ def summary(
     pairs = [] if issues is None else confused(class_pairs(issues))
     wrong = confused(mistaken(record), 'was predicted') if 'valid' in record.splits else []
     return {'What was trained': trained(record), f'Labels of {split}': labels,
-            'Confused classes': [*_of('Marked labels', pairs), *_of('Predictions for valid', wrong)],
+            'Confused classes': [*_of('Flagged labels', pairs), *_of('Predictions for valid', wrong)],
             'What to do next': advice(issues)}
 
 def _of(what, sentences) -> list: return [f"{what}: {o}" for o in sentences]
