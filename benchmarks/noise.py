@@ -52,7 +52,7 @@ def fashion(n=5000):
     x, y = (idx(FASHION / f'train-{o}-ubyte.gz')[:n] for o in ('images-idx3', 'labels-idx1'))
     return torch.tensor(x[:, None] / 255., dtype=torch.float32), y.astype(np.int64)
 
-def trec():
+def trec(column='coarse'):
     "Words and pairs of words that occur at least twice, by number."
     if not (DATA / 'trec.csv').exists(): return print(f"skipped: {DATA / 'trec.csv'} is missing")
     df = pd.read_csv(DATA / 'trec.csv').query("split == 'train'")
@@ -64,7 +64,7 @@ def trec():
     for row, o in zip(x, tokens):
         ids = [number[t] for t in o if t in number]
         row[:len(ids)] = torch.tensor(ids)
-    return x, df['coarse'].astype('category').cat.codes.to_numpy().astype(np.int64)
+    return x, df[column].astype('category').cat.codes.to_numpy().astype(np.int64)
 
 def adult(n=6000):
     path = DATA / 'adult_30k.csv.gz'

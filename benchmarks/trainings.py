@@ -21,7 +21,7 @@ warnings.filterwarnings('ignore', category=FutureWarning)
 import numpy as np  # noqa: E402
 import pandas as pd  # noqa: E402
 import torch  # noqa: E402
-from noise import adult, bag, digits, fashion, mlp  # noqa: E402
+from noise import adult, bag, digits, fashion, mlp, trec  # noqa: E402
 from overhead import DATA, cnn  # noqa: E402
 from sklearn.datasets import load_breast_cancer, load_wine, make_classification  # noqa: E402
 from sklearn.linear_model import LogisticRegression  # noqa: E402
@@ -48,20 +48,6 @@ def table():
     x, y = make_classification(4000, 24, n_informative=10, n_redundant=6, n_classes=7, n_clusters_per_class=2, class_sep=1.6, flip_y=0,
                                weights=[.25, .2, .15, .15, .1, .1, .05], random_state=0)
     return scaled(x), y
-
-def trec(column='coarse'):
-    "Words and pairs of words that occur at least twice, by number."
-    if not (DATA / 'trec.csv').exists(): return print(f"skipped: {DATA / 'trec.csv'} is missing")
-    df = pd.read_csv(DATA / 'trec.csv').query("split == 'train'")
-    words = [o.lower().split() for o in df['text']]
-    tokens = [o + [f'{a} {b}' for a, b in zip(['^', *o], o)] for o in words]
-    counts = pd.Series([t for o in tokens for t in o]).value_counts()
-    number = {t: i + 1 for i, t in enumerate(counts.index[counts >= 2])}
-    x = torch.zeros(len(tokens), max(map(len, tokens)), dtype=torch.long)
-    for row, o in zip(x, tokens):
-        ids = [number[t] for t in o if t in number]
-        row[:len(ids)] = torch.tensor(ids)
-    return x, df[column].astype('category').cat.codes.to_numpy().astype(np.int64)
 
 def mnist():
     "MNIST's test images with the labels they have, and what five people each thought of the hundred most suspect."
