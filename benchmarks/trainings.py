@@ -19,7 +19,6 @@ os.environ.setdefault('OMP_NUM_THREADS', '1')
 warnings.filterwarnings('ignore', category=FutureWarning)
 
 import numpy as np  # noqa: E402
-import pandas as pd  # noqa: E402
 import torch  # noqa: E402
 from noise import adult, bag, digits, fashion, mlp, trec  # noqa: E402
 from overhead import DATA, cnn  # noqa: E402
