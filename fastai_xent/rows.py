@@ -121,12 +121,13 @@ class RowBuffer:
     ) -> None:
         "Take a batch. A batch that comes twice is taken once."
         if self.at and self.at[-1] == i: return
-        if batch.settings is None: self._try(batch)
-        self.ledger.add(len(self.at), batch, None if batch.settings is not None else self.asked)
+        known, n = batch.settings is not None, batch.n
+        if not known: self._try(batch)
+        self.ledger.add(len(self.at), batch, None if known else self.asked)
         self.doubts += batch.doubts
-        self._take(batch, extra or {}, self.room.add(batch.n))
+        self._take(batch, extra or {}, self.room.add(n))
         self.at.append(i)
-        self.sizes.append(batch.n)
+        self.sizes.append(n)
         self.steps.append(step)
 
     def _try(self, b):
