@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cpu_kernels import FusedPass
 from .linear import Features
-from .losses import XentLoss
+from .losses import XentLoss, _version
 from .numerics import XentStats, _plain, _rows
 from .rowloss import XentSettings, own_loss, xent_settings
 
@@ -203,7 +203,7 @@ def read_batch(
     loss = getattr(learn, 'loss', None)
     own = None if mix_tap is not None else own_loss(loss_func)
     last = None if own is None else _last_call(own, pred, targ)
-    if last is not None and last.pred.ndim > 1: return _called_batch(last, loss_func, own.reduction, loss)
+    if last is not None and last.pred.ndim > 1: return _called_batch(last, loss_func, own, loss)
     if isinstance(pred, Features): return _features_batch(pred, targ, loss_func, loss, mix_tap)
     pred, settings = _plain(pred).detach(), xent_settings(loss_func)
     axis = _class_axis(pred, loss_func, settings)
@@ -217,12 +217,16 @@ def read_batch(
         _look_at_sums(batch)
     return batch
 
-def _called_batch(last, loss_func, reduction, loss) -> Batch:
+def _called_batch(last, loss_func, func, loss) -> Batch:
     "The batch of a call of our own loss, which has looked at shapes and settings already."
     ignore_index, eps, axis = last.settings
     batch = Batch(last.pred, last.targ, loss_func, axis, loss=loss)
-    batch.settings = XentSettings(axis, last.weight, ignore_index, eps, reduction)
+    weight = None if last.weight is None else func.weight
+    batch.settings = XentSettings(axis, weight, ignore_index, eps, func.reduction)
     batch.came = last.stats if last.done is None else last.done
+    if batch.came is None and last.versions[0] != _version(last.pred):
+        raise NotRecordable("the logits were changed in place after the loss was called, by a callback perhaps; "
+                            "let it change a copy")
     if last.targ.is_floating_point(): _look_at_sums(batch)
     return batch
 

@@ -20,6 +20,8 @@ from .batch import Batch
 from .cpu_kernels import FusedPass
 
 # %% ../nbs/02c_ledger.ipynb #5bf24b2c
+def _number(x: Tensor) -> float: return x.item()      # on a CPU, where nobody waits for it
+
 _ROOM = 1024 # numbers that get room on a device at once
 
 class Scalars:
@@ -27,7 +29,7 @@ class Scalars:
     def __init__(self): self.values, self.places, self.rooms = [], [], []
     def add(self, x: float|Tensor) -> None:
         "Keep one more; a tensor may change afterwards."
-        if isinstance(x, Tensor): x = x.item() if x.is_cpu else self._leave(x.detach())  # a CPU's is there
+        if isinstance(x, Tensor): x = _number(x) if x.is_cpu else self._leave(x.detach())
         self.values.append(x)
 
     def _leave(self, x):
