@@ -344,6 +344,7 @@ def top(self: XentRecord,
     segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
 ) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (what most predictions vote for), score
     "The items a person should look at first."
+    if not isinstance(k, (int, np.integer)): raise TypeError(f"k is {k!r}, expected a number of items, as `top(20)`")
     seg, reducer = self._segment(split, segment), _readable(by)
     score, targ, likely = self._cache.values([reducer, *LABELS], seg)
     if not np.isnan(likely).all(): self._check_score(reducer, score, split, segment)      # items were seen

@@ -51,8 +51,7 @@ class XentWriter:
         precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the first, or 'full'
     ):
         if resume and overwrite:
-            raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: "
-                             "give one of them")
+            raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
         if adopt and not resume:
             raise ValueError("`adopt=True` goes on with epochs that are there: give `resume=True` too")
         if precision not in ('short', 'full'):
@@ -335,8 +334,9 @@ def _keep_scores(self: XentWriter, split) -> str|None: # What to tell
     "Bring the running scores up to date, unless it is too soon; they can be computed from the rows too."
     start = time.perf_counter()
     if start < self._next_fold.get(split, 0): return
-    if not self.in_step(): return                         # told by the rows
-    try: self._record._cache.update(self._record._segment(split))
+    seg = self._record._segment(split)
+    if not self.in_step() or not seg.found: return        # told by the rows; new items, no epoch of theirs yet
+    try: self._record._cache.update(seg)
     except Exception as e:
         return (f"XentWriter could not keep the running scores of {split!r}, they will be computed from the "
                 f"epochs when they are asked for: {e!r}")
