@@ -18,6 +18,7 @@ from fastcore.basics import patch
 
 from .bars import Bar
 from .dynamics import SCORES, Label, Likely, Reducer, _share_state, register_score, row_weight
+from .dense import Worst
 from .epochs import Epochs
 from .issues import LabelDoubt
 from .parquet import ROWS
@@ -25,6 +26,7 @@ from .running import BrokenScore, NoStates, States, by_key, fold
 
 # %% ../nbs/05c_cache.ipynb #1c8e4ff4
 register_score('label_doubt', LabelDoubt())
+register_score('worst', Worst())
 LABELS = (Label(), Likely()) # The label of each item, and the class that the model saw in it
 
 @dataclass(frozen=True)

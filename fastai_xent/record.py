@@ -293,7 +293,7 @@ def _index(self: XentRecord, i, seg) -> int:
     raise KeyError(f"{len(at)} items of {seg.split!r} are called {i!r}, expected one: "
                    f"{', '.join(map(str, at[:5]))}; give the index")
 
-_SOMETIMES = ('n_pos', 'lam', 'partner', 'step', 'entropy', 'grand')
+_SOMETIMES = ('n_pos', 'lam', 'partner', 'step', 'entropy', 'grand', 'worst')
 
 @patch
 def item(self: XentRecord,

@@ -75,14 +75,15 @@ class XentRecorder(Callback):
         key_fn=None, # From an item (a path, a row of a frame) to its name; default: path, row label or text
         eval_every: int = 0, # Look at train without augmentation every so many epochs, as 'train_eval'
         head: nn.Module|str|None = None, # Record `grand`, the gradient in this last layer; 'auto' finds it
-        maps=(), # Items whose numbers are kept for each position, for masks and sequences
+        maps=(), # Masks and sequences whose numbers are kept at each position; of all others a coarse map; False: none
         keep_probs: bool|str|int = False, # Of all classes? True: to 2 GB a pass; or bytes; or 'any size'
         check: bool = False, # Is it an error if the losses of a pass's rows do not add up to the Learner's?
     ):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)
         self._resumed = bool(resume and self._writer.record.epochs)
         self.key_fn, self.eval_every, self.head, self.check = key_fn, eval_every, head, check
-        self.maps, self.keep_probs = set(maps), most_bytes(keep_probs)
+        self.maps, self.parts = set(() if isinstance(maps, bool) else maps), maps is not False
+        self.keep_probs = most_bytes(keep_probs)
         self._told = set()
         self._fresh()
 
@@ -351,7 +352,7 @@ def _listen(self: XentRecorder, split, dl) -> Pass:
     self._same.open(split, getattr(dl, 'dataset', None), self._life.epoch)
     keepers = [KeptMaps(self.maps, self._tell)] if self.maps else []
     if self.keep_probs: keepers.append(KeptProbs(self.keep_probs, self._tell))
-    return Pass(split, dl, layer=self._last_layer(), keepers=keepers)
+    return Pass(split, dl, layer=self._last_layer(), keepers=keepers, parts=self.parts)
 
 @patch
 def _last_layer(self: XentRecorder) -> nn.Linear|None:

@@ -82,9 +82,10 @@ class _Room:
 # %% ../nbs/02d_rows.ipynb #798668e6
 _WAITING = 2**20 # logits that are kept until their statistics are computed
 
-def _columns(b: Batch, stats: XentStats, at: int) -> dict: # Tensors by name
+def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Tensors by name
     "The columns of a batch whose first row is row `at`."
-    cols = {}
+    cols, plain = {}, b.mix is None and not b.targ.is_floating_point()
+    if b.dense and plain and positions is not None: cols.update(positions.take(at, b.targ, stats))
     if b.mix is not None: cols.update(lam=b.mix[1], partner=b.partner + at)
     if b.dense: stats, cols['n_pos'] = per_item(stats)
     if b.dense: targ = stats.pred
@@ -100,7 +101,11 @@ def _may_wait(b: Batch) -> bool:
 # %% ../nbs/02d_rows.ipynb #70fa1e32
 class RowBuffer:
     "Statistics of the rows of one pass, in order of arrival."
-    def __init__(self, capacity: int): # A first guess of the number of rows
+    def __init__(self,
+        capacity: int, # A first guess of the number of rows
+        positions=None, # Takes the statistics of every position of masks and sequences, like `dense.Parts`
+    ):
+        self.positions = positions
         self.at, self.sizes, self.steps, self.capacity = [], [], [], max(capacity, 1)
         self.room = _Room(capacity)     # rows on the host
         self.parts, self.late = [], []  # rows on a device; logits that wait
@@ -147,7 +152,7 @@ class RowBuffer:
             return
         part = {k: v.detach().clone() for k, v in extra.items()}
         if _may_wait(b): self._wait(b, part)
-        else: part.update(_columns(b, self._stats(b), to.start))
+        else: part.update(_columns(b, self._stats(b), to.start, self.positions))
         if b.pred.is_cpu: self.room.put(part, to)
         else: self.parts.append((part, to))
 

@@ -25,6 +25,7 @@ import pyarrow.parquet as pq
 import torch
 from fastcore.basics import patch
 
+from .dense import maps_table
 from .epochs import Layout
 from .files import Place
 from .items import fingerprint as _fingerprint
@@ -45,6 +46,7 @@ class XentWriter:
         vocab: list|None = None, # For `add`: names of the classes
         loss_func=None, # For `add`: the loss of the training; None: cross-entropy
         repeats: bool = False, # For `add`: may an item come twice in a pass, as by a weighted sampler?
+        maps: bool = True, # For `add`: of masks and sequences, keep a coarse map of every item?
         resume: bool = False, # Go on with the record at `path`, if there is one?
         overwrite: bool = False, # Replace the record at `path`, if there is one?
         adopt: bool = False, # Make the stray epochs at `path` part of the record? With `resume=True`
@@ -60,7 +62,7 @@ class XentWriter:
         self._record = _opened(path, overwrite, resume or adopt, adopt, precision)
         if items is None: items = {}
         self.items = items if isinstance(items, Mapping) else dict(train=items)
-        self.vocab, self.loss_func, self.repeats = vocab, loss_func, repeats
+        self.vocab, self.loss_func, self.repeats, self.maps = vocab, loss_func, repeats, maps
         self._fresh()
         if adopt: self._adopt()
 
@@ -77,7 +79,7 @@ class XentWriter:
 
     def __getstate__(self):
         self._said = None                                 # from here on there is a copy
-        own = ('_record', 'items', 'vocab', 'loss_func', 'repeats')
+        own = ('_record', 'items', 'vocab', 'loss_func', 'repeats', 'maps')
         return {k: v for k, v in self.__dict__.items() if k in own}
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -262,6 +264,7 @@ def write(self: XentWriter,
     cols: dict, # Arrays of one length by name, see `parquet.ROWS`; perhaps `padding`: fills up a batch
     maps: dict|None = None, # item → column → array `d…`: the numbers of every position of some items
     probs: tuple|None = None, # Items `r` and probabilities of the classes `r c`
+    parts: pa.Table|None = None, # As from `dense.Parts`
     rank: int = 0, # Rank of the process in a distributed training
     fold: bool = True, # Bring the running scores up to date now and then?
 ) -> None:
@@ -270,6 +273,7 @@ def write(self: XentWriter,
     n, key = len(cols['item']), (fit, split, epoch)
     jobs = [(self._write_rows, key, cols, rank)]
     if maps: jobs.append((self._write_maps, key, maps, rank))
+    if parts is not None: jobs.append((self._write_table, 'parts', key, parts, rank))
     if probs: jobs.append((self._write_probs, key, *probs, rank))
     self.settle(room=n)
     if self._pool is None: self._pool = ThreadPoolExecutor(1, thread_name_prefix='xent-writer')
@@ -303,16 +307,11 @@ def _write_rows(self: XentWriter, key, cols, rank):
     r._place.write(self._file('rows', key, rank), rows)
 
 @patch
-def _write_maps(self: XentWriter, key, maps, rank):
-    "Keep the numbers of every position of some items. A map is stored flat, with its shape."
-    names = list(next(iter(maps.values())))
-    kind = lambda o: pa.list_(pa.int32() if o == 'pred' else pa.float32())
-    shapes = [list(m[names[0]].shape) for m in maps.values()]
-    table = pa.table({'item': pa.array(list(maps), pa.int32()),
-                      'shape': pa.array(shapes, pa.list_(pa.int32())),
-                      **{o: pa.array([m[o].ravel() for m in maps.values()], kind(o)) for o in names}})
-    name = self._file('maps', key, rank)
-    self._record._place.write(name, lambda f: pq.write_table(table, f, compression='zstd'))
+def _write_maps(self: XentWriter, key, maps, rank): self._write_table('maps', key, maps_table(maps), rank)
+
+@patch
+def _write_table(self: XentWriter, kind, key, table, rank):
+    self._record._place.write(self._file(kind, key, rank), lambda f: pq.write_table(table, f, compression='zstd'))
 
 @patch
 def _write_probs(self: XentWriter, key, item, probs, rank):
@@ -424,7 +423,7 @@ def _begin_pass(self: XentWriter, split, epoch):
     if (split, epoch) in self._closed:
         free = 1 + max(e for _, e in self._closed)
         raise ValueError(f"epoch {epoch} of {split!r} is recorded already; the next free number is {free}")
-    self._pass = Pass(split, epoch, items_of(self.items[split]), self.loss_func, self.repeats)
+    self._pass = Pass(split, epoch, items_of(self.items[split]), self.loss_func, self.repeats, self.maps)
 
 @patch
 def _end_pass(self: XentWriter):
@@ -435,7 +434,8 @@ def _end_pass(self: XentWriter):
     cols, rank = now.cols(), int(os.environ.get('RANK') or 0)
     def write():
         self.set_items(now.split, now.items, _fingerprint(now.items), self.vocab, now.epoch, now.n_classes)
-        self.write(self._fit, now.epoch, now.split, cols, rank=rank, fold=_processes() == 1)
+        parts = now.parts and now.parts.done(cols['item'])
+        self.write(self._fit, now.epoch, now.split, cols, parts=parts, rank=rank, fold=_processes() == 1)
     self._safely(write)
 
 @patch
