@@ -42,6 +42,7 @@ class Layout:
     probs: str = '_probs/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     sent: str = '_sent.json'
     reviews: str = '_reviews/{number}.jsonl'
+    features: str = '_features/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."
@@ -90,7 +91,7 @@ class Epochs:
             if m: yield name, m
 
     def parts(self,
-        kind: str = 'rows', # Or 'maps' or 'probs'
+        kind: str = 'rows', # Or 'maps', 'probs' or 'features'
         names: list|None = None, # Of all files, if known
     ) -> dict: # (fit, split, epoch) → names of files, by rank
         "The files that hold one epoch each."
