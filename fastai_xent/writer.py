@@ -25,11 +25,10 @@ import pyarrow.parquet as pq
 import torch
 from fastcore.basics import patch
 
-from .dense import maps_table
 from .epochs import Layout
 from .files import Place
 from .items import fingerprint as _fingerprint
-from .parquet import row_tables, write_rows
+from .parquet import row_tables, write_lists, write_maps, write_rows
 from .loop import Pass, items_of
 from .record import XentRecord, told_epochs
 
@@ -76,6 +75,7 @@ class XentWriter:
         self._jobs = []                                   # writing, with its number of rows
         self._folds = []                                  # bringing scores up to date
         self._next_fold = {}                              # when those of a split may be brought up to date again
+        self._passing = {}                                # whose features go when those of a later epoch are there
 
     def __getstate__(self):
         self._said = None                                 # from here on there is a copy
@@ -265,6 +265,7 @@ def write(self: XentWriter,
     maps: dict|None = None, # item → column → array `d…`: the numbers of every position of some items
     probs: tuple|None = None, # Items `r` and probabilities of the classes `r c`
     parts: pa.Table|None = None, # As from `dense.Parts`
+    features: tuple|None = None, # Items `r`, numbers `r k`, and facts, as from `KeptFeatures`
     rank: int = 0, # Rank of the process in a distributed training
     fold: bool = True, # Bring the running scores up to date now and then?
 ) -> None:
@@ -273,8 +274,9 @@ def write(self: XentWriter,
     n, key = len(cols['item']), (fit, split, epoch)
     jobs = [(self._write_rows, key, cols, rank)]
     if maps: jobs.append((self._write_maps, key, maps, rank))
-    if parts is not None: jobs.append((self._write_table, 'parts', key, parts, rank))
-    if probs: jobs.append((self._write_probs, key, *probs, rank))
+    if parts is not None: jobs.append((self._write_parts, key, parts, rank))
+    if probs: jobs.append((self._write_lists, 'probs', key, rank, *probs))
+    if features: jobs.append((self._write_features, key, rank, *features))
     self.settle(room=n)
     if self._pool is None: self._pool = ThreadPoolExecutor(1, thread_name_prefix='xent-writer')
     if self._lock is None: jobs.insert(0, (self._take_lock,))
@@ -307,22 +309,29 @@ def _write_rows(self: XentWriter, key, cols, rank):
     r._place.write(self._file('rows', key, rank), rows)
 
 @patch
-def _write_maps(self: XentWriter, key, maps, rank): self._write_table('maps', key, maps_table(maps), rank)
+def _write_maps(self: XentWriter, key, maps, rank):
+    "Keep the numbers of every position of some items."
+    self._record._place.write(self._file('maps', key, rank), lambda f: write_maps(f, maps))
 
 @patch
-def _write_table(self: XentWriter, kind, key, table, rank):
-    self._record._place.write(self._file(kind, key, rank), lambda f: pq.write_table(table, f, compression='zstd'))
+def _write_parts(self: XentWriter, key, parts, rank):
+    "Keep the parts of masks and sequences."
+    name = self._file('parts', key, rank)
+    self._record._place.write(name, lambda f: pq.write_table(parts, f, compression='zstd'))
 
 @patch
-def _write_probs(self: XentWriter, key, item, probs, rank):
-    "Keep probabilities in half precision, a row an item; of an item that comes twice the last."
-    item, back = np.unique(item[::-1], return_index=True)
-    rows = np.ascontiguousarray(probs[len(probs) - 1 - back], dtype=np.float16)
-    c = rows.shape[1]
-    lists = pa.FixedSizeListArray.from_arrays(pa.array(rows.ravel()), c)
-    table = pa.table({'item': pa.array(item, pa.int32()), 'probs': lists})
-    self._record._place.write(self._file('probs', key, rank), lambda f: pq.write_table(
-        table, f, compression='zstd', use_dictionary=False, row_group_size=max(1024, 2**25 // c)))
+def _write_lists(self: XentWriter, kind, key, rank, item, lists, facts=None):
+    "Keep a list of numbers an item."
+    name, shared = self._file(kind, key, rank), kind == 'features'
+    self._record._place.write(name, lambda f: write_lists(f, item, lists, kind, facts, shared))
+
+@patch
+def _write_features(self: XentWriter, key, rank, item, lists, facts):
+    "Those of an earlier epoch go once the new ones are there, unless they are to stay."
+    self._write_lists('features', key, rank, item, lists, facts)
+    old = self._passing.pop(key[1], None)
+    if old is not None and old != key: self._record._place.remove(self._file('features', old, rank))
+    if not facts['every'] or (key[2] + 1) % facts['every']: self._passing[key[1]] = key
 
 # %% ../nbs/05i_writer.ipynb #5bf3cbfb
 _SHARE = .005 # of the time, that the running scores of a split may take while it trains
