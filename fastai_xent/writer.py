@@ -25,12 +25,11 @@ import pyarrow.parquet as pq
 import torch
 from fastcore.basics import patch
 
-from .epochs import Layout
-from .files import Place
 from .items import fingerprint as _fingerprint
 from .parquet import row_tables, write_lists, write_maps, write_rows
 from .loop import Pass, items_of
-from .record import XentRecord, told_epochs
+from .opening import opened
+from .record import XentRecord
 
 # %% ../nbs/05i_writer.ipynb #939ae323
 class RecordReplaced(RuntimeError):
@@ -58,7 +57,7 @@ class XentWriter:
         if precision not in ('short', 'full'):
             raise ValueError(f"precision is {precision!r}, expected 'short' or 'full'")
         if path is None: precision = 'full'
-        self._record = _opened(path, overwrite, resume or adopt, adopt, precision)
+        self._record = opened(path, overwrite, resume or adopt, adopt, precision)
         if items is None: items = {}
         self.items = items if isinstance(items, Mapping) else dict(train=items)
         self.vocab, self.loss_func, self.repeats, self.maps = vocab, loss_func, repeats, maps
@@ -92,36 +91,6 @@ class XentWriter:
         "The record so far, all that was handed in written."
         self.wait()
         return self._record
-
-# %% ../nbs/05i_writer.ipynb #c776728c
-def _opened(path, overwrite, resume, adopt, precision) -> XentRecord:
-    "The record to go on with, or one without rows. The place is tried, and left as it was."
-    place = Place(path)
-    place.try_writing()
-    there = any(place.exists(o) for o in (Layout.meta, 'record.json'))
-    if there and resume: return XentRecord(path)
-    if there and not overwrite:
-        raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on "
-                              "with it, or `overwrite=True` to replace it")
-    if there:
-        old = XentRecord(path)                            # somebody else's record.json stays
-        for o in old._layout.folders(): place.remove(o)
-        return XentRecord._new(place, precision)
-    new = XentRecord._new(place, precision)
-    if not adopt: _refuse_strangers(new, path)
-    return new
-
-def _refuse_strangers(new, path):
-    "A directory with files that are no record stays as it is, with `overwrite=True` too."
-    ours = lambda o: o.rsplit('/', 1)[-1].startswith('.') or new._layout.read('reviews', o)
-    found = [o for o in new._place.files() if not ours(o)]
-    if not found: return
-    stray = told_epochs(new._epochs.parts())
-    what = f"it has {', '.join(found[:3])}{', …' if len(found) > 3 else ''}"
-    if stray:
-        what = f"it has stray epochs ({stray}); `resume=True, adopt=True` makes a record of them"
-    raise FileExistsError(f"{path} exists and is not a record of fastai_xent: {what}. "
-                          "Use a path that does not exist, or an empty directory")
 
 # %% ../nbs/05i_writer.ipynb #f6ec380d
 @patch(as_prop=True)

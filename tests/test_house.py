@@ -12,7 +12,7 @@ from nbdev.test import test_nb as run_nb  # under another name, or pytest collec
 ROOT = Path(__file__).resolve().parent.parent
 NBS, LIB = ROOT/'nbs', ROOT/'fastai_xent'
 NOTEBOOKS = sorted(o for o in NBS.rglob('*.ipynb') if not any(p[0] in '._' for p in o.relative_to(NBS).parts))
-ORDER = [o.stem.split('_', 1)[1] for o in NOTEBOOKS if re.match(r'\d\d[a-z]?_', o.name)]  # 00_numerics.ipynb writes numerics.py, 04a_rows.ipynb rows.py
+ORDER = [o.stem.split('_', 1)[1] for o in NOTEBOOKS if re.match(r'\d\d[a-z]*_', o.name)]  # 00_numerics.ipynb writes numerics.py, 04a_rows.ipynb rows.py
 MODULES = sorted(o for o in LIB.glob('*.py') if not o.name.startswith('_'))
 
 
@@ -324,5 +324,5 @@ def test_ruff():
 
 def test_contributing_lists_every_page():
     text = (ROOT/'CONTRIBUTING.md').read_text(encoding='utf-8')
-    missing = [o.stem for o in NOTEBOOKS if re.match(r'\d\d[a-z]?_', o.name) and f'`{o.stem}`' not in text]
+    missing = [o.stem for o in NOTEBOOKS if re.match(r'\d\d[a-z]*_', o.name) and f'`{o.stem}`' not in text]
     assert not missing, 'give each page of the house its line in the table of CONTRIBUTING.md'
