@@ -185,13 +185,13 @@ def __call__(self: XentRecorder, event_name):
     "Call the event's method; keep its errors and its time."
     if event_name not in _HEARD: return
     if event_name == 'before_fit': name_weights(self.learn)
-    life = self._life
+    life, in_batch = self._life, event_name in _IN_BATCH
+    if in_batch and (life.now is None or (event_name == 'before_backward' and not life.strange)): return
     if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')):
         return
     start = time.perf_counter()
     try:
-        if self.run and (event_name not in _IN_BATCH or self._hears_batch):
-            getattr(self, f'_{event_name}')()
+        if self.run and (not in_batch or self._hears_batch): getattr(self, f'_{event_name}')()
     except (NoItemIdentity, NotRecordable) as e: self._leave(life.split, e)
     except (OtherItems, RecordReplaced) as e: self._refuse(e)
     except Exception: self._stop(f'`{event_name}`')
@@ -369,14 +369,12 @@ def _last_layer(self: XentRecorder) -> nn.Linear|None:
 
 # %% ../nbs/06c_recorder.ipynb #5da56b29
 @patch
-def _before_batch(self: XentRecorder):
-    if self._life.now is not None: self._life.now.before_batch()
+def _before_batch(self: XentRecorder): self._life.now.before_batch()
 
 @patch
 def _after_loss(self: XentRecorder):
     "Take the batch's rows."
     now, learn = self._life.now, self.learn
-    if now is None: return
     batch, first = read_batch(learn, now.mix), not now.rows.at
     now.take(batch, learn.iter, learn.train_iter if learn.training else -1)
     if first:
@@ -386,8 +384,7 @@ def _after_loss(self: XentRecorder):
 @patch
 def _before_backward(self: XentRecorder):
     "Take what the batch is trained with."
-    life, learn = self._life, self.learn
-    if life.now is not None and life.strange: life.now.take_grad(trained_loss(learn), learn.iter)
+    self._life.now.take_grad(trained_loss(self.learn), self.learn.iter)
 
 @patch
 def _tell_of_loss(self: XentRecorder, now, n_classes):

@@ -15,6 +15,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -98,11 +99,14 @@ def _me(self: XentWriter) -> str:
     "A name for this writer; a forked process, which has a copy of it, has another."
     return f'{self._name}-{os.getpid()}'
 
+@cache
+def _version() -> str: return version('fastai_xent')
+
 @patch
 def _save(self: XentWriter, **new) -> None:
     "Change what the record knows of itself; it holds once it is on the disk."
     meta = {**self._record.meta, **new}
-    meta.update(fastai_xent=version('fastai_xent'), id=meta.get('id') or uuid.uuid4().hex,
+    meta.update(fastai_xent=_version(), id=meta.get('id') or uuid.uuid4().hex,
                 revision=meta.get('revision', 0) + 1, writer=self._me,
                 saved=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     self._write_meta(meta)
