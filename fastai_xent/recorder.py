@@ -34,6 +34,7 @@ from .passes import (KeptMaps, KeptProbs, Pass, bar_below, may_change_loss, most
 from .record import XentRecord
 from .batch import NotRecordable, put_back, read_batch
 from .same_items import OtherItems, SameItems
+from .sketch import KeptFeatures, features_every
 from .taps import tap_rows
 from .writer import RecordReplaced, XentWriter
 
@@ -75,14 +76,17 @@ class XentRecorder(Callback):
         key_fn=None, # From an item (a path, a row of a frame) to its name; default: path, row label or text
         eval_every: int = 0, # Look at train without augmentation every so many epochs, as 'train_eval'
         head: nn.Module|str|None = None, # Record `grand`, the gradient in this last layer; 'auto' finds it
-        maps=(), # Items whose numbers are kept for each position, for masks and sequences
+        maps=(), # Masks and sequences whose numbers are kept at each position; of all others a coarse map; False: none
         keep_probs: bool|str|int = False, # Of all classes? True: to 2 GB a pass; or bytes; or 'any size'
+        features: bool|str|int = False, # What the last layer got, 128 bytes an item? True: in the last epoch; or 'every'
         check: bool = False, # Is it an error if the losses of a pass's rows do not add up to the Learner's?
     ):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)
         self._resumed = bool(resume and self._writer.record.epochs)
-        self.key_fn, self.eval_every, self.head, self.check = key_fn, eval_every, head, check
-        self.maps, self.keep_probs = set(maps), most_bytes(keep_probs)
+        self.key_fn, self.eval_every, self.check = key_fn, eval_every, check
+        self.maps, self.parts = set(() if isinstance(maps, bool) else maps), maps is not False
+        self.keep_probs, self.features = most_bytes(keep_probs), features_every(features)
+        self.head = head if self.features is None else head or 'auto'
         self._told = set()
         self._fresh()
 
@@ -351,14 +355,17 @@ def _listen(self: XentRecorder, split, dl) -> Pass:
     self._same.open(split, getattr(dl, 'dataset', None), self._life.epoch)
     keepers = [KeptMaps(self.maps, self._tell)] if self.maps else []
     if self.keep_probs: keepers.append(KeptProbs(self.keep_probs, self._tell))
-    return Pass(split, dl, layer=self._last_layer(), keepers=keepers)
+    layer = self._last_layer()
+    if layer is not None and self.features is not None: keepers.append(KeptFeatures(self.features, self._tell))
+    return Pass(split, dl, layer=layer, keepers=keepers, parts=self.parts)
 
 @patch
 def _last_layer(self: XentRecorder) -> nn.Linear|None:
     "The last layer, if it is asked for and there is one."
     if self.head is None: return None
     try: return find_head(self.learn.model, self.head)
-    except (TypeError, ValueError) as e: self._tell(f"records no grand: {e}")
+    except (TypeError, ValueError) as e:
+        self._tell(f"records no grand{' and no features' * (self.features is not None)}: {e}")
 
 # %% ../nbs/06c_recorder.ipynb #5da56b29
 @patch

@@ -82,9 +82,10 @@ class _Room:
 # %% ../nbs/02d_rows.ipynb #798668e6
 _HOST, _DEVICE = 2**17, 2**20 # logits that are kept until their statistics are computed
 
-def _columns(b: Batch, stats: XentStats, at: int) -> dict: # Tensors by name
+def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Tensors by name
     "The columns of a batch whose first row is row `at`."
-    cols = {}
+    cols, plain = {}, b.mix is None and not b.targ.is_floating_point()
+    if b.dense and plain and positions is not None: cols.update(positions.take(at, b.targ, stats))
     if b.mix is not None: cols.update(lam=b.mix[1], partner=b.partner + at)
     if b.dense: stats, cols['n_pos'] = per_item(stats)
     if b.dense: targ = stats.pred
@@ -100,7 +101,11 @@ def _may_wait(b: Batch) -> bool:
 # %% ../nbs/02d_rows.ipynb #70fa1e32
 class RowBuffer:
     "Statistics of the rows of one pass, in order of arrival."
-    def __init__(self, capacity: int): # A first guess of the number of rows
+    def __init__(self,
+        capacity: int, # A first guess of the number of rows
+        positions=None, # Takes the statistics of every position of masks and sequences, like `dense.Parts`
+    ):
+        self.positions = positions
         self.at, self.sizes, self.steps, self.capacity = [], [], [], max(capacity, 1)
         self.room = _Room(capacity)     # rows on the host
         self.parts = []                 # rows on a device
@@ -149,7 +154,7 @@ class RowBuffer:
             return
         if extra: self._keep({k: v.detach().clone() for k, v in extra.items()}, to)
         if _may_wait(b): self._wait(b, to)
-        else: self._keep(_columns(b, self._stats(b), to.start), to)
+        else: self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
 
     def _keep(self, cols, to):
         "Put columns in their place, or leave them on their device until the pass is over."
