@@ -11,21 +11,22 @@ __all__ = ['LABELS', 'Segment', 'StateCache']
 import io
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from fastcore.basics import patch
 
 from .bars import Bar
-from .dynamics import SCORES, Label, Likely, Reducer, _share_state, register_score, row_weight
+from .dynamics import RANK_BY, SCORES, Label, Reducer, _share_state, register_score, row_weight
 from .epochs import Epochs
-from .issues import LabelDoubt
+from .issues import LabelDoubt, Likely, Suspicion
 from .parquet import ROWS
 from .running import BrokenScore, NoStates, States, by_key, fold
 
 # %% ../nbs/05c_cache.ipynb #1c8e4ff4
 register_score('label_doubt', LabelDoubt())
-LABELS = (Label(), Likely()) # The label of each item, and the class that the model saw in it
+register_score(RANK_BY, Suspicion())
+LABELS = (Label(), Likely()) # The label of each item, and the class that it is likelier to be
 
 @dataclass(frozen=True)
 class Segment:
@@ -34,6 +35,7 @@ class Segment:
     k: int      # Number of the list
     n: int      # Number of items
     found: dict # The epochs, as `Epochs.found` has them
+    look: 'Segment|None' = None # The same items, if they were looked at after the last epoch
 
 # %% ../nbs/05c_cache.ipynb #9c043d11
 def _walk(epochs, seg):
@@ -53,7 +55,7 @@ class StateCache:
 
     def wanted(self) -> dict: # key → `Reducer`
         "The states that are kept: those of all registered scores that can be computed."
-        known = by_key({**SCORES, 'likely': Likely()})
+        known = by_key(SCORES)
         return {k: r for k, r in known.items() if k not in self.broken and set(r.columns) <= {*ROWS.names}}
 
     def values(self,
@@ -69,7 +71,8 @@ class StateCache:
         "Every score of every item of a segment. The states are looked up once."
         def read(anew):
             states = self._current(list(LABELS), seg, anew)
-            names = [o for o, r in SCORES.items() if r.key in self.wanted()]
+            states = self._with_look({k: states[k] for k in states.arrays}, seg, anew)
+            names = [o for o, r in SCORES.items() if r.key in self.wanted() and r.instead is None]
             values = self._finalized([*LABELS, *(SCORES[o] for o in names)], states)
             return *values[:2], dict(zip(names, values[2:]))
         return self._in_step(read)
@@ -88,7 +91,10 @@ class StateCache:
         except NoStates: return read(True)
 
     def _values(self, reducers, seg, anew):
-        return self._finalized(reducers, self._states_of(reducers, seg, anew))
+        values = self._finalized(reducers, self._states_of(reducers, seg, anew))
+        empty = {k: r.instead for k, r in enumerate(reducers) if r.instead is not None and np.isnan(values[k]).all()}
+        for k, r in empty.items(): values[k] = self._values([r], seg, anew)[0]
+        return values
 
     def _finalized(self, reducers, states) -> list:
         return [np.array(r.finalize(states[r.key]), dtype=np.float64) for r in reducers]
@@ -100,9 +106,19 @@ def _states_of(self: StateCache, reducers, seg, anew) -> dict: # key → state
     wanted = self.wanted()
     kept = lambda r: r.key in wanted and _share_state(wanted[r.key], r)
     own = {r.key: self._own(r, seg) for r in reducers if not kept(r)}
-    if len(own) == len(reducers): return own
+    if len(own) == len(reducers): return self._with_look(own, seg, anew)
     states = self._current([r for r in reducers if kept(r)], seg, anew)
-    return {r.key: own[r.key] if r.key in own else states[r.key] for r in reducers}
+    states = {r.key: own[r.key] if r.key in own else states[r.key] for r in reducers}
+    return self._with_look(states, seg, anew)
+
+@patch
+def _with_look(self: StateCache, states: dict, seg, anew) -> dict:
+    "The same states; a look after the last epoch counts in those of `LabelDoubt`."
+    r, look = LabelDoubt(), seg.look
+    if look is None or r.key not in states: return states
+    last = replace(look, found=dict([*look.found.items()][-1:]))
+    seen = self._states_of([r], look, anew)[r.key] if last == look else self._own(r, last)
+    return {**states, r.key: r.with_look(states[r.key], seen)}
 
 @patch
 def _own(self: StateCache, r, seg):

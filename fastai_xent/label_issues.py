@@ -16,7 +16,7 @@ import pandas as pd
 
 from .bars import over
 from .dynamics import Label, row_weight
-from .issues import LabelDoubt, gap_confidence, noise_rate, p_wrong, plateau
+from .issues import LabelDoubt, Likely, gap_confidence, noise_rate, p_wrong, plateau
 from .verdict import Reviewed, Ruler, chances, draw, precision_interval, rate_interval, reached, ruler, told
 
 # %% ../nbs/05d_label_issues.ipynb #4569010d
@@ -135,12 +135,13 @@ class LabelIssues(pd.DataFrame):
     ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance` of each to be drawn
         "Items for a person to look at: say in `wrong` which labels are, and ask `label_issues(reviewed=…)` again."
         p, issue = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])), self['is_issue']
-        p, issue = p.to_numpy(np.float64), issue.to_numpy()
+        p, issue, times = p.to_numpy(np.float64), issue.to_numpy(), 30
         if not self.attrs['reviewed']:
+            times = 9                                     # nobody knows yet what will be flagged
             p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
             issue = p >= .5
-        asked = np.sort(draw(p, issue, n, seed))
-        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, issue, n)).iloc[asked]
+        asked = np.sort(draw(p, issue, n, seed, times))
+        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, issue, n, times)).iloc[asked]
         return rows.reset_index(drop=True)
 
 def _base(found) -> float:
@@ -158,7 +159,7 @@ def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # Th
     "What the rates say, after a person has looked."
     rev = Reviewed(p_wrong(score, _base(found)), *decided)
     p = rev.p()
-    issue = rev.p(-1.64 * cautious) >= threshold
+    issue = rev.p(-3 * cautious) >= threshold
     rates = zip(('noise_rate', 'noise_rate_low', 'noise_rate_high'), rev.share(~np.isnan(score)))
     found.update(rates, reviewed=decided[0].tolist())
     return p, issue, rev.share(issue)
@@ -186,7 +187,7 @@ def label_issues(record,
         raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; "
                          "masks and sequences have one a position")
     name = lambda cs: pd.Series([record.class_name(o) if o >= 0 else None for o in cs], dtype=object)
-    likely = np.where(state['rival'] < 0, targ, state['rival'])
+    likely = np.nan_to_num(Likely().finalize(state), nan=-1).astype(int)
     df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))
     found = _rates(record, split, doubts, c) if noise_rate is None else _told_rate(noise_rate)
     found['reviewed'] = []
