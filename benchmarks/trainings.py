@@ -1,6 +1,7 @@
 """Trainings with planted noise of four kinds, whose rows are kept for `verdict.py`: a second or two each.
 
 Their rows lie in XENT_CACHE (default: xent_trainings among the temporary files), a file each; those that are there are not made again.
+`trainings.py folds` makes the five more trainings, on four fifths each, of those that are there: a rival's probabilities.
 
 Noise: `sym`, any other class; `pair`, the next class; `class`, each class with a rate and likely targets of its own; `confusable`, drawn
 from the softened predictions of a weak model of other items, so that it sits on hard items, as human mistakes do.
@@ -276,19 +277,26 @@ def settings(seeds):
                     for k, kind in enumerate(KINDS):
                         if name in ('cancer', 'Adult') and kind == 'pair': continue # two classes: sym is pair
                         yield name, regime, kind, shares[(j + k + i + r) % 4], seed
-        for name in ('Fashion', 'digits', 'TREC-6'):
-            if name in names:
-                for kind in ('sym', 'confusable'): yield name, 'fits', kind, .004, seed
+        for name in ('digits', 'table', 'Fashion', 'TREC-6'):
+            if name not in names: continue
+            for share in (.004, .01):
+                for kind in ('sym', 'confusable'):
+                    for regime in ('fits', 'memorises'): yield name, regime, kind, share, seed
         if data('MNIST') is not None: yield 'MNIST', 'fits', 'natural', 0, seed
 
-def train(seeds):
+def train(seeds, folds=False):
     torch.set_num_threads(1)
     start = time.perf_counter()
-    for name, regime, kind, share, seed in settings(seeds):
-        if file_of(name, regime, kind, share, seed).exists(): continue
+    for what in settings(seeds):
+        if folds and not (what[3] and file_of(*what).exists()): continue
+        if (folds_of if folds else file_of)(*what).exists(): continue
         t = time.perf_counter(), time.process_time()
-        checked(seed) if name == 'MNIST' else one(name, regime, kind, share, seed)
-        print(f"{time.perf_counter() - start:6.0f} s  {name}, {regime}, {kind} {share:.1%}, seed {seed}: {time.perf_counter() - t[0]:.1f} s ({time.process_time() - t[1]:.1f})", flush=True)
+        if folds: five_fold(*what)
+        elif what[0] == 'MNIST': checked(what[-1])
+        else: one(*what)
+        print(f"{time.perf_counter() - start:6.0f} s  {', '.join(map(str, what))}: {time.perf_counter() - t[0]:.1f} s ({time.process_time() - t[1]:.1f})", flush=True)
 
 
-if __name__ == '__main__': train([*map(int, sys.argv[1:])] or [0, 1])
+if __name__ == '__main__':
+    seeds = [int(o) for o in sys.argv[1:] if o != 'folds'] or [0, 1]
+    train(seeds, 'folds' in sys.argv)

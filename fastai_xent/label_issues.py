@@ -134,14 +134,12 @@ class LabelIssues(pd.DataFrame):
         seed: int = 0,
     ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance` of each to be drawn
         "Items for a person to look at: say in `wrong` which labels are, and ask `label_issues(reviewed=…)` again."
-        p, issue = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])), self['is_issue']
-        p, issue, times = p.to_numpy(np.float64), issue.to_numpy(), 30
-        if not self.attrs['reviewed']:
-            times = 9                                     # nobody knows yet what will be flagged
-            p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
-            issue = p >= .5
-        asked = np.sort(draw(p, issue, n, seed, times))
-        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, issue, n, times)).iloc[asked]
+        p = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])).to_numpy(np.float64)
+        times = 30
+        if not self.attrs['reviewed']:                    # it is not well known yet what will be flagged
+            times, p = 9, p_wrong(self['score'].to_numpy(), _base(self.attrs))
+        asked = np.sort(draw(p, p >= .5, n, seed, times))
+        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, p >= .5, n, times)).iloc[asked]
         return rows.reset_index(drop=True)
 
 def _base(found) -> float:
@@ -159,7 +157,7 @@ def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # Th
     "What the rates say, after a person has looked."
     rev = Reviewed(p_wrong(score, _base(found)), *decided)
     p = rev.p()
-    issue = rev.p(-3 * cautious) >= threshold
+    issue = rev.p(-3.5 * cautious) >= threshold
     rates = zip(('noise_rate', 'noise_rate_low', 'noise_rate_high'), rev.share(~np.isnan(score)))
     found.update(rates, reviewed=decided[0].tolist())
     return p, issue, rev.share(issue)

@@ -57,7 +57,7 @@ def rate_interval(
     error = np.sqrt((d * (1 - d) + 1 / r.n) / r.n)
     high = max(part * d + error, level + sd)
     rate = level + done * np.clip(r.firm - .6, 0, .5) * max(d - level, 0)
-    low = max(.85 * level - sd, 0)
+    low = max(.85 * level - sd - .005, 0)
     return float(np.clip(rate, low, min(high, 1))), float(low), float(min(high, 1))
 
 # %% ../nbs/04d_verdict.ipynb #6f85f40c
