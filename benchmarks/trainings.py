@@ -195,8 +195,8 @@ def fit(x, y, xv, yv, model, epochs, bs, seed):
     stack = lambda es: {k: np.stack([e[k] for e in es]) for k in es[0]}
     return stack(ts[:epochs]), stack(vs), stack([looked_at(model, x, torch.tensor(y))])
 
-def file_of(name, regime, kind, share, seed) -> Path:
-    return CACHE / f'{name}-{regime}-{kind}-{share:g}-{seed}.npz'
+def file_of(name, regime, kind, share, seed, run=0) -> Path:
+    return (CACHE / f'run-{run}' if run else CACHE) / f'{name}-{regime}-{kind}-{share:g}-{seed}.npz'
 
 def planted(name, regime, kind, share, seed) -> dict:
     "Inputs, labels and truth of train and valid, and how they are trained."
@@ -215,11 +215,11 @@ def planted(name, regime, kind, share, seed) -> dict:
     v, t = order[:nv], order[nv:]
     return dict(x=x[t], y=y[nv:], truth=truth[t], xv=x[v], yv=y[:nv], truth_v=truth[v], c=c, model=lambda: make(x, c), epochs=epochs, bs=bs, seed=seed)
 
-def one(name, regime, kind, share, seed):
-    "Train once and keep the rows."
+def one(name, regime, kind, share, seed, run=0):
+    "Train once and keep the rows; another `run` has the same items and labels."
     o = planted(name, regime, kind, share, seed)
-    rows = fit(o['x'], o['y'], o['xv'], o['yv'], o['model'], o['epochs'], o['bs'], seed)
-    keep(file_of(name, regime, kind, share, seed), rows, o['y'], o['truth'], o['yv'], o['truth_v'], o['c'])
+    rows = fit(o['x'], o['y'], o['xv'], o['yv'], o['model'], o['epochs'], o['bs'], seed + 1000 * run)
+    keep(file_of(name, regime, kind, share, seed, run), rows, o['y'], o['truth'], o['yv'], o['truth_v'], o['c'])
 
 def folds_of(name, regime, kind, share, seed) -> Path: return file_of(name, regime, kind, share, seed).with_suffix('.folds.npy')
 
@@ -247,7 +247,7 @@ def keep(path, rows, y, truth, yv, truth_v, c):
             else: a.pop(o, None)
         a['pred'] = np.nan_to_num(a['pred'], nan=-1).astype(np.int16)
         out.update({f'{short}_{k}': v for k, v in a.items()})
-    CACHE.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part.npz')
     np.savez(part, **out)
     part.replace(path)

@@ -17,7 +17,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .bars import Bar
-from .dynamics import RANK_BY, SCORES, Label, Reducer, _share_state, register_score, row_weight
+from .dynamics import RANK_BY, SCORES, Label, Last, Reducer, _share_state, register_score, row_weight
+from .dense import Worst
 from .epochs import Epochs
 from .issues import LabelDoubt, Likely, Suspicion
 from .parquet import ROWS
@@ -25,7 +26,8 @@ from .running import BrokenScore, NoStates, States, by_key, fold
 
 # %% ../nbs/05c_cache.ipynb #1c8e4ff4
 register_score('label_doubt', LabelDoubt())
-register_score(RANK_BY, Suspicion())
+register_score('worst', Worst())
+register_score(RANK_BY, Suspicion(Worst(), Last('loss')))
 LABELS = (Label(), Likely()) # The label of each item, and the class that it is likelier to be
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class StateCache:
         def read(anew):
             states = self._current(list(LABELS), seg, anew)
             states = self._with_look({k: states[k] for k in states.arrays}, seg, anew)
-            names = [o for o, r in SCORES.items() if r.key in self.wanted() and r.instead is None]
+            names = [o for o, r in SCORES.items() if r.key in self.wanted() and not r.instead]
             values = self._finalized([*LABELS, *(SCORES[o] for o in names)], states)
             return *values[:2], dict(zip(names, values[2:]))
         return self._in_step(read)
@@ -92,9 +94,13 @@ class StateCache:
 
     def _values(self, reducers, seg, anew):
         values = self._finalized(reducers, self._states_of(reducers, seg, anew))
-        empty = {k: r.instead for k, r in enumerate(reducers) if r.instead is not None and np.isnan(values[k]).all()}
-        for k, r in empty.items(): values[k] = self._values([r], seg, anew)[0]
-        return values
+        return [self._or_instead(v, r, seg, anew) for v, r in zip(values, reducers)]
+
+    def _or_instead(self, v, r, seg, anew) -> np.ndarray: # `n`
+        "The values of a score, or of the first that stands in."
+        others = iter(r.instead)
+        while np.isnan(v).all() and (other := next(others, None)): v, = self._values([other], seg, anew)
+        return v
 
     def _finalized(self, reducers, states) -> list:
         return [np.array(r.finalize(states[r.key]), dtype=np.float64) for r in reducers]

@@ -19,7 +19,7 @@ class Reducer:
     "One score an item from a stream of epochs. Subclasses say what they read, and what a row adds."
     columns = () # Columns that `update` reads
     largest_first = True # Is the item with the largest score the one to look at first?
-    instead = None # A reducer that stands in where no item has this score
+    instead = () # Reducers that stand in if no item has this score: the first that any has
 
     @property
     def key(self) -> str: # Reducers of one key have the same `init` and `update`, and share a state

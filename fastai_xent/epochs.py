@@ -40,8 +40,10 @@ class Layout:
     compact: str = 'rows/{split}/compact-{number}.parquet'
     maps: str = '_maps/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     probs: str = '_probs/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
+    parts: str = '_parts/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     sent: str = '_sent.json'
     reviews: str = '_reviews/{number}.jsonl'
+    features: str = '_features/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."
@@ -90,7 +92,7 @@ class Epochs:
             if m: yield name, m
 
     def parts(self,
-        kind: str = 'rows', # Or 'maps' or 'probs'
+        kind: str = 'rows', # Or 'maps', 'probs', 'features' or 'parts'
         names: list|None = None, # Of all files, if known
     ) -> dict: # (fit, split, epoch) → names of files, by rank
         "The files that hold one epoch each."
@@ -196,10 +198,13 @@ def sources(self: Epochs, found: dict) -> list: # Of texts in SQL, or Arrow data
         res.append(self._select([name]) + some)
     return res or self.scan({})
 
+_NEW_COLUMNS = "select null::float worst where false" # older files do not have them
+
 @patch
 def _select(self: Epochs, names) -> str:
     quoted = ', '.join("'" + self.place.at(o).replace("'", "''") + "'" for o in names)
-    return f"select {', '.join(ALL.names)} from read_parquet([{quoted}], hive_partitioning = false)"
+    read = f"from read_parquet([{quoted}], hive_partitioning = false, union_by_name = true)"
+    return f"select {', '.join(ALL.names)} from ({read} union all by name {_NEW_COLUMNS})"
 
 @patch
 def _dataset(self: Epochs, names: list):

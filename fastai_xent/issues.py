@@ -11,7 +11,7 @@ __all__ = ['gap_confidence', 'gap_sums', 'epoch_weight', 'pair_lift', 'LabelDoub
 # %% ../nbs/04a_issues.ipynb #ebad933d
 import numpy as np
 
-from .dynamics import Last, Reducer, _turns
+from .dynamics import Reducer, _turns
 
 # %% ../nbs/04a_issues.ipynb #3ebac158
 def gap_confidence(
@@ -124,10 +124,10 @@ class LabelDoubt(Reducer):
         return np.where(state['label'] < 0, np.nan, res)
 
 class Suspicion(LabelDoubt):
-    """`LabelDoubt`; the loss of the last epoch if no item has a label of its own, as with masks.
+    """`LabelDoubt`; if no item has a label of its own, another score.
 
     What ranks items where nothing else is said."""
-    instead = Last('loss')
+    def __init__(self, *instead: Reducer): self.instead = instead
 
 class Likely(LabelDoubt):
     """The class that the model held against the label, if it believed more in that on the whole; else the label.

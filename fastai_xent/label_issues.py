@@ -181,9 +181,8 @@ def label_issues(record,
         warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed "
                       "or targets exchanged unseen, they were trained on other labels; "
                       "`record.meta['ledger']` says more", stacklevel=2)
-    if (targ < 0).all():
-        raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; "
-                         "masks and sequences have one a position")
+    if (targ < 0).all():                                  # masks and sequences have labels at their positions
+        return record._dense_issues(split, segment, noise_rate, threshold, only_issues, cautious, reviewed)
     name = lambda cs: pd.Series([record.class_name(o) if o >= 0 else None for o in cs], dtype=object)
     likely = np.nan_to_num(Likely().finalize(state), nan=-1).astype(int)
     df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))

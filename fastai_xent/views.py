@@ -219,10 +219,17 @@ def class_pairs(
 ) -> pd.DataFrame: # Columns targ, likely, items; the most frequent first
     "How often each class was given where another is likely."
     _columns(suspects, 'targ', 'likely')
+    _refuse_order(suspects)
     d = suspects[suspects['is_issue'].astype(bool)] if 'is_issue' in suspects else suspects
     d = d[d['targ'].notna() & d['likely'].notna() & (d['targ'] != d['likely'])]
     counts = d.groupby(['targ', 'likely'], sort=False).size().rename('items').reset_index()
     return counts.sort_values('items', ascending=False, kind='stable', ignore_index=True)
+
+def _refuse_order(issues: pd.DataFrame):
+    "Refuse an order of masks or sequences, in which nothing is flagged."
+    if 'is_issue' not in issues or pd.notna(issues.attrs.get('noise_rate', 0)): return
+    raise ValueError("none of these masks or sequences is flagged before some were reviewed; "
+                     "ask `label_issues(reviewed=…)`")
 
 def _columns(df: pd.DataFrame, *names):
     "Refuse a table without the columns that are needed."
@@ -261,6 +268,7 @@ def class_issues(
 ) -> pd.DataFrame: # Columns targ, items, issues, share; the largest share first
     "How many labels of each class are issues."
     _columns(issues, 'targ', 'is_issue')
+    _refuse_order(issues)
     d = issues[issues['targ'].notna()]
     if len(d) and d['is_issue'].all():
         raise ValueError("the table holds issues alone, expected all items, to know what share of a class they are; "
