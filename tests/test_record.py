@@ -96,7 +96,7 @@ def test_every_score_is_at_hand(by):
     run = ({'train': 6, 'valid': 1}, [(0, e, 'train', rows([2, 0, 1, 3, 3], seed=e, ignored=.2)) for e in range(4)], None)
     got = fill(None, run).score(by)
     assert got.dtype == np.float64 and len(got) == 6 and np.isnan(got[4:]).all()
-    assert np.isnan(got).all() == (by in ('entropy', 'grand'))
+    assert np.isnan(got).all() == (by in ('entropy', 'grand', 'worst'))
 
 def test_a_score_of_one_s_own():
     class Last(Reducer):
