@@ -18,8 +18,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .bars import Bar
-from .dynamics import RANK_BY, SCORES, Label, Last, Reducer, _share_state, register_score, row_weight
-from .dense import Worst
+from .dynamics import (RANK_BY, SCORES, Label, Last, Reducer, Worst, _share_state, register_score,
+                                  row_weight)
 from .epochs import Epochs
 from .issues import LabelDoubt, Likely, Suspicion
 from .parquet import ROWS
@@ -83,15 +83,9 @@ class StateCache:
             return *values[:2], dict(zip(names, values[2:]))
         return self._in_step(read)
 
-    def states(self,
-        reducers: list, # Of `Reducer`
-        seg: Segment,
-    ) -> list: # For each reducer a dict: array's name → array `n`
-        "The whole states of some reducers. They are looked up once."
-        def read(anew):
-            states = self._states_of(reducers, seg, anew)
-            return [dict(states[r.key]) for r in reducers]
-        return self._in_step(read)
+    def state(self, reducer: Reducer, seg: Segment) -> dict: # array's name → array `n`
+        "The whole state of one reducer."
+        return self._in_step(lambda anew: dict(self._states_of([reducer], seg, anew)[reducer.key]))
 
     def update(self, seg: Segment) -> None:
         "Fold in the epochs since the last time, and keep the states beside the epochs, or raise."

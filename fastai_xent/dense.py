@@ -6,7 +6,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/dense.html.md"""
 
 # %% auto #0
 __all__ = ['PARTS', 'DENSE_RANK_BY', 'sides', 'limits', 'part_losses', 'worst_two', 'as_bytes', 'as_doubts', 'spread', 'checksum',
-           'Parts', 'Worst']
+           'Parts']
 
 # %% ../nbs/04f_dense.ipynb #2ac6f8d6
 import numpy as np
@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .dynamics import Reducer, _turns
 from .numerics import XentStats
 
 # %% ../nbs/04f_dense.ipynb #be5b3d9a
@@ -132,17 +131,4 @@ class Parts:
         return t if padding is None else t.filter(pa.array(~padding[rows]))
 
 # %% ../nbs/04f_dense.ipynb #3e31c810
-class Worst(Reducer):
-    """Loss of the two worst parts of a mask or sequence, in nats; an item's last rows count most.
-
-    For wrong masks and sequences."""
-    columns = ('worst',)
-    def init(self, n): return dict(value=np.full(n, np.nan))
-    def update(self, state, item, weight, worst):
-        new = worst.astype(np.float64)
-        for rows in _turns(item, (weight > 0) & ~np.isnan(new)):
-            old = state['value'][item[rows]]
-            state['value'][item[rows]] = np.where(np.isnan(old), new[rows], old + (new[rows] - old) / 3)
-    def finalize(self, state): return state['value']
-
 DENSE_RANK_BY = 'worst' # what ranks masks and sequences where nothing else is said

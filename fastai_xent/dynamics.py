@@ -6,7 +6,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/dynamics.html.md"""
 
 # %% auto #0
 __all__ = ['SCORES', 'RANK_BY', 'Reducer', 'row_weight', 'Mean', 'MeanColumn', 'MarginLoss', 'AUM', 'EL2N', 'EarlyMean', 'Last',
-           'Confidence', 'Epistemic', 'Variability', 'Aleatoric', 'Correctness', 'Forgetting', 'Unforgettable',
+           'Worst', 'Confidence', 'Epistemic', 'Variability', 'Aleatoric', 'Correctness', 'Forgetting', 'Unforgettable',
            'WrongEvents', 'FirstLearned', 'IterationLearned', 'Label', 'Rows', 'get_score', 'register_score']
 
 # %% ../nbs/04_dynamics.ipynb #343a978d
@@ -138,6 +138,20 @@ class Last(Reducer):
         v = cols[self.columns[0]].astype(np.float64)
         for rows in _turns(item, (weight > 0) & ~np.isnan(v)):
             state['value'][item[rows]] = v[rows]
+    def finalize(self, state): return state['value']
+
+# %% ../nbs/04_dynamics.ipynb #4bbc64e5
+class Worst(Reducer):
+    """Loss of the two worst parts of a mask or sequence, in nats; an item's last rows count most.
+
+    For wrong masks and sequences."""
+    columns = ('worst',)
+    def init(self, n): return dict(value=np.full(n, np.nan))
+    def update(self, state, item, weight, worst):
+        new = worst.astype(np.float64)
+        for rows in _turns(item, (weight > 0) & ~np.isnan(new)):
+            old = state['value'][item[rows]]
+            state['value'][item[rows]] = np.where(np.isnan(old), new[rows], old + (new[rows] - old) / 3)
     def finalize(self, state): return state['value']
 
 # %% ../nbs/04_dynamics.ipynb #e373b11c

@@ -65,7 +65,7 @@ def _rates(record, seg, state, n_classes) -> dict: # noise_rate and its bounds, 
                       "a lower bound. Give `noise_rate=` if you know it", stacklevel=4)
         disagreement = max(1 - agree for _, agree, _ in _by_epoch(record, seg, n_classes).values())
     elif seg.split != 'valid':
-        r = _ruler(record._cache.states([LabelDoubt()], valid)[0], n_classes)
+        r = _ruler(record._cache.state(LabelDoubt(), valid), n_classes)
         if seg.split == 'train': excess = _excess(record, seg, valid, r, n_classes)
     rate, low, high = rate_interval(r, disagreement, excess)
     return dict(noise_rate=rate, noise_rate_low=low, noise_rate_high=high, excess_over_valid=excess,
@@ -182,8 +182,8 @@ def label_issues(record,
     "Which labels are wrong? All items, the most suspect first; `attrs` has the verdict."
     seg = record._segment(split, segment, executor)
     _checked(seg, noise_rate)
-    state, label = record._cache.states([LabelDoubt(), Label()], seg)
-    targ = np.nan_to_num(Label().finalize(label), nan=-1).astype(int)
+    targ = np.nan_to_num(record._cache.values([Label()], seg)[0], nan=-1).astype(int)
+    state = record._cache.state(LabelDoubt(), seg)
     if doubted := record._told_ledger(split):
         warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed "
                       "or targets exchanged unseen, they were trained on other labels; "

@@ -338,23 +338,25 @@ class _Together:
     "Several runs as one record, as far as `label_issues` asks: the epochs of one after those of the other."
     def __init__(self, runs: XentRecords):
         self.runs, self.one = runs.records, next(iter(runs.records.values()))
-        self.splits, self.items, self.class_name = runs.splits, self.one.items, self.one.class_name
+        self.splits, self.items = runs.splits, self.one.items
+        self.class_name, self._class_names = self.one.class_name, self.one._class_names
         self.n_classes, self._cache, self._epochs = _n_classes(self.one), self, self
 
-    def _segment(self, split, segment=-1) -> Segment:
+    def _segment(self, split, segment=-1, executor=None) -> Segment:
         found, first = {}, 0
         for r in self.runs.values():
             seg = r._segment(split)
             found.update({(fit, s, first + e): (r, (fit, s, e), o) for (fit, s, e), o in seg.found.items()})
             first += r.n_epochs + 1                       # no epoch of a run follows one of another
-        return Segment(split, seg.k, seg.n, found)
+        return Segment(split, seg.k, seg.n, found, executor)
     def read(self, found, columns):
         (r, key, o), = found.values()
         return r._epochs.read({key: o}, columns)
     def state(self, reducer, seg) -> dict:
-        return reduce(_added, (_alike(r._cache.state(reducer, r._segment(seg.split))) for r in self.runs.values()))
+        own = lambda r: r._segment(seg.split, executor=seg.executor)
+        return reduce(_added, (_alike(r._cache.state(reducer, own(r))) for r in self.runs.values()))
     def values(self, reducers, seg) -> list: # Labels, which all runs must share
-        found = {k: r._cache.values(reducers, r._segment(seg.split)) for k, r in self.runs.items()}
+        found = {k: r._cache.values(reducers, r._segment(seg.split, executor=seg.executor)) for k, r in self.runs.items()}
         (first, one), *others = found.items()
         for k, values in others:
             other = np.flatnonzero(~np.isnan(values[0]) & ~np.isnan(one[0]) & (values[0] != one[0]))
@@ -379,10 +381,11 @@ def label_issues(self: XentRecords,
     only_issues: bool = False, # Leave the other items out?
     cautious: bool = True, # At the lower bound? False: at the noise rate itself, so by `p_wrong`
     reviewed: pd.DataFrame|None = None, # What a person found: item or name; decision (and label) or wrong
+    executor: Executor|None = None, # Who reads the epochs; None: this process
 ) -> LabelIssues: # Columns item, name, source, targ, likely, score, p_wrong, is_issue
     "Which labels are wrong, by all runs? All items, the most suspect first; `attrs` has the verdict."
     self._check_split(split)
     if self.on != 'item':
         raise ValueError(f"these runs are told apart by {self.on!r} and may have other items each; `label_issues` needs "
                          "runs of the same items: leave `on` out")
-    return _label_issues(_Together(self), split, -1, noise_rate, threshold, only_issues, cautious, reviewed)
+    return _label_issues(_Together(self), split, -1, noise_rate, threshold, only_issues, cautious, reviewed, executor)

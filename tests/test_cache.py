@@ -179,7 +179,7 @@ def test_where_nothing_can_be_written_the_answers_are_the_same(tmp_path, monkeyp
 
 # -- scores of one's own
 
-class Worst(Reducer):
+class Lowest(Reducer):
     columns, largest_first = ('margin',), False
     def init(self, n): return dict(worst=np.full(n, np.inf))
     def update(self, state, item, weight, margin): np.fmin.at(state['worst'], item[weight > 0], margin[weight > 0])
@@ -190,16 +190,16 @@ def test_a_registered_score(tmp_path, registered):
     path = tmp_path / 'r'
     record = fill(path, RUN)
     record.scores()
-    register_score('worst', Worst())
-    assert 'Worst' not in States(path / '_running/train-0.pq').arrays
+    register_score('lowest', Lowest())
+    assert 'Lowest' not in States(path / '_running/train-0.pq').arrays
     def want(): return XentRecord(path).to_df('train').astype({'margin': float}).groupby('item')['margin'].min().reindex(range(6)).to_numpy()
-    np.testing.assert_array_equal(record.score('worst'), want())
-    assert 'Worst' in States(path / '_running/train-0.pq').arrays
+    np.testing.assert_array_equal(record.score('lowest'), want())
+    assert 'Lowest' in States(path / '_running/train-0.pq').arrays
     put(XentWriter(path, resume=True), 1, 3, 'train', rows([0, 1, 2], seed=77))
     update_scores(record)
-    np.testing.assert_array_equal(record.scores()['worst'], want())
+    np.testing.assert_array_equal(record.scores()['lowest'], want())
     assert record.top(1, 'worst')['item'][0] == np.nanargmin(want())
-    np.testing.assert_array_equal(record.score(Worst()), want())
+    np.testing.assert_array_equal(record.score(Lowest()), want())
 
 @contextmanager
 def told():
@@ -214,7 +214,7 @@ def test_a_score_that_fails_leaves_the_others(tmp_path, registered):
     class Fails(Mean):
         columns = ('margin',)
         def value(self, margin): raise ZeroDivisionError('mine')
-    class Matrix(Worst):
+    class Matrix(Lowest):
         key = 'matrix'
         def init(self, n): return dict(worst=np.zeros((n, 2)))
     want = fill(None, RUN).scores()
@@ -236,16 +236,16 @@ def test_a_score_that_fails_leaves_the_others(tmp_path, registered):
 
 def test_a_state_of_another_shape_is_computed_anew(tmp_path, registered):
     "A reducer was changed: its key is the same, its arrays are not."
-    register_score('worst', Worst())
+    register_score('lowest', Lowest())
     record = fill(tmp_path / 'r', RUN)
-    record.score('worst')
-    class Other(Worst):
-        key = 'Worst'
+    record.score('lowest')
+    class Other(Lowest):
+        key = 'Lowest'
         def init(self, n): return dict(best=np.full(n, -np.inf))
         def update(self, state, item, weight, margin): np.fmax.at(state['best'], item[weight > 0], margin[weight > 0])
         def finalize(self, state): return np.where(np.isinf(state['best']), np.nan, state['best'])
-    register_score('worst', Other())
-    np.testing.assert_array_equal(record.score('worst'), record.to_df('train').astype({'margin': float}).groupby('item')['margin'].max().reindex(range(6)))
+    register_score('lowest', Other())
+    np.testing.assert_array_equal(record.score('lowest'), record.to_df('train').astype({'margin': float}).groupby('item')['margin'].max().reindex(range(6)))
 
 def test_registering_refuses(registered):
     with pytest.raises(TypeError, match="'a' is a str, expected an instance of a Reducer"): register_score('a', 'b')

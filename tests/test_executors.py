@@ -107,6 +107,10 @@ def test_several_records_at_once(small, tmp_path):
     asked = one.n
     np.testing.assert_array_equal(runs.scores('el2n', executor=one), want)
     assert one.n == asked                                 # the states are kept
+    alike = XentRecords([long_run(tmp_path / f'a{k}') for k in range(2)])
+    issues = alike.label_issues(executor=one)
+    pd.testing.assert_frame_equal(issues, alike.label_issues())
+    assert one.n >= asked + 2 * 2 * 4                     # the epochs of both splits, for the noise rate
 
 def test_a_record_in_memory_by_threads(small):
     "Many threads read one file at once."

@@ -41,9 +41,9 @@ TRAIN = VALID = 3 # epochs in RUN
     (lambda r: r.sql('select * from record join items using (split, item)'), {'walks': 1, 'lists of items': 2}),
     (lambda r: r.to_df('train', -1), dict(walks=1, scans=1)),
     (lambda r: r.epochs, dict(walks=1)),
-    (lambda r: r.label_issues(noise_rate=.1), {'walks': 1, 'stamps': TRAIN, 'states': 1, 'lists of items': 1}),
-    (lambda r: r.label_issues('valid'), {'walks': 2, 'stamps': VALID, 'states': 1, 'lists of items': 1}),
-    (lambda r: r.label_issues(), {'walks': 2, 'stamps': TRAIN + VALID, 'states': 2, 'scans': TRAIN + VALID, 'lists of items': 1}),
+    (lambda r: r.label_issues(noise_rate=.1), {'walks': 1, 'stamps': 2 * TRAIN, 'states': 2, 'lists of items': 1}),
+    (lambda r: r.label_issues('valid'), {'walks': 2, 'stamps': 2 * VALID, 'states': 2, 'lists of items': 1}),
+    (lambda r: r.label_issues(), {'walks': 2, 'stamps': 2 * TRAIN + VALID, 'states': 3, 'scans': TRAIN + VALID, 'lists of items': 1}),
 ], ids=['top', 'score', 'scores', 'item', 'sql without items', 'sql with items', 'to_df', 'epochs', 'issues of a known rate',
         'issues of valid', 'issues'])
 @pytest.mark.filterwarnings('ignore:Wrong labels among')
