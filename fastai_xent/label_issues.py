@@ -10,6 +10,7 @@ __all__ = ['LabelIssues', 'label_issues']
 # %% ../nbs/05d_label_issues.ipynb #0c1696c2
 import warnings
 from html import escape
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -183,7 +184,8 @@ def label_issues(record,
                       "or targets exchanged unseen, they were trained on other labels; "
                       "`record.meta['ledger']` says more", stacklevel=2)
     if (targ < 0).all():                                  # masks and sequences have labels at their positions
-        return record._dense_issues(split, segment, noise_rate, threshold, only_issues, cautious, reviewed)
+        later = import_module('fastai_xent.dense_issues')
+        return later.dense_issues(record, split, segment, noise_rate, threshold, only_issues, cautious, reviewed)
     name = lambda cs: pd.Series([record.class_name(o) if o >= 0 else None for o in cs], dtype=object)
     likely = np.where(state['rival'] < 0, targ, state['rival'])
     df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))

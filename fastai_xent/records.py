@@ -353,13 +353,13 @@ class _Together:
             raise ValueError(f"{len(other):,} of {seg.n:,} items of {seg.split!r} have other labels in run {k!r} than in "
                              f"run {first!r}, the first is item {i}: {_told(name(values[0][i]))} and "
                              f"{_told(name(one[0][i]))}; take runs that were trained on the same labels")
-        return [np.fmax.reduce(o) for o in zip(*found.values())]
+        labels = [np.fmax.reduce(o) for o in zip(*found.values())]
+        if not np.isnan(labels[0]).all(): return labels
+        raise ValueError(f"no item of {seg.split!r} has a label of its own in these records, expected one class an item; "
+                         "ask each record alone for its masks or sequences")
     def _told_ledger(self, split) -> str:
         told = {k: r._told_ledger(split) for k, r in self.runs.items()}
         return '; '.join(f'{k}: {o}' for k, o in told.items() if o)
-    def _dense_issues(self, split, *args):
-        raise ValueError(f"no item of {split!r} has a label of its own in these records, expected one class an item; "
-                         "ask each record alone for its masks or sequences")
 
 @patch
 def label_issues(self: XentRecords,
