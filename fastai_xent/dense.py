@@ -6,7 +6,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/dense.html.md"""
 
 # %% auto #0
 __all__ = ['PARTS', 'DENSE_RANK_BY', 'sides', 'limits', 'part_losses', 'worst_two', 'as_bytes', 'as_doubts', 'spread', 'checksum',
-           'Parts', 'maps_table', 'Worst']
+           'Parts', 'Worst']
 
 # %% ../nbs/04f_dense.ipynb #2ac6f8d6
 import numpy as np
@@ -130,18 +130,6 @@ class Parts:
                           parts=pa.ListArray.from_arrays(ends, pa.array(levels, pa.uint8())),
                           **{k: pa.array(v) for k, v in zip(('place', 'targ', 'pred', 'checksum'), few)}))
         return t if padding is None else t.filter(pa.array(~padding[rows]))
-
-# %% ../nbs/04f_dense.ipynb #0f43759b
-def maps_table(
-    maps: dict, # item → column → array `d…`
-) -> pa.Table: # Columns item, shape and those of the maps
-    "Maps as they are stored."
-    names = list(next(iter(maps.values())))
-    kind = lambda o: pa.list_(pa.int32() if o == 'pred' else pa.float32())
-    shapes = [list(m[names[0]].shape) for m in maps.values()]
-    return pa.table({'item': pa.array(list(maps), pa.int32()),
-                     'shape': pa.array(shapes, pa.list_(pa.int32())),
-                     **{o: pa.array([m[o].ravel() for m in maps.values()], kind(o)) for o in names}})
 
 # %% ../nbs/04f_dense.ipynb #3e31c810
 class Worst(Reducer):

@@ -43,6 +43,7 @@ class Layout:
     parts: str = '_parts/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     sent: str = '_sent.json'
     reviews: str = '_reviews/{number}.jsonl'
+    features: str = '_features/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."
@@ -91,7 +92,7 @@ class Epochs:
             if m: yield name, m
 
     def parts(self,
-        kind: str = 'rows', # Or 'maps', 'probs' or 'parts'
+        kind: str = 'rows', # Or 'maps', 'probs', 'features' or 'parts'
         names: list|None = None, # Of all files, if known
     ) -> dict: # (fit, split, epoch) → names of files, by rank
         "The files that hold one epoch each."

@@ -43,31 +43,38 @@ class HeadTap:
     def __init__(self, head: nn.Linear): self.head, self.handle, self.seen = head, None, []
     def install(self):
         "Look on from now."
-        self.handle = self.head.register_forward_hook(self._see)
+        self.handle = self.head.register_forward_hook(self._see, with_kwargs=True)
         return self
     def remove(self):
         if self.handle is not None: self.handle.remove()
         self.handle, self.seen = None, []
 
-    def _see(self, layer, args, out):
-        h, out = args[0].detach(), out.plain() if isinstance(out, Features) else _plain(out)
-        out = out.detach()
-        self.seen.append([(o, None if o.is_inference() else o._version) for o in (_plain(h), out)])
+    def _see(self, layer, args, kwargs, out):
+        h, = (*args, *kwargs.values())                    # a call may name its input
+        out = out.plain() if isinstance(out, Features) else _plain(out)
+        pair = _plain(h).detach(), out.detach()
+        self.seen.append([(o, None if o.is_inference() else o._version) for o in pair])
+
+    def input(self,
+        pred: Tensor, # What the loss got, `n c`
+    ) -> Tensor|None: # `n d`; nan in a row whose logits were changed on the way; None if nothing is known
+        "What went into the last layer for this batch."
+        pred = (pred.plain() if isinstance(pred, Features) else _plain(pred)).detach()
+        if len(self.seen) != 1:
+            return None # not called for this batch, or more than once
+        if any(v is not None and o._version != v for o, v in self.seen[0]):
+            return None # edited since
+        h, out = (o for o, _ in self.seen[0])
+        if h.ndim != 2 or out.shape != pred.shape: return None
+        like = lambda x: (x.data_ptr(), x.dtype, x.stride())
+        if like(out) == like(pred): return h
+        same = (out.to(pred.dtype) == pred).all(1, keepdim=True)
+        return torch.where(same, h, math.nan)
 
     def factor(self,
         pred: Tensor, # What the loss got, `n c`
     ) -> Tensor: # √(‖h‖² + 1), `n`; without the 1 if there is no bias; nan where `pred` is another's
         "What `grad_norm` is to be multiplied with to be the gradient's length in the last layer."
-        seen, self.seen = self.seen, []
-        pred = (pred.plain() if isinstance(pred, Features) else _plain(pred)).detach()
-        nothing = pred.new_full((len(pred),), math.nan, dtype=torch.float32)
-        if len(seen) != 1:
-            return nothing  # not called for this batch, or more than once
-        if any(v is not None and o._version != v for o, v in seen[0]):
-            return nothing # edited since
-        h, out = (o for o, _ in seen[0])
-        if h.ndim != 2 or out.shape != pred.shape: return nothing
-        norm = (h.float().square().sum(1) + (self.head.bias is not None)).sqrt()
-        like = lambda x: (x.data_ptr(), x.dtype, x.stride())
-        if like(out) == like(pred): return norm
-        return torch.where((out.to(pred.dtype) == pred).all(1), norm, nothing)
+        h, self.seen = self.input(pred), []
+        if h is None: return torch.full((len(pred),), math.nan, device=pred.device)
+        return (h.float().square().sum(1) + (self.head.bias is not None)).sqrt()

@@ -20,6 +20,7 @@ LATER = dict( # class → module → names of functions
         show='show_top show_items show_history',
         report='report',
         dense_issues='where',
+        features='features neighbours duplicates outliers',
     ),
     XentRecords=dict(views='plot_runs'),
 )

@@ -6,7 +6,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/parquet.html.md"""
 
 # %% auto #0
 __all__ = ['FLOATS', 'KEY', 'ROWS', 'ALL', 'GROUP', 'shorten', 'with_key', 'row_tables', 'write_rows', 'naming', 'read_items',
-           'between']
+           'between', 'write_lists', 'write_maps', 'facts_of', 'lists_of']
 
 # %% ../nbs/05a_parquet.ipynb #f434cc5d
 import json
@@ -171,3 +171,76 @@ def between(t: pa.Table, lo: int, hi: int) -> pa.Table:
     a, b = np.searchsorted(t['item'].to_numpy(), [lo, hi])
     if 4 * (b - a) > len(t): return t.slice(a, b - a)
     return t.take(np.arange(a, b))                        # a slice would keep the whole table in memory
+
+# %% ../nbs/05a_parquet.ipynb #511629b7
+_AT_ONCE = 2**16 # Rows
+
+def _in_bytes(rows: np.ndarray) -> tuple: # Whole numbers `r k`; scales `r`; the mean `k`
+    "Numbers of one byte that, times the scale and plus the mean, are about `rows`."
+    mean, q, scales = rows.mean(0, dtype=np.float64).astype(np.float32), np.empty(rows.shape, np.int8), []
+    for at in range(0, len(rows), _AT_ONCE):
+        part = rows[at:at + _AT_ONCE].astype(np.float32) - mean
+        scale = np.abs(part).max(1) / 127
+        q[at:at + _AT_ONCE] = np.rint(part / np.where(scale > 0, scale, 1)[:, None])
+        scales.append(scale)
+    return q, np.concatenate(scales), mean
+
+def write_lists(
+    sink, # An open file
+    item: np.ndarray, # Item of each row, `r`
+    lists: np.ndarray, # `r k`
+    name: str, # Of the column
+    facts: dict|None = None, # Kept in the file's metadata, as JSON
+    shared: bool = False, # One byte a number, with a scale an item and a mean that all share? Or half precision
+) -> None:
+    "Write a Parquet file with a list of numbers an item, in item order."
+    item, back = np.unique(item[::-1], return_index=True)
+    rows, facts, k = lists[len(lists) - 1 - back], facts or {}, lists.shape[1]
+    if shared:
+        rows, scale, mean = _in_bytes(rows)
+        facts = {**facts, 'mean': mean.tolist()}
+        packed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(k), len(rows), [None, pa.py_buffer(rows)])
+        cols = {'scale': pa.array(scale, pa.float32()), name: packed}
+    else:
+        halves = pa.array(rows.astype(np.float16).ravel())
+        cols = {name: pa.FixedSizeListArray.from_arrays(halves, k)}
+    t = pa.table({'item': pa.array(item, pa.int32()), **cols}).replace_schema_metadata({name: json.dumps(facts)})
+    pq.write_table(t, sink, compression='zstd', use_dictionary=False, row_group_size=max(1024, 2**25 // k))
+
+def write_maps(
+    sink, # An open file
+    maps: dict, # item → column → array `d…`
+) -> None:
+    "Write a Parquet file with the numbers of every position of some items, each flat, beside its shape."
+    names = list(next(iter(maps.values())))
+    kind = lambda o: pa.list_(pa.int32() if o == 'pred' else pa.float32())
+    shapes = [list(m[names[0]].shape) for m in maps.values()]
+    table = pa.table({'item': pa.array(list(maps), pa.int32()),
+                      'shape': pa.array(shapes, pa.list_(pa.int32())),
+                      **{o: pa.array([m[o].ravel() for m in maps.values()], kind(o)) for o in names}})
+    pq.write_table(table, sink, compression='zstd')
+
+def facts_of(
+    t: pa.Table, # From a file of `write_lists`
+    name: str, # Of the column
+) -> dict:
+    "What the file says of its lists."
+    return json.loads((t.schema.metadata or {}).get(name.encode(), b'{}'))
+
+def lists_of(
+    tables: list, # From files of `write_lists`, of one epoch
+    name: str, # Of the column
+    n: int, # Number of items
+) -> np.ndarray: # `n k`, float32; nan where an item has none
+    "The lists of all items."
+    parts = [(t['item'].to_numpy(), _numbers(t, name)) for t in tables]
+    res = np.full((n, parts[0][1].shape[1]), np.nan, dtype=np.float32)
+    for item, rows in parts: res[item] = rows
+    return res
+
+def _numbers(t, name) -> np.ndarray: # `r k`
+    "The lists of a table."
+    lists = t[name].combine_chunks()
+    if pa.types.is_fixed_size_list(lists.type): return lists.flatten().to_numpy().reshape(len(t), -1)
+    q = np.frombuffer(lists.buffers()[1], np.int8).reshape(len(t), -1)
+    return q * t['scale'].to_numpy()[:, None] + np.array(facts_of(t, name)['mean'], dtype=np.float32)

@@ -23,6 +23,7 @@ from .numerics import XentStats
 from .batch import Batch, MixTap
 from .rowloss import row_stats
 from .rows import RowBuffer
+from .sketch import Stack
 
 # %% ../nbs/06_passes.ipynb #384571f3
 class Pass:
@@ -97,7 +98,7 @@ def columns(self: Pass) -> dict: # Column → array; empty if no batch came
 @patch
 def kept(self: Pass,
     cols: dict, # From `columns`
-) -> dict: # 'maps', 'probs' and 'parts', as `XentWriter.write` takes them
+) -> dict: # 'maps', 'probs', 'features' and 'parts', as `XentWriter.write` takes them
     "What the keepers have kept."
     kept = {o.name: o.done(cols) for o in self.keepers}
     if self.parts is not None: kept['parts'] = self.parts.done(cols['item'], cols['padding'])
@@ -144,20 +145,15 @@ class KeptProbs:
     def __init__(self,
         most: float, # Bytes that they may take
         tell, # Is called with a sentence if nothing can be kept
-    ): self.most, self.tell, self.probs, self.n = most, tell, None, 0
+    ): self.most, self.tell, self.probs = most, tell, None
 
     def take(self, batch: Batch, i: int, seen: Pass) -> None:
         "Keep the probabilities of this batch, if there is room for all."
         if not seen.rows.at: self.probs = self._room(batch, seen)
         if self.probs is None: return
-        to = self.n + len(batch.pred)
-        if to > len(self.probs):
-            more = self.probs.new_empty(to, self.probs.shape[1])
-            self.probs = torch.cat([self.probs[:self.n], more])
-        self.probs[self.n:to] = batch.pred.softmax(1, dtype=torch.float32)
-        self.n = to
+        self.probs.add(batch.pred.softmax(1, dtype=torch.float32))
 
-    def _room(self, batch, seen) -> torch.Tensor|None:
+    def _room(self, batch, seen) -> Stack|None:
         "Room for the probabilities of a pass, or None and the reason."
         if batch.stats is not None:
             return self.tell("keeps no probabilities: the head is in the loss, which never has all classes "
@@ -167,7 +163,7 @@ class KeptProbs:
                              "`maps` keeps the numbers of single items")
         n, c = seen.rows.capacity, batch.n_classes
         size = n * c * 2
-        if size <= self.most: return batch.pred.new_empty(n, c, dtype=torch.float16)
+        if size <= self.most: return Stack(batch.pred.new_empty(n, c, dtype=torch.float16), 'probabilities')
         self.tell(f"keeps no probabilities of {seen.split!r}: {n:,} rows × {c:,} classes × 2 bytes are "
                   f"{size / 1e9:.3g} GB on the device and again on disk, for each epoch; "
                   f"the limit is {self.most / 1e9:.3g} GB. Give `keep_probs={size:.0f}` or "
@@ -175,12 +171,7 @@ class KeptProbs:
 
     def done(self, cols: dict) -> tuple|None: # Items `r`, probabilities `r c`
         "The kept probabilities, on the host, with their items; without rows that only fill up a batch."
-        if self.probs is None: return None
-        probs = self.probs[:self.n].cpu().numpy()
-        if len(probs) != len(cols['item']):
-            raise RuntimeError(f"{len(probs)} rows of probabilities for {len(cols['item'])} rows")
-        own = slice(None) if cols['padding'] is None else ~cols['padding']
-        return cols['item'][own], probs[own]
+        return None if self.probs is None else self.probs.done(cols)
 
 # %% ../nbs/06_passes.ipynb #6ad58990
 def show_rows(

@@ -41,8 +41,9 @@ class Encoded:
 class PassOn(torch.nn.Module):
     def __init__(self):
         super().__init__()
-        self.w = torch.nn.Parameter(torch.zeros(1))
-    def forward(self, x): return x + 0 * self.w
+        self.w, self.same = torch.nn.Parameter(torch.zeros(1)), torch.nn.Linear(C, C, bias=False)
+        self.same.weight.requires_grad_(False).copy_(torch.eye(C))
+    def forward(self, x): return self.same(x + 0 * self.w)
 
 
 SKIP = (0, 7)
@@ -83,7 +84,7 @@ def train(rank, port, folder):
         dls = DataLoaders(TfmdDL(Encoded(N, how.get('skip', ())), bs=4, shuffle=True, num_workers=0),
             TfmdDL(Encoded(8), bs=4, num_workers=0), device='cpu')
         if 'shared' in how: dls = DataLoaders(shared(name, Encoded(N), rank), shared(name, Encoded(8), rank))
-        recorder = XentRecorder(path, resume='resume' in how, check=True, keep_probs=True)
+        recorder = XentRecorder(path, resume='resume' in how, check=True, keep_probs=True, features='every')
         learn = Learner(dls, PassOn(), loss_func=XentLossFlat(), cbs=recorder)
         ctx = nullcontext() if 'shared' in how else learn.distrib_ctx(sync_bn=False, cpu=True)
         with learn.no_bar(), learn.no_logging(), ctx: learn.fit(EPOCHS)
@@ -168,4 +169,15 @@ def test_probabilities_of_two_ranks(folder):
         z[:, 0] = torch.arange(n) / 8
         for epoch in range(2 * EPOCHS): np.testing.assert_allclose(record.probs(split, epoch), z.softmax(1), rtol=2.**-11, atol=1e-6)
     parts = [pq.read_table(folder / f'plain/_probs/train/fit-0-epoch-000-part-{r}.pq')['item'].to_pylist() for r in (0, 1)]
+    assert sorted(sum(parts, [])) == list(range(N)) and all(parts)
+
+
+def test_features_of_two_ranks(folder):
+    "What each rank's last layer got of its own items, without rows that only fill up."
+    record = XentRecord(folder / 'plain')
+    for split, n in (('train', N), ('valid', 8)):
+        x = np.zeros((n, C))
+        x[:, 0] = np.arange(n) / 8
+        for epoch in range(2 * EPOCHS): np.testing.assert_allclose(record.features(split, epoch), x, atol=N / 8 / 254)
+    parts = [pq.read_table(folder / f'plain/_features/train/fit-0-epoch-000-part-{r}.pq')['item'].to_pylist() for r in (0, 1)]
     assert sorted(sum(parts, [])) == list(range(N)) and all(parts)

@@ -91,6 +91,16 @@ def test_a_layer_called_twice_has_no_number():
     assert tap.factor(model(X)).isnan().all() and not tap.factor(model(X)).isnan().any()
     tap.remove()
 
+def test_a_layer_that_is_called_by_name():
+    class ByName(nn.Module):
+        def __init__(self): super().__init__(); self.fc = nn.Linear(192, C)
+        def forward(self, x): return self.fc(input=x.flatten(1))
+    model = ByName()
+    tap = HeadTap(find_head(model)).install()
+    pred = model(X)
+    assert_close(xent_stats(pred, Y).grad_norm * tap.factor(pred), by_autograd(pred, Y, model.fc), rtol=1e-5, atol=1e-7)
+    tap.remove()
+
 def test_a_row_at_a_time_and_none():
     model = MODELS['mlp'].eval()
     tap = HeadTap(find_head(model)).install()

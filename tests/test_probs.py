@@ -18,7 +18,7 @@ from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import SkipItemException
 from fastai.losses import CrossEntropyLossFlat, FocalLossFlat
 from fastai.torch_core import set_seed
-from fastai_xent.export import _probs_of
+from fastai_xent.export import kept_lists
 from fastai_xent.linear import head_in_loss
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.passes import KeptProbs, most_bytes
@@ -196,7 +196,7 @@ def test_resume_and_overwrite(tmp_path):
     learn = learner([XentRecorder(path, keep_probs=True, resume=True), saw])
     fit(learn, 1)
     np.testing.assert_allclose(XentRecord(path).probs('train', 2), saw.probs('train', 0, 36), **HALF)
-    assert list(_probs_of(XentRecord(path), 'train')) == [0, 1, 2]
+    assert list(kept_lists(XentRecord(path), 'probs', 'train')) == [0, 1, 2]
     fit(learner([XentRecorder(path, overwrite=True)]), 1)
     assert not (path / '_probs').exists()
     with pytest.raises(KeyError, match='none were kept'): XentRecord(path).probs()
@@ -241,7 +241,7 @@ def test_a_full_disk(where, tmp_path, monkeypatch):
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     rec = XentRecorder(None if where == 'memory' else tmp_path / 'r', keep_probs=True)
     with monkeypatch.context() as m:
-        m.setattr(XentWriter, '_write_probs', full)
+        m.setattr(XentWriter, '_write_lists', full)
         learn = learner([rec])
         said = fit(learn, 2, said=1)
         ended(learn)

@@ -1,0 +1,290 @@
+"What the last layer got, item by item, against the same product in float64; and what is asked of it."
+import pickle
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from fastai.callback.core import Callback
+from fastai.callback.mixup import CutMix, MixUp
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.losses import CrossEntropyLossFlat
+from fastai.torch_core import set_seed
+from helpers import CpuAutocast, Net, Points, ended, learner, same_bits, warned
+from runs import put
+from torch import nn
+
+from fastai_xent.linear import head_in_loss
+from fastai_xent.losses import XentLossFlat
+from fastai_xent.record import XentRecord
+from fastai_xent.recorder import XentRecorder
+from fastai_xent.sketch import projection
+from fastai_xent.writer import XentWriter
+
+torch.set_num_threads(1)
+
+class Wide(nn.Module):
+    "A last layer with 200 features."
+    def __init__(self, dropout=0., width=200, by_name=False):
+        super().__init__()
+        self.body, self.fc, self.by_name = nn.Sequential(nn.Linear(4, width), nn.ReLU(), nn.Dropout(dropout)), nn.Linear(width, 3), by_name
+    def forward(self, x):
+        h = self.body(x[:, :4])
+        return self.fc(input=h) if self.by_name else self.fc(h)
+
+class Got(Callback):
+    "What the last layer got in each row, in float64, by the item that the input names."
+    order = 39
+    def __init__(self, layer): self.layer, self.passes = layer, []
+    def _see(self, layer, args, kwargs, out): self.h = (*args, *kwargs.values())[0].detach()
+    def before_fit(self): self.handle = self.layer.register_forward_hook(self._see, with_kwargs=True)
+    def after_fit(self): self.handle.remove()
+    def before_train(self): self.passes.append(('train', {}))
+    def before_validate(self): self.passes.append(('valid', {}))
+    def after_loss(self):
+        for i, h in zip(self.learn.xb[0][:, -1].round().long().tolist(), self.h.double()): self.passes[-1][1][i] = h
+
+    def sketches(self, split, epoch, n):
+        "`n k`, nan for an item that did not come."
+        rows = [o for s, o in self.passes if s == split][epoch]
+        d = len(next(iter(rows.values())))
+        p = torch.eye(d, dtype=torch.float64) if d <= 124 else projection(d).double()
+        want = np.full((n, p.shape[1]), np.nan)
+        for i, h in rows.items(): want[i] = h @ p
+        return want
+
+def near(got, want):
+    "As far as one byte a number tells: 1/254 of the largest in its row, less the mean of all; and half precision before."
+    want, got = np.asarray(want), np.asarray(got)
+    np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
+    room = np.nanmax(np.abs(want - np.nanmean(want, axis=0)), axis=1, keepdims=True) / 254 + np.abs(want) * 2.**-10 + 2.**-10
+    assert (np.abs(got - want) <= room)[~np.isnan(want)].all(), np.nanmax(np.abs(got - want) / room)
+
+def fit(learn, epochs=2, said=0):
+    with warned() as messages: learn.fit(epochs)
+    assert len(messages) == said, messages
+    return messages
+
+def kept(record) -> set: return {(s, e) for _, s, e in record._epochs.parts('features')}
+
+
+# -- the right numbers on the right item
+
+LEARNERS = {
+    'shuffled': lambda: learner(model=Wide()),
+    'few features': lambda: learner(),
+    'dropout': lambda: learner(model=Wide(.5)),
+    'workers': lambda: learner(model=Wide(), workers=2),
+    'one batch': lambda: learner(model=Wide(), bs=100),
+    'a last batch of one': lambda: learner(model=Wide(), bs=5),
+    "fastai's loss": lambda: learner(model=Wide(), loss_func=CrossEntropyLossFlat()),
+    'called by name': lambda: learner(model=Wide(by_name=True)),
+    'mixed precision': lambda: learner([CpuAutocast()], model=Wide()),
+}
+
+@pytest.mark.parametrize('where', ['memory', 'disk', 'bucket'])
+@pytest.mark.parametrize('name', LEARNERS)
+def test_the_sketch_is_that_of_the_item(name, where, tmp_path):
+    path = {'memory': None, 'disk': tmp_path / 'my rün [1]', 'bucket': f'memory://features/{name}'}[where]
+    learn = LEARNERS[name]()
+    got = Got(learn.model.body[-1] if isinstance(learn.model, Net) else learn.model.fc)
+    learn.add_cbs([got, XentRecorder(path, features='every', overwrite=path is not None)])
+    fit(learn, 3)
+    record = learn.xent_recorder.record if path is None else XentRecord(path)
+    for split, dl in zip(('train', 'valid'), learn.dls.loaders):
+        for epoch in range(3):
+            x = record.features(split, epoch)
+            assert (x.dtypes == np.float32).all() and x.index.name == 'item' and x.attrs['epoch'] == epoch
+            assert x.attrs['training'] == (split == 'train') and x.attrs['width'] == x.shape[1] <= 124
+            near(x, got.sketches(split, epoch, len(dl.dataset)))
+        pd.testing.assert_frame_equal(record.features(split), record.features(split, 2))
+    assert record.to_df()['grand'].notna().all()
+
+def test_a_dropped_last_batch():
+    learn = learner(model=Wide())
+    learn.dls = DataLoaders(TfmdDL(Points(), bs=8, shuffle=True, drop_last=True, num_workers=0), learn.dls.valid)
+    learn.add_cbs([got := Got(learn.model.fc), rec := XentRecorder(features=True)])
+    fit(learn)
+    x = rec.record.features()
+    assert x.isna().all(axis=1).sum() == 4
+    near(x, got.sketches('train', 1, 36))
+
+def test_the_head_in_the_loss():
+    model, loss_func = head_in_loss(nn.Sequential(Cut(), nn.Linear(4, 200), nn.ReLU(), nn.Linear(200, 3)))
+    learn = learner([rec := XentRecorder(features=True)], model=model, loss_func=loss_func)
+    learn.add_cb(got := Got(model[-1]))
+    fit(learn)
+    near(rec.record.features('valid'), got.sketches('valid', 1, 18))
+
+class Cut(nn.Module):
+    def forward(self, x): return x[:, :4]
+
+def test_ranks_are_joined(tmp_path):
+    "Two parts of one epoch, in one frame; rows that fill up a batch are in neither."
+    writer = XentWriter(tmp_path / 'r')
+    writer.set_items('train', pd.DataFrame({'item': range(5), 'name': list('abcde'), 'source': range(5)}), 'mark')
+    x, facts = np.random.default_rng(0).normal(size=(4, 6)), dict(every=0, width=6)
+    for rank, at in enumerate(([3, 0], [1, 2])):
+        rows = dict(item=np.array(at), pred=np.zeros(2), targ=np.zeros(2))
+        put(writer, 0, 0, 'train', rows, features=(np.array(at), x[2 * rank:2 * rank + 2], facts), rank=rank)
+    got = writer.record.features()
+    near(got.iloc[[3, 0]], x[:2])
+    near(got.iloc[[1, 2]], x[2:])
+    assert got.iloc[4].isna().all()
+
+def test_eval_passes_have_their_own():
+    learn = learner([rec := XentRecorder(features=True, eval_every=2)], model=Wide(.5))
+    fit(learn)
+    x = rec.record.features()                             # of each item alone, without dropout
+    assert x.attrs['split'] == 'train_eval' and not x.attrs['training']
+    with torch.no_grad(): h = learn.model.eval().body(Points().x[:, :4])
+    near(x, h.double() @ projection(200).double())
+    assert rec.record._epochs.parts('features').keys() == {(0, 'train', 1), (0, 'train_eval', 1), (0, 'valid', 1)}
+
+
+# -- which epochs stay
+
+@pytest.mark.parametrize('features, epochs', [(True, {4}), ('every', {0, 1, 2, 3, 4}), (2, {1, 3, 4}), (5, {4})])
+def test_which_epochs_stay(features, epochs, tmp_path):
+    fit(learner([XentRecorder(tmp_path / 'r', features=features)], model=Wide()), 5)
+    assert kept(XentRecord(tmp_path / 'r')) == {(s, e) for s in ('train', 'valid') for e in epochs}
+
+def test_a_resumed_record_goes_on_and_an_overwritten_one_forgets(tmp_path):
+    path = tmp_path / 'r'
+    fit(learner([XentRecorder(path, features='every')], model=Wide()), 2)
+    learn = learner([XentRecorder(path, features=True, resume=True)], model=Wide())
+    learn.add_cb(got := Got(learn.model.fc))
+    fit(learn, 2)
+    assert kept(XentRecord(path)) == {(s, e) for s in ('train', 'valid') for e in (0, 1, 3)}   # what others kept stays
+    near(XentRecord(path).features(), got.sketches('train', 1, 36))
+    fit(learner([XentRecorder(path, overwrite=True)]), 1)
+    assert not (path / '_features').exists()
+
+def test_one_recorder_in_several_fits():
+    learn = learner([rec := XentRecorder(features=True)], model=Wide())
+    for _ in range(3): fit(learn, 1)
+    assert kept(rec.record) == {('train', 2), ('valid', 2)}
+
+def test_pickled():
+    rec = pickle.loads(pickle.dumps(XentRecorder(features=True)))
+    fit(learner([rec], model=Wide()), 1)
+    assert rec.record.features('valid').shape == (18, 124)
+
+def test_128_bytes_an_item(tmp_path):
+    fit(learner([XentRecorder(tmp_path / 'r', features=True)], model=Wide(width=500), n=4000, bs=400), 2)
+    file, = (tmp_path / 'r/_features/train').iterdir()
+    assert file.stat().st_size < 4000 * (128 + 4) + 4000
+
+
+# -- the training does not change
+
+@pytest.mark.parametrize('kw', [dict(), dict(loss_func=CrossEntropyLossFlat), dict(cbs=lambda: [MixUp()]), dict(cbs=lambda: [CpuAutocast()])],
+                         ids=['plain', "fastai's loss", 'mixup', 'mixed precision'])
+def test_same_training(kw):
+    "To the bit, with features kept or nothing recorded at all."
+    def run(*rec):
+        projection.cache_clear()
+        set_seed(1)
+        learn = learner([*kw.get('cbs', list)(), *rec], kw.get('loss_func', XentLossFlat)(), model=Wide(.5))
+        learn.fit(2)
+        return ended(learn)
+    same_bits(run().end, run(XentRecorder(features='every')).end)
+
+def test_without_them_nothing_is_kept(tmp_path):
+    fit(learner([rec := XentRecorder(tmp_path / 'r', head='auto')], model=Wide()), 1)
+    assert not (tmp_path / 'r/_features').exists()
+    with pytest.raises(KeyError, match=r"no features of 'train'; none were kept; ask for them before training, with `XentRecorder\(features=True\)`"): rec.record.features()
+    with pytest.raises(KeyError, match="no split 'test'"): rec.record.features('test')
+
+def test_a_full_disk(tmp_path, monkeypatch):
+    "The rows were written before; the training goes on; what is told is the error."
+    def full(*args, **kw): raise OSError(28, 'No space left on device')
+    plain = ended(trained(seeded()))
+    monkeypatch.setattr(XentWriter, '_write_features', full)
+    learn = seeded(rec := XentRecorder(tmp_path / 'r', features=True))
+    assert 'No space left on device' in fit(learn, 2, said=1)[0]
+    same_bits(plain.end, ended(learn).end)
+    assert ('train', 0) in {k[1:] for k in rec.record.epochs}
+
+def seeded(*cbs):
+    set_seed(1)
+    return learner([*cbs], model=Wide())
+
+def trained(learn):
+    learn.fit(2)
+    return learn
+
+def test_the_old_ones_go_only_when_the_new_ones_are_there(tmp_path, monkeypatch):
+    learn = learner([rec := XentRecorder(tmp_path / 'r', features=True)], model=Wide())
+    fit(learn, 1)
+    before = rec.record.features()
+    real = XentWriter._write_lists
+    def full(self, kind, *args):
+        if kind == 'features': raise OSError(28, 'No space left on device')
+        return real(self, kind, *args)
+    monkeypatch.setattr(XentWriter, '_write_lists', full)
+    fit(learn, 1, said=1)
+    pd.testing.assert_frame_equal(XentRecord(tmp_path / 'r').features(), before)
+
+
+# -- refusals
+
+@pytest.mark.parametrize('mix', [MixUp, CutMix])
+def test_mixed_rows_have_none(mix):
+    "They show two items at once; of valid, and of a pass without mixing, each item has its own."
+    class Image(Points):
+        def __init__(self, n=36): super().__init__(n); self.x = self.x[:, :4].reshape(n, 1, 2, 2)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 200), nn.ReLU(), nn.Linear(200, 3))
+    learn = learner([rec := XentRecorder(features=True, eval_every=2), mix()], model=model, train=Image(), valid=Image(18))
+    said = fit(learn, 2, said=1)
+    assert "keeps no features of 'train': a callback mixes rows" in said[0]
+    assert kept(rec.record) == {('valid', 1), ('train_eval', 1)} and rec.record.features().attrs['split'] == 'train_eval'
+
+class Tempered(Wide):
+    def forward(self, x): return super().forward(x) / 2
+
+class Twice(Wide):
+    def forward(self, x): return self.fc(self.body(x[:, :4])) + self.fc(self.body(x[:, :4]))
+
+class Pooled(Wide):
+    "Logits of every position, averaged: no row of features an item."
+    def forward(self, x): return self.fc(self.body(x[:, :4])[:, None].expand(-1, 5, -1)).mean(1)
+
+class Half(Wide):
+    "Some rows are changed on the way."
+    def forward(self, x):
+        z = super().forward(x)
+        return torch.where(x[:, -1:] % 2 == 0, z, z / 2)
+
+class Huge(Wide):
+    def forward(self, x): return self.fc(self.body(x[:, :4]) * torch.where(x[:, -1:] % 3 == 0, 1e6, 1.))
+
+@pytest.mark.parametrize('model, words', [
+    (lambda: nn.Sequential(Wide(), nn.Softplus()), 'records no grand and no features: the last layer of Sequential is Softplus'),
+    (Tempered, 'has no features for 36 of 36 rows'), (Twice, "keeps no features of 'train': the last layer was not called once"),
+    (Pooled, "keeps no features of 'train': the last layer was not called once"),
+])
+def test_models_without(model, words):
+    learn = learner([rec := XentRecorder(features=True)], model=model())
+    with warned() as said: learn.fit(2)
+    assert any(words in o for o in said), said
+    assert len(rec.record.to_df()) == 108 and rec.record.to_df()['loss'].notna().all()
+    with pytest.raises(KeyError, match='none were kept'): rec.record.features()
+
+@pytest.mark.parametrize('model, gone', [(Half, lambda i: i % 2 == 1), (Huge, lambda i: i % 3 == 0)])
+def test_rows_without(model, gone):
+    learn = learner([rec := XentRecorder(features=True)], model=model())
+    learn.add_cb(got := Got(learn.model.fc))
+    with warned() as said: learn.fit(2)
+    assert any('has no features for' in o for o in said), said
+    x, want, out = rec.record.features(), got.sketches('train', 1, 36), gone(np.arange(36))
+    assert x[out].isna().all(axis=None)
+    near(x[~out], want[~out])
+
+@pytest.mark.parametrize('bad', [0, -1, 'all', None, 1.5])
+def test_bad_settings(bad):
+    with pytest.raises(ValueError, match="expected True, False, 'every' or a number of epochs"): XentRecorder(features=bad)
+
+def test_epochs_that_were_not_kept():
+    fit(learner([rec := XentRecorder(features=True)], model=Wide()), 3)
+    with pytest.raises(KeyError, match="no features of 'train' in epoch 0; kept are those of the epochs 2"): rec.record.features(epoch=0)
