@@ -19,7 +19,7 @@ LATER = dict( # class → module → names of functions
               'plot_two_runs plot_training_time',
         show='show_top show_items show_history',
         report='report',
-        dense_issues='where _dense_issues',
+        dense_issues='where',
         features='features neighbours duplicates outliers',
     ),
     XentRecords=dict(views='plot_runs'),
