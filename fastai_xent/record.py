@@ -11,7 +11,7 @@ __all__ = ['Key', 'XentRecord', 'told_epochs', 'is_record']
 import json
 import os
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -190,17 +190,18 @@ def _list_at(self: XentRecord, split, epoch) -> int:
     return [k for start, k in self._of_split(split)['starts'] if start <= epoch][-1]
 
 @patch
-def _segment(self: XentRecord, split, segment=-1) -> Segment:
+def _segment(self: XentRecord, split, segment=-1, executor=None) -> Segment:
     "A list of items and its epochs."
     k = self._list(split, segment)
     found = {o: v for o, v in self._found(split).items() if self._list_at(split, o[2]) == k}
-    return Segment(split, k, self._of_split(split)['segments'][k]['n'], found, self._look_after(split, k, found))
+    return Segment(split, k, self._of_split(split)['segments'][k]['n'], found, executor,
+                   self._look_after(split, k, found, executor))
 
 @patch
-def _look_after(self: XentRecord, split, k, found) -> Segment|None:
+def _look_after(self: XentRecord, split, k, found, executor) -> Segment|None:
     "The look at the items of train that followed the last of these epochs."
     if split != 'train' or 'train_eval' not in self.splits or not found: return None
-    look = self._segment('train_eval')
+    look = self._segment('train_eval', executor=executor)
     prints = [self._of_split(s)['segments'][n]['fingerprint'] for s, n in ((split, k), (look.split, look.k))]
     ends = {max(epoch for _, _, epoch in o) for o in (found, look.found or found)}
     return look if look.found and prints[0] == prints[1] and len(ends) == 1 else None
@@ -332,9 +333,10 @@ def score(self: XentRecord,
     by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     split: str = 'train', # 'train', 'valid', or another that was recorded
     segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> np.ndarray: # One score an item, nan where it was never seen
     "The score of every item of a split."
-    return self._cache.values([_readable(by)], self._segment(split, segment))[0]
+    return self._cache.values([_readable(by)], self._segment(split, segment, executor))[0]
 
 def _readable(by):
     "The score called `by`, whose columns a record has."
@@ -351,10 +353,11 @@ def top(self: XentRecord,
     by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     split: str = 'train', # 'train', 'valid', or another that was recorded
     segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (what the model takes it for), score
     "The items a person should look at first."
     if not isinstance(k, (int, np.integer)): raise TypeError(f"k is {k!r}, expected a number of items, as `top(20)`")
-    seg, reducer = self._segment(split, segment), _readable(by)
+    seg, reducer = self._segment(split, segment, executor), _readable(by)
     score, targ, likely = self._cache.values([reducer, *LABELS], seg)
     if not np.isnan(targ).all(): self._check_score(reducer, score, split, segment)        # items were seen
     order = _first(-score if reducer.largest_first else score, k)
@@ -387,9 +390,10 @@ def _first(x: np.ndarray, k: int) -> np.ndarray: # Places, at most `k`
 def scores(self: XentRecord,
     split: str = 'train', # 'train', 'valid', or another that was recorded
     segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> pd.DataFrame: # Columns item, name, source, targ, likely, and a column for each score whose columns were recorded
     "Every score of every item."
-    seg = self._segment(split, segment)
+    seg = self._segment(split, segment, executor)
     targ, likely, values = self._cache.all_values(seg)
     classes = dict(targ=self._class_names(targ), likely=self._class_names(likely))
     return self.items(split, seg.k).assign(**classes, **{o: v for o, v in values.items() if not np.isnan(v).all()})
@@ -431,7 +435,10 @@ def map(self: XentRecord,
 
 # %% ../nbs/05g_record.ipynb #c2730f1f
 @patch
-def compact(self: XentRecord) -> None:
+def compact(self: XentRecord,
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
+) -> None:
     "Put all epochs of a split into one file, in which the rows of an item stand together, and remove the single ones."
     with self._place.lock(alone=True) or nullcontext():
-        for split, d in self.meta['splits'].items(): self._epochs.pack(split, max(o['n'] for o in d['segments']))
+        for split, d in self.meta['splits'].items():
+            self._epochs.pack(split, max(o['n'] for o in d['segments']), executor)

@@ -9,6 +9,7 @@ __all__ = ['XentRecords', 'first_items']
 
 # %% ../nbs/05j_records.ipynb #ee1ab3bf
 import warnings
+from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import reduce
 from pathlib import Path
 
@@ -194,14 +195,23 @@ def items(self: XentRecords,
 def scores(self: XentRecords,
     by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
+    executor: Executor|None = None, # Who reads the epochs, of all runs at once; None: this process, run by run
 ) -> pd.DataFrame: # items × runs; nan where the run has not seen the item
     "The score of every item in every run."
     self._check_split(split)
     keys = self._keys(split)
     same = self.on == 'item'                              # then no name has to be read
     index = next(iter(keys.values())) if same else pd.Index(self.items(split)[self.on], name=self.on)
-    cols = {k: pd.Series(r.score(by, split), keys[k]).reindex(index) for k, r in self.records.items()}
+    scores = zip(self.records, self._each_score(by, split, executor))
+    cols = {k: pd.Series(s, keys[k]).reindex(index) for k, s in scores}
     return pd.DataFrame(cols).rename_axis(columns='run')
+
+@patch
+def _each_score(self: XentRecords, by, split, executor) -> list: # Of arrays
+    "With an executor a thread for each run hands its chunks in, so that no worker waits for the next run."
+    ask = lambda r: r.score(by, split, executor=executor)
+    if executor is None: return [ask(r) for r in self.records.values()]
+    with ThreadPoolExecutor(min(8, len(self))) as hands: return list(hands.map(ask, self.records.values()))
 
 @patch
 def mean(self: XentRecords,
