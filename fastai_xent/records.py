@@ -20,7 +20,7 @@ from fastcore.basics import patch
 
 from .cache import Segment
 from .classes import vocab_difference
-from .dynamics import RANK_BY, Label, get_score
+from .dynamics import RANK_BY, get_score
 from .label_issues import LabelIssues, _n_classes, label_issues as _label_issues
 from .later import with_later
 from .record import XentRecord, is_record
@@ -353,13 +353,12 @@ class _Together:
     def read(self, found, columns):
         (r, key, o), = found.values()
         return r._epochs.read({key: o}, columns)
-    def states(self, reducers, seg) -> list:
-        each = [r._cache.states(reducers, r._segment(seg.split, executor=seg.executor)) for r in self.runs.values()]
-        return [self._labels(o, seg) if isinstance(reducer, Label) else reduce(_added, map(_alike, o))
-                for reducer, o in zip(reducers, zip(*each))]
-    def _labels(self, states, seg) -> dict: # A state of `Label`
-        "The labels, which all runs must share."
-        one, *others = labels = [Label().finalize(o) for o in states]
+    def state(self, reducer, seg) -> dict:
+        own = lambda r: r._segment(seg.split, executor=seg.executor)
+        return reduce(_added, (_alike(r._cache.state(reducer, own(r))) for r in self.runs.values()))
+    def values(self, reducers, seg) -> list: # Labels, which all runs must share
+        own = lambda r: r._segment(seg.split, executor=seg.executor)
+        one, *others = labels = [r._cache.values(reducers, own(r))[0] for r in self.runs.values()]
         for k, values in zip([*self.runs][1:], others):
             other = np.flatnonzero(~np.isnan(values) & ~np.isnan(one) & (values != one))
             if not len(other): continue
@@ -368,7 +367,7 @@ class _Together:
                              f"in run {next(iter(self.runs))!r}, the first is item {i}: {_told(name(values[i]))} and "
                              f"{_told(name(one[i]))}; take runs that were trained on the same labels")
         label = np.fmax.reduce(labels)
-        if not np.isnan(label).all(): return dict(label=label, rows=(~np.isnan(label)).astype(int))
+        if not np.isnan(label).all(): return [label]
         raise ValueError(f"no item of {seg.split!r} has a label of its own in these records, expected one class an "
                          "item; ask each record alone for its masks or sequences")
     def _told_ledger(self, split) -> str:
