@@ -20,6 +20,7 @@ LATER = dict( # class → module → names of functions
         show='show_top show_items show_history',
         report='report',
         features='features neighbours duplicates outliers',
+        influences='influences',
     ),
     XentRecords=dict(views='plot_runs'),
 )

@@ -355,7 +355,7 @@ def _listen(self: XentRecorder, split, dl) -> Pass:
     keepers = [KeptMaps(self.maps, self._tell)] if self.maps else []
     if self.keep_probs: keepers.append(KeptProbs(self.keep_probs, self._tell))
     layer = self._last_layer()
-    if layer is not None and self.features is not None: keepers.append(KeptFeatures(self.features, self._tell))
+    if layer is not None and self.features is not None: keepers.append(KeptFeatures(self.features, self._tell, self.learn.opt))
     return Pass(split, dl, layer=layer, keepers=keepers)
 
 @patch

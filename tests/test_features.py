@@ -174,7 +174,7 @@ def test_pickled():
 def test_128_bytes_an_item(tmp_path):
     fit(learner([XentRecorder(tmp_path / 'r', features=True)], model=Wide(width=500), n=4000, bs=400), 2)
     file, = (tmp_path / 'r/_features/train').iterdir()
-    assert file.stat().st_size < 4000 * (128 + 4) + 4000
+    assert file.stat().st_size < 4000 * (128 + 4) + 16_000
 
 
 # -- the training does not change
