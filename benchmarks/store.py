@@ -2,6 +2,7 @@
 
 python benchmarks/store.py                        20,000 items × 9 epochs, a minute or two, without the memory of a fit
 python benchmarks/store.py --full [--folder DIR]  1,281,167 items × 90 epochs, half an hour and some 12 GB in a temporary folder, two thirds of them the rivals'
+python benchmarks/store.py --pool                 10,000,000 items × 10 epochs, by this process and by a pool of two: five minutes of CPU and 2 GB
 """
 import argparse
 import json
@@ -13,6 +14,10 @@ import subprocess
 import sys
 import tempfile
 import time
+import zlib
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import nullcontext
+from multiprocessing import get_context
 from pathlib import Path
 
 os.environ.setdefault('OMP_NUM_THREADS', '1')
@@ -24,7 +29,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from fastai_xent.record import XentRecord
-from fastai_xent.writer import XentWriter
 
 N, EPOCHS, CLASSES, BS = 1_281_167, 90, 1000, 256
 COLUMNS = ('loss', 'grad_norm', 'el2n', 'p_targ', 'margin', 'pred', 'targ', 'step', 'entropy')
@@ -50,16 +54,20 @@ def size(path: Path) -> int: return sum(o.stat().st_size for o in Path(path).rgl
 
 # -- each of these runs in a process of its own
 
+def named(n): # A list of items as ImageNet's
+    return pd.DataFrame({'item': np.arange(n), 'name': [f'n{i // 1300:08d}/n{i // 1300:08d}_{i * 7919 % 99991}.JPEG' for i in range(n)],
+                         'source': pd.Series(np.arange(n), dtype='Int64')})
+
 def write(folder, n, epochs):
     "The record, the plain files and the arrays, epoch by epoch."
+    from fastai_xent.writer import XentWriter              # not above: a pool's workers read this file, and need no torch
     shutil.rmtree(folder / 'record', ignore_errors=True)
     writer, took = XentWriter(folder / 'record'), dict(rows=[], states=[], plain=[])
     def rows(e, cols):
         writer.write(0, e, 'train', dict(cols), fold=False)
         writer.wait()
     def states(): writer.record._cache.update(writer.record._segment('train'))
-    writer.set_items('train', pd.DataFrame({'item': np.arange(n), 'name': [f'n{i // 1300:08d}/n{i // 1300:08d}_{i * 7919 % 99991}.JPEG' for i in range(n)],
-                                            'source': pd.Series(np.arange(n), dtype='Int64')}), 'f')
+    writer.set_items('train', named(n), 'f')
     (folder / 'plain').mkdir(exist_ok=True)
     for e in range(epochs):
         cols = simulated(n, e, epochs)
@@ -140,6 +148,34 @@ def numpy_sql(folder, n, epochs):
         return res[:2] / res[3]
     return timed(ask, repeats=1)
 
+def write_rows(folder, n, epochs):
+    "The record alone. All its epochs have the same rows: making them up takes longer than all the rest."
+    from fastai_xent.writer import XentWriter
+    took, cols = [], simulated(n, epochs // 2, epochs)
+    with XentWriter(folder / 'record', overwrite=True) as writer:
+        writer.set_items('train', named(n), 'f')
+        for e in range(epochs):
+            start = time.process_time()
+            writer.write(0, e, 'train', dict(cols), fold=False)
+            writer.wait()
+            took.append(time.process_time() - start)
+    return dict(took=np.median(took), epoch=size(folder / 'record/rows') / epochs)
+
+def by_pool(folder, n, epochs, workers):
+    "The first score: seconds, CPU seconds of this process and of its workers, a checksum of the states."
+    shutil.rmtree(folder / 'record/_running', ignore_errors=True)
+    record = XentRecord(folder / 'record')
+    start, busy = time.perf_counter(), time.process_time()
+    with ProcessPoolExecutor(workers, get_context('spawn')) if workers else nullcontext() as pool: record.score(executor=pool)
+    took, busy, kids = time.perf_counter() - start, time.process_time() - busy, resource.getrusage(resource.RUSAGE_CHILDREN)
+    states = (folder / 'record/_running/train-0.pq').read_bytes()
+    return dict(took=took, cpu=busy, kids=kids.ru_utime + kids.ru_stime, states=len(states), crc=zlib.crc32(states), load=os.getloadavg()[0])
+def pool_0(folder, n, epochs): return by_pool(folder, n, epochs, 0)
+def pool_2(folder, n, epochs): return by_pool(folder, n, epochs, 2)
+def issues(folder, n, epochs):
+    record = XentRecord(folder / 'record')
+    return timed(lambda: record.label_issues(noise_rate=.1), repeats=1)
+
 def training(folder, n, epochs, record, fits):
     "A Learner whose dataset and model need next to nothing, for `fits` epochs."
     import fastai.callback.progress  # noqa: F401  no_bar
@@ -176,12 +212,14 @@ def child(name, a, items=None) -> dict:
 def main():
     p = argparse.ArgumentParser(description=__doc__)
     p.add_argument('--full', action='store_true', help=f'{N:,} items, {EPOCHS} epochs')
+    p.add_argument('--pool', action='store_true', help='10,000,000 items, 10 epochs, by a pool of processes')
     p.add_argument('--items', type=int)
     p.add_argument('--epochs', type=int)
     p.add_argument('--folder', type=Path)
     p.add_argument('--keep', action='store_true', help='use what an earlier run with --folder has written')
     p.add_argument('--child')
     a = p.parse_args()
+    if a.pool: a.items, a.epochs = a.items or 10**7, a.epochs or 10
     a.items, a.epochs = a.items or (N if a.full else 20_000), a.epochs or (EPOCHS if a.full else 9)
     if a.child:
         res = globals()[a.child](a.folder, a.items, a.epochs)
@@ -190,7 +228,21 @@ def main():
     with tempfile.TemporaryDirectory() as tmp:
         a.folder = a.folder or Path(tmp)
         a.folder.mkdir(parents=True, exist_ok=True)
-        table(a)
+        pool_table(a) if a.pool else table(a)
+
+def pool_table(a):
+    print(f'\n## A record of {a.items:,} items × {a.epochs} epochs\n')
+    w = child('write_rows', a)
+    print(f"An epoch: {w['epoch'] / 1e6:,.1f} MB, written in {w['took']:.1f} CPU s; largest memory of that process {w['rss'] / 1e6:,.0f} MB.\n")
+    print('| first score | seconds | CPU s of this process | of its workers | memory of this process | load |\n|---|---|---|---|---|---|', flush=True)
+    found = {}
+    for name, who in (('pool_0', 'this process'), ('pool_2', 'a pool of two')):
+        r = found[name] = child(name, a)
+        print(f"| {who} | {r['took']:.1f} | {r['cpu']:.1f} | {r['kids']:.1f} | {r['rss'] / 1e6:,.0f} MB | {r['load']:.0f} |", flush=True)
+    same = found['pool_0']['crc'] == found['pool_2']['crc']
+    print(f"\nThe states: {r['states'] / 1e6:,.0f} MB, {'the same bytes' if same else 'NOT THE SAME BYTES'}.")
+    r = child('issues', a)
+    print(f"`label_issues(noise_rate=.1)` then: {r['cpu']:.1f} CPU s, {r['rss'] / 1e6:,.0f} MB.")
 
 def table(a):
     n, mb = a.items, lambda b: f'{b / 1e6:,.1f} MB'

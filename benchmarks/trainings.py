@@ -185,11 +185,11 @@ def fit(x, y, xv, yv, model, epochs, bs, seed):
     stack = lambda es: {k: np.stack([e[k] for e in es]) for k in es[0]}
     return stack(ts), stack(vs), stack([looked_at(model, x, y)])
 
-def file_of(name, regime, kind, share, seed) -> Path:
-    return CACHE / f'{name}-{regime}-{kind}-{share:g}-{seed}.npz'
+def file_of(name, regime, kind, share, seed, run=0) -> Path:
+    return (CACHE / f'run-{run}' if run else CACHE) / f'{name}-{regime}-{kind}-{share:g}-{seed}.npz'
 
-def one(name, regime, kind, share, seed):
-    "Train once and keep the rows."
+def one(name, regime, kind, share, seed, run=0):
+    "Train once and keep the rows; another `run` has the same items and labels."
     x, truth = data(name)
     make, epochs = SETS[name][2][regime]
     key = f'{name} {kind} {share} {seed}'
@@ -203,8 +203,8 @@ def one(name, regime, kind, share, seed):
     y = noisy(truth[order], c, kind, share, rng, z)
     nv = len(order) // 5
     v, t = order[:nv], order[nv:]
-    rows = fit(x[t], y[nv:], x[v], y[:nv], lambda: make(x, c), epochs, bs, seed)
-    keep(file_of(name, regime, kind, share, seed), rows, y[nv:], truth[t], y[:nv], truth[v], c)
+    rows = fit(x[t], y[nv:], x[v], y[:nv], lambda: make(x, c), epochs, bs, seed + 1000 * run)
+    keep(file_of(name, regime, kind, share, seed, run), rows, y[nv:], truth[t], y[:nv], truth[v], c)
 
 def keep(path, rows, y, truth, yv, truth_v, c):
     "Rows and truth in one file; el2n and grand as their means."
@@ -218,7 +218,7 @@ def keep(path, rows, y, truth, yv, truth_v, c):
             else: a.pop(o, None)
         a['pred'] = np.nan_to_num(a['pred'], nan=-1).astype(np.int16)
         out.update({f'{short}_{k}': v for k, v in a.items()})
-    CACHE.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_suffix('.part.npz')
     np.savez(part, **out)
     part.replace(path)

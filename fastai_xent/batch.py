@@ -19,9 +19,9 @@ from torch.overrides import TorchFunctionMode
 
 from .cpu_kernels import FusedPass
 from .linear import Features
-from .losses import XentLoss
+from .losses import XentLoss, _version
 from .numerics import XentStats, _plain, _rows
-from .rowloss import XentSettings, xent_settings
+from .rowloss import XentSettings, own_loss, xent_settings
 
 # %% ../nbs/02b_batch.ipynb #2dbdd5bc
 class NotRecordable(Exception):
@@ -92,18 +92,18 @@ class Batch:
     def came(self) -> FusedPass|XentStats|None:
         "The statistics that came with the loss, if they did."
         if self.stats is not None: return self.stats
-        last = None if self.settings is None else _last_call(self)
+        known = self.settings is not None and self.mix is None
+        func = self.loss_func if isinstance(self.loss_func, XentLoss) else getattr(self.loss_func, 'func', None)
+        last = _last_call(func, self.pred, self.targ) if known and isinstance(func, XentLoss) else None
         if last is None: return None
         return last.stats if last.done is None else last.done
 
-def _last_call(b: Batch):
+def _last_call(func: XentLoss, pred, targ):
     "What the loss remembers of its last call, if that was for this very batch."
-    func = b.loss_func if isinstance(b.loss_func, XentLoss) else getattr(b.loss_func, 'func', None)
-    last = func._last if isinstance(func, XentLoss) and b.mix is None else None
-    if last is None: return None
-    same = last.pred.data_ptr() == b.pred.data_ptr() and last.pred.shape == b.pred.shape
-    same = same and last.targ.data_ptr() == b.targ.data_ptr() and last.targ.numel() == b.targ.numel()
-    return last if same else None
+    last = func._last
+    if last is None or last.pred.data_ptr() != pred.data_ptr() or last.pred.shape != pred.shape: return None
+    if last.targ is targ: return last
+    return last if last.targ.data_ptr() == targ.data_ptr() and last.targ.numel() == targ.numel() else None
 
 # %% ../nbs/02b_batch.ipynb #0fe78cf4
 def _one_tensor(pred) -> Tensor:
@@ -201,6 +201,9 @@ def read_batch(
         loss_func = loss_func.__self__.old_lf
     pred, targ = _one_tensor(learn.pred), _one_target(learn.yb if mix_tap is None else mix_tap.own)
     loss = getattr(learn, 'loss', None)
+    own = None if mix_tap is not None else own_loss(loss_func)
+    last = None if own is None else _last_call(own, pred, targ)
+    if last is not None and last.pred.ndim > 1: return _called_batch(last, loss_func, own, loss)
     if isinstance(pred, Features): return _features_batch(pred, targ, loss_func, loss, mix_tap)
     pred, settings = _plain(pred).detach(), xent_settings(loss_func)
     axis = _class_axis(pred, loss_func, settings)
@@ -212,6 +215,19 @@ def read_batch(
         batch.mix = (_plain(other[0]).view(batch.targ.shape), lam.to(pred.device))
     if batch.targ.is_floating_point() or settings is not None and settings.log_probs:
         _look_at_sums(batch)
+    return batch
+
+def _called_batch(last, loss_func, func, loss) -> Batch:
+    "The batch of a call of our own loss, which has looked at shapes and settings already."
+    ignore_index, eps, axis = last.settings
+    batch = Batch(last.pred, last.targ, loss_func, axis, loss=loss)
+    weight = None if last.weight is None else func.weight
+    batch.settings = XentSettings(axis, weight, ignore_index, eps, func.reduction)
+    batch.came = last.stats if last.done is None else last.done
+    if batch.came is None and last.versions[0] != _version(last.pred):
+        raise NotRecordable("the logits were changed in place after the loss was called, by a callback perhaps; "
+                            "let it change a copy")
+    if last.targ.is_floating_point(): _look_at_sums(batch)
     return batch
 
 def _features_batch(pred, targ, loss_func, loss, mix_tap):

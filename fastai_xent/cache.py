@@ -11,6 +11,7 @@ __all__ = ['LABELS', 'Segment', 'StateCache']
 import io
 import json
 import warnings
+from concurrent.futures import Executor
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,6 +19,7 @@ from fastcore.basics import patch
 
 from .bars import Bar
 from .dynamics import SCORES, Label, Likely, Reducer, _share_state, register_score, row_weight
+from .dense import Worst
 from .epochs import Epochs
 from .issues import LabelDoubt
 from .parquet import ROWS
@@ -25,6 +27,7 @@ from .running import BrokenScore, NoStates, States, by_key, fold
 
 # %% ../nbs/05c_cache.ipynb #1c8e4ff4
 register_score('label_doubt', LabelDoubt())
+register_score('worst', Worst())
 LABELS = (Label(), Likely()) # The label of each item, and the class that the model saw in it
 
 @dataclass(frozen=True)
@@ -34,16 +37,19 @@ class Segment:
     k: int      # Number of the list
     n: int      # Number of items
     found: dict # The epochs, as `Epochs.found` has them
+    executor: Executor|None = None # Who reads them; None: this process
 
 # %% ../nbs/05c_cache.ipynb #9c043d11
-def _walk(epochs, seg):
-    "The function that `fold` reads a segment's rows by."
-    def walk(lo, hi, columns, first):
+@dataclass(frozen=True)
+class _Walk:
+    "What `fold` reads a segment's rows by, here or in another process."
+    epochs: Epochs
+    found: dict
+    def __call__(self, lo, hi, columns, first):
         names = list(dict.fromkeys(['item', 'lam', 'occurrence', *columns]))
-        for t in epochs.rows(dict([*seg.found.items()][first:]), lo, hi, names):
+        for t in self.epochs.rows(dict([*self.found.items()][first:]), lo, hi, names):
             cols = {o: c.to_numpy() for o, c in zip(names, t.columns)}
             yield dict(cols, weight=row_weight(cols['lam'].astype(np.float64), cols['occurrence']))
-    return walk
 
 class StateCache:
     "The running states of a record's scores."
@@ -74,9 +80,15 @@ class StateCache:
             return *values[:2], dict(zip(names, values[2:]))
         return self._in_step(read)
 
-    def state(self, reducer: Reducer, seg: Segment) -> dict: # array's name → array `n`
-        "The whole state of one reducer."
-        return self._in_step(lambda anew: dict(self._states_of([reducer], seg, anew)[reducer.key]))
+    def states(self,
+        reducers: list, # Of `Reducer`
+        seg: Segment,
+    ) -> list: # For each reducer a dict: array's name → array `n`
+        "The whole states of some reducers. They are looked up once."
+        def read(anew):
+            states = self._states_of(reducers, seg, anew)
+            return [dict(states[r.key]) for r in reducers]
+        return self._in_step(read)
 
     def update(self, seg: Segment) -> None:
         "Fold in the epochs since the last time, and keep the states beside the epochs, or raise."
@@ -117,7 +129,7 @@ def _marks(self: StateCache, seg): return json.loads(json.dumps(self.epochs.mark
 @patch
 def _fold(self: StateCache, sink, seg, marks, reducers, old):
     with Bar(f'folding the epochs of {seg.split}') as bar:
-        fold(sink, seg.n, reducers, marks, _walk(self.epochs, seg), old, bar=bar)
+        fold(sink, seg.n, reducers, marks, _Walk(self.epochs, seg.found), old, bar=bar, executor=seg.executor)
 
 @patch
 def _name(self: StateCache, seg):

@@ -10,9 +10,10 @@ __all__ = ['FORMAT', 'Layout', 'layout_of', 'Compact', 'Epochs']
 # %% ../nbs/05b_epochs.ipynb #c6fb2156
 import json
 import re
+from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import reduce
+from functools import partial, reduce
 from operator import or_
 from pathlib import Path
 
@@ -24,6 +25,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 from .bars import Bar
+from .chunks import in_order
 from .files import Place
 from .parquet import ALL, GROUP, KEY, ROWS, naming, read_items, with_key, write_rows
 
@@ -40,6 +42,7 @@ class Layout:
     compact: str = 'rows/{split}/compact-{number}.parquet'
     maps: str = '_maps/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     probs: str = '_probs/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
+    parts: str = '_parts/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
     sent: str = '_sent.json'
     reviews: str = '_reviews/{number}.jsonl'
     features: str = '_features/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
@@ -91,7 +94,7 @@ class Epochs:
             if m: yield name, m
 
     def parts(self,
-        kind: str = 'rows', # Or 'maps', 'probs' or 'features'
+        kind: str = 'rows', # Or 'maps', 'probs', 'features' or 'parts'
         names: list|None = None, # Of all files, if known
     ) -> dict: # (fit, split, epoch) → names of files, by rank
         "The files that hold one epoch each."
@@ -197,10 +200,13 @@ def sources(self: Epochs, found: dict) -> list: # Of texts in SQL, or Arrow data
         res.append(self._select([name]) + some)
     return res or self.scan({})
 
+_NEW_COLUMNS = "select null::float worst where false" # older files do not have them
+
 @patch
 def _select(self: Epochs, names) -> str:
     quoted = ', '.join("'" + self.place.at(o).replace("'", "''") + "'" for o in names)
-    return f"select {', '.join(ALL.names)} from read_parquet([{quoted}], hive_partitioning = false)"
+    read = f"from read_parquet([{quoted}], hive_partitioning = false, union_by_name = true)"
+    return f"select {', '.join(ALL.names)} from ({read} union all by name {_NEW_COLUMNS})"
 
 @patch
 def _dataset(self: Epochs, names: list):
@@ -237,25 +243,29 @@ _AT_ONCE = 2**20 # Rows, or a little more
 def pack(self: Epochs,
     split: str,
     n: int, # Number of items
+    executor: Executor|None = None, # Who reads them; None: this process
 ) -> None:
     "Put all epochs of a split into one file."
     found, before = {k: o for k, o in self.found().items() if k[1] == split}, self.compact().get(split)
     if any(not isinstance(o, Compact) for o in found.values()):
         name = self.layout.compact.format(split=split, number=1 + (before.number if before else 0))
         with Bar(f'compacting {split}') as bar:
-            self.place.write(name, lambda f: write_rows(f, self._packed(found, n, bar), epochs=self.marks(found)))
+            tables = self._packed(found, n, bar, executor)
+            self.place.write(name, lambda f: write_rows(f, tables, epochs=self.marks(found)))
     self._drop_packed(split)
 
 @patch
-def _packed(self: Epochs, found, n, bar): # Tables
+def _packed(self: Epochs, found, n, bar, executor): # Tables
     "The rows of these epochs, item by item."
     step = max(1, _AT_ONCE // len(found))
     bar.total = -(-n // step)
-    for lo in range(0, n, step):
-        rows = self.rows(found, lo, min(lo + step, n), ROWS.names)
-        t = _merge([*(with_key(t, k) for k, t in zip(found, rows)), ALL.empty_table()])
+    for t in in_order(partial(_side_by_side, self, found, step), range(0, n, step), executor, bar, ahead=8):
         for at in range(0, len(t), GROUP): yield t.slice(at, GROUP)
-        bar()
+
+def _side_by_side(epochs, found, step, lo) -> pa.Table:
+    "The rows of `step` items in all of these epochs, sorted by item."
+    rows = epochs.rows(found, lo, lo + step, ROWS.names)
+    return _merge([*(with_key(t, k) for k, t in zip(found, rows)), ALL.empty_table()])
 
 @patch
 def _drop_packed(self: Epochs, split):

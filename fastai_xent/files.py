@@ -15,6 +15,7 @@ import threading
 import uuid
 import zlib
 from pathlib import Path
+from pickle import PicklingError
 
 import fsspec
 import portalocker
@@ -25,7 +26,13 @@ from fsspec.implementations.local import LocalFileSystem
 from fsspec.implementations.memory import MemoryFileSystem
 
 # %% ../nbs/05_files.ipynb #af89d452
-class _Memory(MemoryFileSystem):
+class _Shared(MemoryFileSystem):
+    "Files in memory. Each reader has a place of its own in a file: fsspec's own readers move each other's."
+    def _open(self, path, mode='rb', **kw):
+        f = super()._open(path, mode, **kw)
+        return io.BytesIO(f.getvalue()) if mode == 'rb' else f
+
+class _Memory(_Shared):
     "Files in memory that belong to one record: fsspec's own are shared by all of a process, and by its threads."
     cachable = False                                      # or every call would give the same object
     def __init__(self):
@@ -39,9 +46,10 @@ def _file_system(path: str|Path|None) -> tuple: # file system, root
     return LocalFileSystem(), str(path.absolute())
 
 def _store(url: str) -> tuple:
-    try: return fsspec.core.url_to_fs(url)
+    try: fs, root = fsspec.core.url_to_fs(url)
     except (ImportError, ValueError) as e:
         raise type(e)(f"{url} cannot be reached: {e}") from e
+    return (_Shared() if type(fs) is MemoryFileSystem else fs), root
 
 def _check_utf8(path: str|Path|None):
     "Arrow and DuckDB read no other names. Relative paths have the directory they lie in."
@@ -62,6 +70,11 @@ class Place:
         self.local = isinstance(self.fs, LocalFileSystem)
 
     def __repr__(self): return 'in memory' if self.path is None else str(self.path)
+    def __getstate__(self):
+        "For another process, which cannot see into the memory of this one."
+        if not isinstance(self.fs, MemoryFileSystem): return vars(self)
+        raise PicklingError(f"the record {self} lies in the memory of this process, and no other can read it; write it "
+                            "to a path, or use a `ThreadPoolExecutor`, whose workers live in this process")
     def at(self, name: str = '') -> str: return f'{self.root}/{name}' if name else self.root
     def exists(self, name: str) -> bool: return self.fs.exists(self.at(name))
     def read(self, name: str) -> bytes: return self.fs.cat_file(self.at(name))

@@ -9,12 +9,15 @@ __all__ = ['LabelIssues', 'label_issues']
 
 # %% ../nbs/05d_label_issues.ipynb #0c1696c2
 import warnings
+from concurrent.futures import Executor
+from functools import partial
 from html import escape
 
 import numpy as np
 import pandas as pd
 
-from .bars import over
+from .bars import Bar
+from .chunks import in_order
 from .dynamics import Label, row_weight
 from .issues import LabelDoubt, gap_confidence, noise_rate, p_wrong, plateau
 from .verdict import Reviewed, Ruler, chances, draw, precision_interval, rate_interval, reached, ruler, told
@@ -27,20 +30,20 @@ def _plain(t: dict) -> np.ndarray:
     lam, known = t['lam'].astype(float), ~np.isnan(t['targ'].astype(float))
     return known & np.isnan(lam) & (row_weight(lam, t['occurrence']) > 0)
 
-def _doubts(record, seg, n_classes) -> tuple: # State of `LabelDoubt`; last labels; epoch → three numbers
-    """What a split's rows say of its labels.
+def _said(epochs, n_classes, epoch) -> tuple|None: # Rate of the plateau, share of agreement, mean confidence
+    "What one epoch says of a split's labels; None if none of its rows has one."
+    key, found = epoch
+    t = {o: c.to_numpy() for o, c in zip(_READ, epochs.read({key: found}, _READ).columns)}
+    plain = _plain(t)
+    if not plain.any(): return None
+    gap, confidence = gap_confidence(t['margin'][plain], t['p_targ'][plain])
+    return plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean()), float(confidence.mean())
 
-    Of each epoch the rate of the plateau, the share of agreement and the mean confidence."""
-    targ, = record._cache.values([Label()], seg)
-    epochs = {}
-    for k, found in over(list(seg.found.items()), f'reading the epochs of {seg.split}'):
-        t = {o: c.to_numpy() for o, c in zip(_READ, record._epochs.read({k: found}, _READ).columns)}
-        plain = _plain(t)
-        if not plain.any(): continue
-        gap, confidence = gap_confidence(t['margin'][plain], t['p_targ'][plain])
-        rate, agree = plateau(confidence, gap > 0, n_classes)[0], float((gap <= 0).mean())
-        epochs[k[2]] = rate, agree, float(confidence.mean())
-    return record._cache.state(LabelDoubt(), seg), np.nan_to_num(targ, nan=-1).astype(int), epochs
+def _by_epoch(record, seg, n_classes) -> dict: # epoch → three numbers
+    "What each epoch says of a split's labels."
+    with Bar(f'reading the epochs of {seg.split}', len(seg.found)) as bar:
+        said = in_order(partial(_said, record._epochs, n_classes), seg.found.items(), seg.executor, bar)
+        return {key[2]: o for o, key in zip(said, seg.found) if o is not None}
 
 # %% ../nbs/05d_label_issues.ipynb #235ae3aa
 def _n_classes(record) -> int:
@@ -52,22 +55,25 @@ def _ruler(state, n_classes) -> Ruler:
     mean = lambda o: LabelDoubt().mean(state, o)
     return ruler(mean('confidence'), mean('gap'), n_classes)
 
-def _rates(record, split, own, n_classes) -> dict: # noise_rate and its bounds, and what they rest on
-    "The noise rate of a split, of which `own` are the doubts."
-    valid = record._segment('valid') if 'valid' in record.splits else None
-    ruled, it = split == 'valid' or (valid is not None and bool(valid.found)), _ruler(own[0], n_classes)
+def _rates(record, seg, state, n_classes) -> dict: # noise_rate and its bounds, and what they rest on
+    "The noise rate of a split, of which `state` are the doubts."
+    valid = record._segment('valid', executor=seg.executor) if 'valid' in record.splits else None
+    ruled, it = seg.split == 'valid' or (valid is not None and bool(valid.found)), _ruler(state, n_classes)
     disagreement, excess, r = it.disagreement, 0., it
     if not ruled:
         warnings.warn("this record has no rows of 'valid' to measure the noise rate by; what train's own rows give is "
                       "a lower bound. Give `noise_rate=` if you know it", stacklevel=4)
-        disagreement = max(1 - agree for _, agree, _ in own[2].values())
-    elif split != 'valid':
-        state, _, v_epochs = _doubts(record, valid, n_classes)
-        r = _ruler(state, n_classes)
-        if split == 'train': excess = noise_rate((r.level, r.sd), own[2], v_epochs)[2]
+        disagreement = max(1 - agree for _, agree, _ in _by_epoch(record, seg, n_classes).values())
+    elif seg.split != 'valid':
+        r = _ruler(record._cache.states([LabelDoubt()], valid)[0], n_classes)
+        if seg.split == 'train': excess = _excess(record, seg, valid, r, n_classes)
     rate, low, high = rate_interval(r, disagreement, excess)
     return dict(noise_rate=rate, noise_rate_low=low, noise_rate_high=high, excess_over_valid=excess,
                 reached=reached(r) if r.n else 0., n_valid=r.n)
+
+def _excess(record, seg, valid, r, n_classes) -> float:
+    "How far the noise rate of train lies above that of valid."
+    return noise_rate((r.level, r.sd), *(_by_epoch(record, o, n_classes) for o in (seg, valid)))[2]
 
 def _told_rate(rate) -> dict:
     "A rate that is known."
@@ -172,23 +178,24 @@ def label_issues(record,
     only_issues: bool = False, # Leave the other items out?
     cautious: bool = True, # At the lower bound? False: at the noise rate itself, so by `p_wrong`
     reviewed: pd.DataFrame|None = None, # What a person found: item or name; decision (and label) or wrong
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> LabelIssues: # Columns item, name, source, targ, likely, score, p_wrong, is_issue
     "Which labels are wrong? All items, the most suspect first; `attrs` has the verdict."
-    seg = record._segment(split, segment)
+    seg = record._segment(split, segment, executor)
     _checked(seg, noise_rate)
-    c = _n_classes(record)
-    state, targ, _ = doubts = _doubts(record, seg, c)
+    state, label = record._cache.states([LabelDoubt(), Label()], seg)
+    targ = np.nan_to_num(Label().finalize(label), nan=-1).astype(int)
     if doubted := record._told_ledger(split):
         warnings.warn(f"the losses of the rows do not add up to the Learner's ({doubted}): if rows were mixed "
                       "or targets exchanged unseen, they were trained on other labels; "
                       "`record.meta['ledger']` says more", stacklevel=2)
-    if (targ < 0).all():
-        raise ValueError(f"no item of {split!r} has a label of its own in this record, expected one class an item; "
-                         "masks and sequences have one a position")
-    name = lambda cs: pd.Series([record.class_name(o) if o >= 0 else None for o in cs], dtype=object)
+    if (targ < 0).all():                                  # masks and sequences have labels at their positions
+        return record._dense_issues(split, segment, noise_rate, threshold, only_issues, cautious, reviewed)
+    name = lambda cs: record._class_names(np.where(cs < 0, np.nan, cs))
     likely = np.where(state['rival'] < 0, targ, state['rival'])
     df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))
-    found = _rates(record, split, doubts, c) if noise_rate is None else _told_rate(noise_rate)
+    if noise_rate is None: found = _rates(record, seg, state, _n_classes(record))
+    else: found = _told_rate(noise_rate)
     found['reviewed'] = []
     score = LabelDoubt().finalize(state)
     if reviewed is None: p, issue, precision = _verdict(score, found, threshold, cautious)

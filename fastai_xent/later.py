@@ -19,6 +19,7 @@ LATER = dict( # class → module → names of functions
               'plot_two_runs plot_training_time plot_features',
         show='show_top show_items show_history',
         report='report',
+        dense_issues='where _dense_issues',
         features='features neighbours duplicates outliers',
         influences='influences',
     ),

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from .asking import Asked
 from .batch import Batch
+from .cpu_kernels import FusedPass
 
 # %% ../nbs/02c_ledger.ipynb #5bf24b2c
 def _number(x: Tensor) -> float: return x.item()      # on a CPU, where nobody waits for it
@@ -47,8 +48,7 @@ class Scalars:
         return res
 
 # %% ../nbs/02c_ledger.ipynb #2f38f8fa
-def _reduction(batch, asked) -> str|None:
-    if batch.settings is not None: return batch.settings.reduction
+def _asked_reduction(batch, asked) -> str|None:
     if batch.mix is None: return asked.reduction
     return getattr(batch.loss_func, 'reduction', 'mean')  # fastai reduces what it has mixed
 
@@ -61,13 +61,14 @@ def divisor(
     asked: Asked|None = None, # If the loss is no known cross-entropy
 ) -> float|Tensor|None: # nan: the number of rows that count, which is known in the end; None: not known
     "What the sum of the rows' losses is to be divided by to be the batch's loss."
-    s, reduction = batch.settings, _reduction(batch, asked)
+    s = batch.settings
+    reduction = s.reduction if s is not None else _asked_reduction(batch, asked)
     if reduction is None: return None
     if reduction == 'sum': return 1.
     soft = batch.mix is not None or batch.targ.is_floating_point()
     if reduction == 'none' or s is None or soft: return float(_positions(batch))
     if s.weight is None: return math.nan
-    if hasattr(batch.came, 'total'): return batch.came.total
+    if type(batch.came) is FusedPass: return batch.came.divisor
     y = batch.targ.long()
     ok = (y >= 0) & (y < batch.n_classes) & (y != s.ignore_index)
     return (s.weight.to(y.device)[y * ok] * ok).sum()
@@ -139,7 +140,7 @@ class Ledger:
     "The loss of each batch of a pass, and what its rows are to be divided by."
     def __init__(self):
         self.losses, self.divisors, self.grads = Scalars(), Scalars(), Scalars()
-        self.at, self.all, self.eps, self.grads_at = [], [], 0., []
+        self.at, self.all, self.types, self.grads_at = [], [], set(), []
 
     def add(self,
         k: int, # Which of the recorded batches
@@ -152,10 +153,10 @@ class Ledger:
         self.at.append(k)
         self.losses.add(loss.mean() if loss.ndim else loss)
         self.divisors.add(by)
-        whole = asked is not None or (batch.dense and batch.mix is not None)
+        whole = asked is not None or (batch.mix is not None and batch.dense)
         self.all.append(_positions(batch) if whole else 0)
-        types = [loss.dtype] if asked is None else [loss.dtype, batch.pred.dtype]
-        self.eps = max(self.eps, *(torch.finfo(o).eps for o in types))
+        self.types.add(loss.dtype)
+        if asked is not None: self.types.add(batch.pred.dtype)
 
     def add_grad(self,
         k: int, # Which of the recorded batches
@@ -180,7 +181,7 @@ class Ledger:
         by, alike = self.divisors.numpy(), np.array(self.all)
         by = np.where(np.isnan(by), count, by)
         ok = (by != 0) & ((alike == 0) | (alike == count))
-        rtol = max(1e-4, 4 * self.eps)
+        rtol = max(1e-4, *(4 * torch.finfo(o).eps for o in self.types))
         grads = None if not self.grads_at else self._grads()[ok]
         return Balance(np.array(numbers)[self.at][ok], self.losses.numpy()[ok], total[ok] / by[ok], rtol,
                        grads, np.array(sizes)[self.at][ok])

@@ -32,7 +32,8 @@ def _chunk_xent(z, y, weight, eps, scale):
     if not eps and usable(z):
         done = fused_pass(z, y, weight, _NO_LABEL, want_grad=scale is not None, scale=scale)
         if done is not None: return done.stats(y.shape), done.grad
-    r, klass = _versus_rest(z, y, 1), _argmax(z, 1)
+    klass = _argmax(z, 1)
+    r = _versus_rest(z, y, 1, None if eps else z)     # without smoothing the logits have done their work
     d, el2n, g = r.d.squeeze(1), _rest_norm(r, 1), None
     w = torch.ones_like(d) if weight is None else weight[y]
     if eps:
@@ -41,7 +42,7 @@ def _chunk_xent(z, y, weight, eps, scale):
         loss, norm = _soft_loss(z, t, 1), torch.linalg.vector_norm(g, dim=1)
         g = None if scale is None else g.mul_(scale.unsqueeze(1))
     else: loss, norm = w * _rest_loss(d), w.abs() * el2n
-    entropy = _rest_entropy(r, 1, room=z)             # the logits have done their work
+    entropy = _rest_entropy(r, 1)
     if not eps and scale is not None:
         g, length = _rest_grad(r, y, 1)
         g.mul_(length * (w * scale).unsqueeze(1))

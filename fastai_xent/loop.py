@@ -16,6 +16,7 @@ from torch import nn
 
 from .items import items_frame
 from .batch import Batch
+from .dense import Parts
 from .rowloss import xent_settings
 from .rows import RowBuffer
 
@@ -47,10 +48,12 @@ class Pass:
         items: pd.DataFrame, # As from `items_of`
         loss_func=None, # The loss of the training; None: cross-entropy
         repeats: bool = False, # May an item come more than once?
+        parts: bool = True, # Of masks and sequences, keep the parts of every item?
     ):
         self.split, self.epoch, self.items, self.repeats = split, epoch, items, repeats
         self.loss_func = nn.CrossEntropyLoss() if loss_func is None else loss_func
-        self.rows, self.at, self.n_classes = RowBuffer(len(items)), [], None
+        self.parts = Parts() if parts else None
+        self.rows, self.at, self.n_classes = RowBuffer(len(items), self.parts), [], None
 
     def add(self, item, pred: torch.Tensor, targ: torch.Tensor, step: int = -1) -> None:
         "Take a batch."

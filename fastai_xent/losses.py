@@ -23,14 +23,14 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .backward import FusedLoss, _rows_loss, _version
-from .cpu_kernels import fused_pass, in_memory, traced
+from .cpu_kernels import fused_pass, in_memory, is_large, traced
 from .numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
     _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _wide, _wide_dtype, xent_stats)
 from .weights import _some, in_order, named_weights
 
 # %% ../nbs/01_losses.ipynb #9f527e19
-WAY = os.environ.get('XENT_WAY') # None, the fastest; 'torch', torch's own kernels; or 'triton'
+WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; 'numba'; or 'triton'
 
 def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
     "Who computes this batch?"
@@ -38,7 +38,8 @@ def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
     if WAY == 'triton' or pred.is_cuda:
         from fastai_xent import gpu_kernels
         return 'triton' if gpu_kernels.usable(pred, WAY == 'triton') else 'torch'
-    return 'fused' if not label_smoothing and in_memory(pred) else 'torch'
+    if label_smoothing or not in_memory(pred): return 'torch'
+    return 'fused' if WAY == 'numba' or is_large(pred) else 'torch'
 
 # %% ../nbs/01_losses.ipynb #89ebc440
 class _Call:
@@ -151,7 +152,7 @@ def _by_torch(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor:
     ignore_index, eps, axis = call.settings
     call.watch()
     z, c = _wide(pred), pred.shape[axis]
-    if z.ndim > 1: z = z.movedim(axis, 1)
+    if axis > 1: z = z.movedim(axis, 1)
     kw = dict(weight=call.weight, ignore_index=ignore_index, label_smoothing=eps)
     if y.is_floating_point(): return _of_probs(z, y, axis, reduction, kw)
     bad = None
@@ -172,12 +173,12 @@ def _by_torch(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor:
 
 def _mean_by_torch(z, y, kw: dict) -> Tensor:
     "The mean of `F.cross_entropy`, but 0 if no row counts."
-    counts = lambda: _counts(y, kw['weight'], kw['ignore_index'])
-    mean = lambda: _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts(), 'mean')
-    if y.device.type != 'cpu' or traced(z):
-        return mean()  # to look at the loss is to wait for it
-    loss = F.cross_entropy(z, y, **kw)
-    return loss if math.isfinite(loss.item()) or counts().any() else mean()
+    if y.is_cpu and not traced(z):                    # elsewhere, to look at the loss is to wait for it
+        loss = F.cross_entropy(z, y, **kw)
+        if math.isfinite(loss.item()): return loss
+    counts = _counts(y, kw['weight'], kw['ignore_index'])
+    if y.is_cpu and not traced(z) and counts.any(): return loss
+    return _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts, 'mean')
 
 def _of_probs(z, targ, axis: int, reduction: str, kw: dict) -> Tensor:
     "Loss of probabilities as targets; 0 if there are none."

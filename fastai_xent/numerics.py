@@ -30,19 +30,21 @@ class _Rest(NamedTuple):
     "A row of logits seen from its label `y`: the label against the rest."
     e: Tensor      # exp(z_j − m) for the other classes, 0 at the label; n c d…
     S: Tensor      # sum of `e`: at least 1, 0 where there is no other class; n 1 d…
+    X: Tensor      # sum of e ln e; n 1 d…
     margin: Tensor # z_y − m; n 1 d…
     d: Tensor      # log-odds of the label, margin − ln S; n 1 d…
 
-def _versus_rest(z: Tensor, y: Tensor, axis: int) -> _Rest:
-    "Compare the label's logit with the others; `z` is float32 or float64, `y` holds classes."
+def _versus_rest(z: Tensor, y: Tensor, axis: int, room: Tensor|None = None) -> _Rest:
+    "Compare the label's logit with the others; `z` is float32 or float64, `y` holds classes. `room` may be `z`."
     y = y.unsqueeze(axis)
-    e = z.scatter(axis, y, -math.inf)
-    m = e.amax(axis, keepdim=True)
+    x = z.scatter(axis, y, -math.inf)
+    m = x.amax(axis, keepdim=True)
     margin = z.gather(axis, y) - m
     least = torch.finfo(z.dtype).min              # −inf − −inf would be nan
-    e.sub_(m.clamp_min(least)).mul_(_LOG2E).exp2_()
-    S = e.sum(axis, keepdim=True)
-    return _Rest(e, S, margin, margin - S.log())
+    x.sub_(m.clamp_min(least)).mul_(_LOG2E)
+    e = torch.exp2(x.clamp_min_(-2000), out=room) # 0, and 0 · −inf would be nan
+    S, X = e.sum(axis, keepdim=True), x.mul_(e).sum(axis, keepdim=True) / _LOG2E
+    return _Rest(e, S, X, margin, margin - S.log())
 
 def _positive(S: Tensor) -> Tensor:
     "`S`, but not 0, to divide by."
@@ -62,12 +64,12 @@ def _rest_grad(r: _Rest, y: Tensor, axis: int) -> tuple:
     S = _positive(r.S)
     return r.e.scatter_(axis, y.unsqueeze(axis), -S), torch.sigmoid(-r.d) / S
 
-def _rest_entropy(r: _Rest, axis: int, room: Tensor|None = None) -> Tensor:
-    """−Σ p ln p, n d…; `room` may be written over.
+def _rest_entropy(r: _Rest, axis: int) -> Tensor:
+    """−Σ p ln p, n d…
 
     The part of label or rest is softplus(−a) + a σ(−a) with a = |d|."""
     a, S = r.d.abs().clamp_max(torch.finfo(r.d.dtype).max), _positive(r.S)
-    rest = S.log() + torch.special.entr(r.e, out=room).sum(axis, keepdim=True) / S
+    rest = S.log() - r.X / S
     return (_rest_loss(a) + a * torch.sigmoid(-a) + torch.sigmoid(-r.d) * rest).squeeze(axis)
 
 # %% ../nbs/00_numerics.ipynb #d30ff44c

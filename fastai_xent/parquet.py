@@ -23,9 +23,9 @@ KEY = pa.schema([('fit', pa.int32()), ('epoch', pa.int32()), ('split', pa.string
 ROWS = pa.schema([
     ('item', pa.int32()), *((o, pa.float32()) for o in FLOATS), ('pred', pa.int32()), ('targ', pa.int32()),
     ('occurrence', pa.int16()), ('n_pos', pa.int32()), ('lam', pa.float32()), ('partner', pa.int32()),
-    ('step', pa.int32()), ('entropy', pa.float32()), ('grand', pa.float32())])
+    ('step', pa.int32()), ('entropy', pa.float32()), ('grand', pa.float32()), ('worst', pa.float32())])
 ALL = pa.schema([*KEY, *ROWS])
-_SHORT = (*FLOATS, 'lam', 'entropy', 'grand')
+_SHORT = (*FLOATS, 'lam', 'entropy', 'grand', 'worst')
 
 # %% ../nbs/05a_parquet.ipynb #c703a43d
 _DIGITS = 8 # Binary digits after the leading one
@@ -69,6 +69,7 @@ def _nulls(cols: dict) -> dict: # column → mask
     unlabelled = cols['pred'] < 0
     empty = unlabelled if cols.get('n_pos') is None else cols['n_pos'] == 0
     nulls = {**{o: empty for o in (*FLOATS, 'entropy', 'grand')}, 'pred': unlabelled, 'targ': unlabelled}
+    if cols.get('worst') is not None: nulls['worst'] = np.isnan(cols['worst'])
     if cols.get('lam') is None: return nulls
     plain = np.isnan(cols['lam'])         # a mixed row without a label is trained with its partner's
     return {**nulls, 'lam': plain, 'partner': plain, 'loss': empty & plain, 'grad_norm': empty & plain}
@@ -161,7 +162,9 @@ def read_items(
         at, meta = f.schema_arrow.names.index('item'), f.metadata
         groups = [g for g in range(f.num_row_groups) if _holds(meta.row_group(g), at, lo, hi)]
         t = f.read_row_groups(groups, columns=columns, use_threads=False)
-    return between(t, lo, hi)
+    for o in columns:                                     # an older file does not have every column
+        if o not in t.column_names: t = t.append_column(o, pa.nulls(len(t), ALL.field(o).type))
+    return between(t.select(columns), lo, hi)
 
 def between(t: pa.Table, lo: int, hi: int) -> pa.Table:
     "The rows of items `lo` to `hi` of a table that is sorted by item."

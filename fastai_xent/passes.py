@@ -16,6 +16,7 @@ from fastai.callback.rnn import RNNRegularizer
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
 
+from .dense import Parts
 from .head import HeadTap
 from .taps import tap_rows
 from .numerics import XentStats
@@ -33,11 +34,13 @@ class Pass:
         *,
         layer: torch.nn.Linear|None = None, # The model's last layer, for `grand`
         keepers: list|tuple = (), # Take something more of each batch, like `KeptMaps`
+        parts: bool = True, # Of masks and sequences, keep the parts of every item?
     ):
         self.split, self.dataset, self.keepers = split, dl.dataset, keepers
         self.tap = tap_rows(dl).install()
         bs = getattr(dl, 'bs', None) or getattr(dl, 'batch_size', None) or 1
-        self.rows, self.mix, self.balance = RowBuffer(len(dl) * bs), None, None
+        self.parts, self.mix, self.balance = Parts() if parts else None, None, None
+        self.rows = RowBuffer(len(dl) * bs, self.parts)
         self.head = None if layer is None else HeadTap(layer).install()
 
     def mixed_by(self, cb) -> None:
@@ -95,9 +98,11 @@ def columns(self: Pass) -> dict: # Column → array; empty if no batch came
 @patch
 def kept(self: Pass,
     cols: dict, # From `columns`
-) -> dict: # 'maps', 'probs' and 'features', as `XentWriter.write` takes them
+) -> dict: # 'maps', 'probs', 'features' and 'parts', as `XentWriter.write` takes them
     "What the keepers have kept."
-    return {k: v for o in self.keepers for k, v in [(o.name, o.done(cols))] if v is not None}
+    kept = {o.name: o.done(cols) for o in self.keepers}
+    if self.parts is not None: kept['parts'] = self.parts.done(cols['item'], cols['padding'])
+    return {k: v for k, v in kept.items() if v is not None}
 
 # %% ../nbs/06_passes.ipynb #f76d8a8f
 class KeptMaps:

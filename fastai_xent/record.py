@@ -11,11 +11,10 @@ __all__ = ['Key', 'XentRecord', 'told_epochs', 'is_record']
 import json
 import os
 from collections import namedtuple
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Executor, ThreadPoolExecutor
 from contextlib import nullcontext
 from pathlib import Path
 
-import duckdb
 import numpy as np
 import pandas as pd
 import pyarrow as pa
@@ -23,7 +22,7 @@ import pyarrow.compute
 import pyarrow.parquet as pq
 from fastcore.basics import patch
 
-from . import export as _export, label_issues as _label_issues, shown
+from . import export as _export, label_issues as _label_issues, shown, sql as _sql
 from .cache import LABELS, Segment, StateCache
 from .dynamics import RANK_BY, SCORES, Reducer, get_score
 from .epochs import FORMAT, Compact, Epochs, layout_of
@@ -93,32 +92,9 @@ class XentRecord(metaclass=_Renamed):
         return {'precision': 'full', 'classes': None, **meta} # format 1 knows no other precision
 
     __repr__, _repr_html_ = shown.told, shown.drawn
-    label_issues = _label_issues.label_issues
+    label_issues, sql = _label_issues.label_issues, _sql.sql
     probs, export = _export.probs, _export.export
     to_cleanlab, to_cartography, to_spotlight = _export.to_cleanlab, _export.to_cartography, _export.to_spotlight
-
-    @property
-    def path(self) -> str|Path|None: return self._place.path
-    @property
-    def vocab(self) -> list|None: return self.meta['vocab']
-    @property
-    def n_classes(self) -> int|None:
-        "The number of classes, as far as it is known."
-        return self.meta['classes'] or (len(self.vocab) if self.vocab else None)
-    @property
-    def splits(self) -> list: return list(self.meta['splits'])
-    @property
-    def epochs(self) -> list: # Of (fit, split, epoch)
-        "The recorded passes, in the order of training."
-        return [Key(*k) for k in self._found()]
-    @property
-    def n_epochs(self) -> int:
-        "One more than the last epoch's number."
-        return 1 + max((epoch for _, _, epoch in self._epochs.found()), default=-1)
-    @property
-    def n_fits(self) -> int:
-        "One more than the last fit's number."
-        return 1 + max((fit for fit, _, _ in self._epochs.found()), default=-1)
 
     def __getstate__(self):
         files = {} if self.path is not None else {o: self._place.read(o) for o in self._place.files()}
@@ -128,6 +104,30 @@ class XentRecord(metaclass=_Renamed):
         for name, data in state['files'].items(): place.write(name, lambda f: f.write(data))
         self._use(place)
         self.meta = state['meta']
+
+# %% ../nbs/05g_record.ipynb #7c395d2b
+@patch(as_prop=True)
+def path(self: XentRecord) -> str|Path|None: return self._place.path
+@patch(as_prop=True)
+def vocab(self: XentRecord) -> list|None: return self.meta['vocab']
+@patch(as_prop=True)
+def n_classes(self: XentRecord) -> int|None:
+    "The number of classes, as far as it is known."
+    return self.meta['classes'] or (len(self.vocab) if self.vocab else None)
+@patch(as_prop=True)
+def splits(self: XentRecord) -> list: return list(self.meta['splits'])
+@patch(as_prop=True)
+def epochs(self: XentRecord) -> list: # Of (fit, split, epoch)
+    "The recorded passes, in the order of training."
+    return [Key(*k) for k in self._found()]
+@patch(as_prop=True)
+def n_epochs(self: XentRecord) -> int:
+    "One more than the last epoch's number."
+    return 1 + max((epoch for _, _, epoch in self._epochs.found()), default=-1)
+@patch(as_prop=True)
+def n_fits(self: XentRecord) -> int:
+    "One more than the last fit's number."
+    return 1 + max((fit for fit, _, _ in self._epochs.found()), default=-1)
 
 # %% ../nbs/05g_record.ipynb #465d734d
 @patch
@@ -190,11 +190,11 @@ def _list_at(self: XentRecord, split, epoch) -> int:
     return [k for start, k in self._of_split(split)['starts'] if start <= epoch][-1]
 
 @patch
-def _segment(self: XentRecord, split, segment=-1) -> Segment:
+def _segment(self: XentRecord, split, segment=-1, executor=None) -> Segment:
     "A list of items and its epochs."
     k = self._list(split, segment)
     found = {o: v for o, v in self._found(split).items() if self._list_at(split, o[2]) == k}
-    return Segment(split, k, self._of_split(split)['segments'][k]['n'], found)
+    return Segment(split, k, self._of_split(split)['segments'][k]['n'], found, executor)
 
 # %% ../nbs/05g_record.ipynb #ca897238
 def _frame(t: pa.Table) -> pd.DataFrame:
@@ -293,7 +293,7 @@ def _index(self: XentRecord, i, seg) -> int:
     raise KeyError(f"{len(at)} items of {seg.split!r} are called {i!r}, expected one: "
                    f"{', '.join(map(str, at[:5]))}; give the index")
 
-_SOMETIMES = ('n_pos', 'lam', 'partner', 'step', 'entropy', 'grand')
+_SOMETIMES = ('n_pos', 'lam', 'partner', 'step', 'entropy', 'grand', 'worst')
 
 @patch
 def item(self: XentRecord,
@@ -317,78 +317,16 @@ def item(self: XentRecord,
     if (df['occurrence'] == 0).all(): idle.append('occurrence')
     return df.drop(columns=idle)
 
-# %% ../nbs/05g_record.ipynb #e51cd110
-@patch
-def sql(self: XentRecord,
-    query: str, # Of the tables `record` (rows), `items` (split, segment, item, name, source), `classes` (class, name)
-    names: bool = False, # Names instead of numbers for the classes in `record`?
-    **frames, # Data frames of your own, by the names that `query` calls them
-) -> pd.DataFrame:
-    "Ask in SQL, answered by DuckDB. Variables of Python are not seen."
-    taken = frames.keys() & _TABLES
-    if taken:
-        raise ValueError(f"{min(taken)!r} is a table of the record, expected another name for your frame; "
-                         f"taken are {', '.join(_TABLES)}")
-    with duckdb.connect() as con:
-        con.execute('set enable_progress_bar = false; set python_enable_replacements = false')
-        for name, frame in frames.items(): con.register(name, frame)
-        if 'items' in query.lower(): con.register('items', self._all_items())         # perhaps a million names
-        if names or 'classes' in query.lower(): con.register('classes', self._classes())
-        try:
-            self._view_rows(con, names)
-            return con.execute(query).df()
-        except _UNREADABLE:
-            self._epochs.try_reading(self._found())
-            raise
-
-_TABLES = ('record', 'items', 'classes')
-_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.InternalException,
-               duckdb.SerializationException)
-
-@patch
-def _view_rows(self: XentRecord, con, names):
-    parts = self._epochs.sources(self._found())
-    for j, o in enumerate(parts):
-        if not isinstance(o, str): con.register(f'_rows_{j}', o)
-    selects = [o if isinstance(o, str) else f'select * from _rows_{j}' for j, o in enumerate(parts)]
-    rows = ' union all by name '.join(selects)
-    if names:
-        rows = (f'select r.* replace (t.name as targ, p.name as pred) from ({rows}) r '
-                'left join classes t on r.targ = t.class left join classes p on r.pred = p.class')
-    con.execute(f'create view record as {rows}')
-
-# %% ../nbs/05g_record.ipynb #465d75e7
-@patch
-def _classes(self: XentRecord) -> pa.Table:
-    "The classes and their names; a class without a name is called by its number."
-    vocab = list(self.vocab or range(self.n_classes or 0))
-    if len({type(o) for o in vocab}) > 1: vocab = [str(o) for o in vocab]
-    names = pa.array(vocab, None if vocab else pa.string())
-    return pa.table({'class': pa.array(range(len(vocab)), pa.int32()), 'name': names})
-
-@patch
-def _all_items(self: XentRecord) -> pa.Table:
-    "The items of all splits and segments."
-    def told(split, k):
-        t = self._items_table(split, k)
-        where = dict(split=pa.repeat(split, len(t)), segment=pa.repeat(pa.scalar(k, pa.int32()), len(t)))
-        return pa.table([*t.columns, *where.values()], names=[*t.column_names, *where])
-    tables = [told(split, k) for split, d in self.meta['splits'].items() for k in range(len(d['segments']))]
-    if len({t.schema.field('name').type for t in tables}) > 1:    # numbers here, texts there
-        tables = [t.set_column(1, 'name', t['name'].cast(pa.string())) for t in tables]
-    if tables: return pa.concat_tables(tables, promote_options='permissive')
-    columns = dict(item=pa.int32(), name=pa.string(), source=pa.int64(), split=pa.string(), segment=pa.int32())
-    return pa.schema(list(columns.items())).empty_table()
-
 # %% ../nbs/05g_record.ipynb #807c3503
 @patch
 def score(self: XentRecord,
     by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     split: str = 'train', # 'train', 'valid', or another that was recorded
     segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> np.ndarray: # One score an item, nan where it was never seen
     "The score of every item of a split."
-    return self._cache.values([_readable(by)], self._segment(split, segment))[0]
+    return self._cache.values([_readable(by)], self._segment(split, segment, executor))[0]
 
 def _readable(by):
     "The score called `by`, whose columns a record has."
@@ -405,9 +343,11 @@ def top(self: XentRecord,
     by=RANK_BY, # A name in `SCORES`, or a `Reducer`
     split: str = 'train', # 'train', 'valid', or another that was recorded
     segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (what most predictions vote for), score
     "The items a person should look at first."
-    seg, reducer = self._segment(split, segment), _readable(by)
+    if not isinstance(k, (int, np.integer)): raise TypeError(f"k is {k!r}, expected a number of items, as `top(20)`")
+    seg, reducer = self._segment(split, segment, executor), _readable(by)
     score, targ, likely = self._cache.values([reducer, *LABELS], seg)
     if not np.isnan(likely).all(): self._check_score(reducer, score, split, segment)      # items were seen
     order = _first(-score if reducer.largest_first else score, k)
@@ -440,9 +380,10 @@ def _first(x: np.ndarray, k: int) -> np.ndarray: # Places, at most `k`
 def scores(self: XentRecord,
     split: str = 'train', # 'train', 'valid', or another that was recorded
     segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> pd.DataFrame: # Columns item, name, source, targ, likely, and a column for each score whose columns were recorded
     "Every score of every item."
-    seg = self._segment(split, segment)
+    seg = self._segment(split, segment, executor)
     targ, likely, values = self._cache.all_values(seg)
     classes = dict(targ=self._class_names(targ), likely=self._class_names(likely))
     return self.items(split, seg.k).assign(**classes, **{o: v for o, v in values.items() if not np.isnan(v).all()})
@@ -484,7 +425,10 @@ def map(self: XentRecord,
 
 # %% ../nbs/05g_record.ipynb #c2730f1f
 @patch
-def compact(self: XentRecord) -> None:
+def compact(self: XentRecord,
+    executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
+) -> None:
     "Put all epochs of a split into one file, in which the rows of an item stand together, and remove the single ones."
     with self._place.lock(alone=True) or nullcontext():
-        for split, d in self.meta['splits'].items(): self._epochs.pack(split, max(o['n'] for o in d['segments']))
+        for split, d in self.meta['splits'].items():
+            self._epochs.pack(split, max(o['n'] for o in d['segments']), executor)

@@ -76,7 +76,7 @@ class XentRecorder(Callback):
         key_fn=None, # From an item (a path, a row of a frame) to its name; default: path, row label or text
         eval_every: int = 0, # Look at train without augmentation every so many epochs, as 'train_eval'
         head: nn.Module|str|None = None, # Record `grand`, the gradient in this last layer; 'auto' finds it
-        maps=(), # Items whose numbers are kept for each position, for masks and sequences
+        maps=(), # Masks and sequences whose numbers are kept at each position; of all others a coarse map; False: none
         keep_probs: bool|str|int = False, # Of all classes? True: to 2 GB a pass; or bytes; or 'any size'
         features: bool|str|int = False, # What the last layer got, 128 bytes an item? True: in the last epoch; or 'every'
         check: bool = False, # Is it an error if the losses of a pass's rows do not add up to the Learner's?
@@ -84,7 +84,8 @@ class XentRecorder(Callback):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)
         self._resumed = bool(resume and self._writer.record.epochs)
         self.key_fn, self.eval_every, self.check = key_fn, eval_every, check
-        self.maps, self.keep_probs, self.features = set(maps), most_bytes(keep_probs), features_every(features)
+        self.maps, self.parts = set(() if isinstance(maps, bool) else maps), maps is not False
+        self.keep_probs, self.features = most_bytes(keep_probs), features_every(features)
         self.head = head if self.features is None else head or 'auto'
         self._told = set()
         self._fresh()
@@ -184,13 +185,13 @@ def __call__(self: XentRecorder, event_name):
     "Call the event's method; keep its errors and its time."
     if event_name not in _HEARD: return
     if event_name == 'before_fit': name_weights(self.learn)
-    life = self._life
+    life, in_batch = self._life, event_name in _IN_BATCH
+    if in_batch and (life.now is None or (event_name == 'before_backward' and not life.strange)): return
     if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')):
         return
     start = time.perf_counter()
     try:
-        if self.run and (event_name not in _IN_BATCH or self._hears_batch):
-            getattr(self, f'_{event_name}')()
+        if self.run and (not in_batch or self._hears_batch): getattr(self, f'_{event_name}')()
     except (NoItemIdentity, NotRecordable) as e: self._leave(life.split, e)
     except (OtherItems, RecordReplaced) as e: self._refuse(e)
     except Exception: self._stop(f'`{event_name}`')
@@ -355,8 +356,9 @@ def _listen(self: XentRecorder, split, dl) -> Pass:
     keepers = [KeptMaps(self.maps, self._tell)] if self.maps else []
     if self.keep_probs: keepers.append(KeptProbs(self.keep_probs, self._tell))
     layer = self._last_layer()
-    if layer is not None and self.features is not None: keepers.append(KeptFeatures(self.features, self._tell, self.learn.opt))
-    return Pass(split, dl, layer=layer, keepers=keepers)
+    if layer is not None and self.features is not None:
+        keepers.append(KeptFeatures(self.features, self._tell, self.learn.opt))
+    return Pass(split, dl, layer=layer, keepers=keepers, parts=self.parts)
 
 @patch
 def _last_layer(self: XentRecorder) -> nn.Linear|None:
@@ -368,14 +370,12 @@ def _last_layer(self: XentRecorder) -> nn.Linear|None:
 
 # %% ../nbs/06c_recorder.ipynb #5da56b29
 @patch
-def _before_batch(self: XentRecorder):
-    if self._life.now is not None: self._life.now.before_batch()
+def _before_batch(self: XentRecorder): self._life.now.before_batch()
 
 @patch
 def _after_loss(self: XentRecorder):
     "Take the batch's rows."
     now, learn = self._life.now, self.learn
-    if now is None: return
     batch, first = read_batch(learn, now.mix), not now.rows.at
     now.take(batch, learn.iter, learn.train_iter if learn.training else -1)
     if first:
@@ -385,8 +385,7 @@ def _after_loss(self: XentRecorder):
 @patch
 def _before_backward(self: XentRecorder):
     "Take what the batch is trained with."
-    life, learn = self._life, self.learn
-    if life.now is not None and life.strange: life.now.take_grad(trained_loss(learn), learn.iter)
+    self._life.now.take_grad(trained_loss(self.learn), self.learn.iter)
 
 @patch
 def _tell_of_loss(self: XentRecorder, now, n_classes):

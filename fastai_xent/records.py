@@ -9,6 +9,8 @@ __all__ = ['XentRecords', 'first_items']
 
 # %% ../nbs/05j_records.ipynb #ee1ab3bf
 import warnings
+from concurrent.futures import Executor, ThreadPoolExecutor
+from functools import reduce
 from pathlib import Path
 
 import fsspec
@@ -16,8 +18,10 @@ import numpy as np
 import pandas as pd
 from fastcore.basics import patch
 
+from .cache import Segment
 from .classes import vocab_difference
 from .dynamics import RANK_BY, get_score
+from .label_issues import LabelIssues, _n_classes, label_issues as _label_issues
 from .later import with_later
 from .record import XentRecord, is_record
 
@@ -191,14 +195,23 @@ def items(self: XentRecords,
 def scores(self: XentRecords,
     by=RANK_BY, # A name in `dynamics.SCORES`, or a `Reducer`
     split: str = 'train',
+    executor: Executor|None = None, # Who reads the epochs, of all runs at once; None: this process, run by run
 ) -> pd.DataFrame: # items × runs; nan where the run has not seen the item
     "The score of every item in every run."
     self._check_split(split)
     keys = self._keys(split)
     same = self.on == 'item'                              # then no name has to be read
     index = next(iter(keys.values())) if same else pd.Index(self.items(split)[self.on], name=self.on)
-    cols = {k: pd.Series(r.score(by, split), keys[k]).reindex(index) for k, r in self.records.items()}
+    scores = zip(self.records, self._each_score(by, split, executor))
+    cols = {k: pd.Series(s, keys[k]).reindex(index) for k, s in scores}
     return pd.DataFrame(cols).rename_axis(columns='run')
+
+@patch
+def _each_score(self: XentRecords, by, split, executor) -> list: # Of arrays
+    "With an executor a thread for each run hands its chunks in, so that no worker waits for the next run."
+    ask = lambda r: r.score(by, split, executor=executor)
+    if executor is None: return [ask(r) for r in self.records.values()]
+    with ThreadPoolExecutor(min(8, len(self))) as hands: return list(hands.map(ask, self.records.values()))
 
 @patch
 def mean(self: XentRecords,
@@ -306,3 +319,70 @@ def to_df(self: XentRecords,
     df = pd.concat([r.to_df(split, epoch).assign(run=k) for k, r in self.records.items()], ignore_index=True)
     df.insert(0, 'run', pd.Categorical(df.pop('run'), categories=list(self.records)))
     return df
+
+# %% ../nbs/05j_records.ipynb #f137cc2d
+def _added(a: dict, b: dict) -> dict:
+    "The states of `LabelDoubt` of two runs as that of one."
+    sums = {o: a[o] + b[o] for o in ('weight', 'doubt', 'gap', 'confidence')}
+    same, lead = a['rival'] == b['rival'], a['votes'] - b['votes']
+    return dict(sums, rival=np.where(lead < 0, b['rival'], a['rival']), label=np.where(a['label'] < 0, b['label'], a['label']),
+                votes=np.where(same, a['votes'] + b['votes'], np.abs(lead)))
+
+def _alike(state: dict) -> dict:
+    "A state whose weights are 1 in the mean, so that all runs count alike."
+    seen = state['weight'] > 0
+    by = state['weight'][seen].mean() if seen.any() else 1.
+    return {k: v / by if v.dtype.kind == 'f' else v for k, v in state.items()}
+
+class _Together:
+    "Several runs as one record, as far as `label_issues` asks: the epochs of one after those of the other."
+    def __init__(self, runs: XentRecords):
+        self.runs, self.one = runs.records, next(iter(runs.records.values()))
+        self.splits, self.items, self.class_name = runs.splits, self.one.items, self.one.class_name
+        self.n_classes, self._cache, self._epochs = _n_classes(self.one), self, self
+
+    def _segment(self, split, segment=-1) -> Segment:
+        found, first = {}, 0
+        for r in self.runs.values():
+            seg = r._segment(split)
+            found.update({(fit, s, first + e): (r, (fit, s, e), o) for (fit, s, e), o in seg.found.items()})
+            first += r.n_epochs + 1                       # no epoch of a run follows one of another
+        return Segment(split, seg.k, seg.n, found)
+    def read(self, found, columns):
+        (r, key, o), = found.values()
+        return r._epochs.read({key: o}, columns)
+    def state(self, reducer, seg) -> dict:
+        return reduce(_added, (_alike(r._cache.state(reducer, r._segment(seg.split))) for r in self.runs.values()))
+    def values(self, reducers, seg) -> list: # Labels, which all runs must share
+        found = {k: r._cache.values(reducers, r._segment(seg.split)) for k, r in self.runs.items()}
+        (first, one), *others = found.items()
+        for k, values in others:
+            other = np.flatnonzero(~np.isnan(values[0]) & ~np.isnan(one[0]) & (values[0] != one[0]))
+            if not len(other): continue
+            i, name = other[0], self.class_name
+            raise ValueError(f"{len(other):,} of {seg.n:,} items of {seg.split!r} have other labels in run {k!r} than in "
+                             f"run {first!r}, the first is item {i}: {_told(name(values[0][i]))} and "
+                             f"{_told(name(one[0][i]))}; take runs that were trained on the same labels")
+        return [np.fmax.reduce(o) for o in zip(*found.values())]
+    def _told_ledger(self, split) -> str:
+        told = {k: r._told_ledger(split) for k, r in self.runs.items()}
+        return '; '.join(f'{k}: {o}' for k, o in told.items() if o)
+    def _dense_issues(self, split, *args):
+        raise ValueError(f"no item of {split!r} has a label of its own in these records, expected one class an item; "
+                         "ask each record alone for its masks or sequences")
+
+@patch
+def label_issues(self: XentRecords,
+    split: str = 'train',
+    noise_rate: float|None = None, # The share of wrong labels, if you know it; None: measure it on valid
+    threshold: float = .5, # An item is an issue if its label is wrong with at least this probability
+    only_issues: bool = False, # Leave the other items out?
+    cautious: bool = True, # At the lower bound? False: at the noise rate itself, so by `p_wrong`
+    reviewed: pd.DataFrame|None = None, # What a person found: item or name; decision (and label) or wrong
+) -> LabelIssues: # Columns item, name, source, targ, likely, score, p_wrong, is_issue
+    "Which labels are wrong, by all runs? All items, the most suspect first; `attrs` has the verdict."
+    self._check_split(split)
+    if self.on != 'item':
+        raise ValueError(f"these runs are told apart by {self.on!r} and may have other items each; `label_issues` needs "
+                         "runs of the same items: leave `on` out")
+    return _label_issues(_Together(self), split, -1, noise_rate, threshold, only_issues, cautious, reviewed)

@@ -14,7 +14,7 @@ from fastcore.basics import patch
 
 from .asking import Asked, _add_up_to_one
 from .batch import Batch, NotRecordable, check_sums
-from .cpu_kernels import FusedPass
+from .cpu_kernels import FusedPass, is_large
 from .ledger import Balance, Ledger
 from .losses import _version
 from .numerics import XentStats, xent_stats
@@ -80,11 +80,12 @@ class _Room:
         return {k: v[:self.n] for k, v in cols.items()}
 
 # %% ../nbs/02d_rows.ipynb #798668e6
-_WAITING = 2**20 # logits that are kept until their statistics are computed
+_HOST, _DEVICE = 2**17, 2**20 # logits that are kept until their statistics are computed
 
-def _columns(b: Batch, stats: XentStats, at: int) -> dict: # Tensors by name
+def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Tensors by name
     "The columns of a batch whose first row is row `at`."
-    cols = {}
+    cols, plain = {}, b.mix is None and not b.targ.is_floating_point()
+    if b.dense and plain and positions is not None: cols.update(positions.take(at, b.targ, stats))
     if b.mix is not None: cols.update(lam=b.mix[1], partner=b.partner + at)
     if b.dense: stats, cols['n_pos'] = per_item(stats)
     if b.dense: targ = stats.pred
@@ -92,18 +93,23 @@ def _columns(b: Batch, stats: XentStats, at: int) -> dict: # Tensors by name
     return {**cols, **stats._asdict(), 'targ': targ}
 
 def _may_wait(b: Batch) -> bool:
-    "A small batch on a device, whose statistics nobody has."
-    plain = b.settings is not None and b.axis == 1 and b.mix is None and not b.dense
-    plain = plain and not b.targ.is_floating_point()
-    return plain and not b.pred.is_cpu and b.came is None and b.pred.numel() <= _WAITING // 4
+    "A small batch, whose statistics nobody has."
+    plain = b.came is None and b.settings is not None and b.axis == 1 and b.mix is None and not b.dense
+    if not plain: return False
+    return not is_large(b.pred) if b.pred.is_cpu else b.pred.numel() <= _DEVICE // 4
 
 # %% ../nbs/02d_rows.ipynb #70fa1e32
 class RowBuffer:
     "Statistics of the rows of one pass, in order of arrival."
-    def __init__(self, capacity: int): # A first guess of the number of rows
+    def __init__(self,
+        capacity: int, # A first guess of the number of rows
+        positions=None, # Takes the statistics of every position of masks and sequences, like `dense.Parts`
+    ):
+        self.positions = positions
         self.at, self.sizes, self.steps, self.capacity = [], [], [], max(capacity, 1)
         self.room = _Room(capacity)     # rows on the host
-        self.parts, self.late = [], []  # rows on a device; logits that wait
+        self.parts = []                 # rows on a device
+        self.late, self.last = 0, None  # how many rows' logits wait; what the last ones were like
         self.asked, self.ledger, self.doubts = None, Ledger(), []
 
     @property
@@ -121,12 +127,13 @@ class RowBuffer:
     ) -> None:
         "Take a batch. A batch that comes twice is taken once."
         if self.at and self.at[-1] == i: return
-        if batch.settings is None: self._try(batch)
-        self.ledger.add(len(self.at), batch, None if batch.settings is not None else self.asked)
+        known, n = batch.settings is not None, batch.n
+        if not known: self._try(batch)
+        self.ledger.add(len(self.at), batch, None if known else self.asked)
         self.doubts += batch.doubts
-        self._take(batch, extra or {}, self.room.add(batch.n))
+        self._take(batch, extra or {}, self.room.add(n))
         self.at.append(i)
-        self.sizes.append(batch.n)
+        self.sizes.append(n)
         self.steps.append(step)
 
     def _try(self, b):
@@ -145,11 +152,15 @@ class RowBuffer:
             self.room.floats[:, to], self.room.ints[:, to] = b.came.facts, b.came.ints
             if extra: self.room.put(extra, to)
             return
-        part = {k: v.detach().clone() for k, v in extra.items()}
-        if _may_wait(b): self._wait(b, part)
-        else: part.update(_columns(b, self._stats(b), to.start))
-        if b.pred.is_cpu: self.room.put(part, to)
-        else: self.parts.append((part, to))
+        if extra: self._keep({k: v.detach().clone() for k, v in extra.items()}, to)
+        if _may_wait(b): self._wait(b, to)
+        else: self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
+
+    def _keep(self, cols, to):
+        "Put columns in their place, or leave them on their device until the pass is over."
+        on_host = all(v.is_cpu for v in cols.values())
+        if on_host: self.room.put(cols, to)
+        else: self.parts.append((cols, to))
 
     def _stats(self, b) -> XentStats:
         if b.came is not None:
@@ -160,27 +171,36 @@ class RowBuffer:
 
 # %% ../nbs/02d_rows.ipynb #26fcf177
 @patch
-def _wait(self: RowBuffer, b, part):
+def _wait(self: RowBuffer, b, to):
     "Keep a copy of the logits."
-    w = b.settings.weight
-    key = b.pred.shape[1], b.pred.dtype, b.pred.device, b.settings._replace(weight=id(w)), _version(w)
-    waiting = sum(len(y) for _, y, _ in self.late)
-    if self.late and (key != self.key or (waiting + b.n) * b.n_classes > _WAITING):
-        self._flush()
-    if not self.late:
-        self.key, self.settings = key, b.settings._replace(weight=None if w is None else w.clone())
-    self.late.append((b.pred.clone(), b.targ.clone(), part))
+    s, n = b.settings, to.stop - to.start
+    like = b.pred.shape[1], b.pred.dtype, b.pred.device, b.targ.dtype, s.ignore_index, s.label_smoothing
+    goes_on = (like, _version(s.weight), to.start) == self.last and s.weight is self.settings.weight
+    if not goes_on or self.late + n > len(self.z): self._flush()
+    if not goes_on or n > len(self.z): self._begin(b)
+    now = slice(self.late, self.late + n)
+    self.z[now], self.y[now] = b.pred, b.targ
+    self.late, self.last = now.stop, (like, _version(s.weight), to.stop)
+
+@patch
+def _begin(self: RowBuffer, b):
+    "Make room for the logits of batches like this one."
+    most, w = _HOST if b.pred.is_cpu else _DEVICE, b.settings.weight
+    n = max(b.n, min(most // b.n_classes, self.capacity))
+    self.z, self.y = b.pred.new_empty(n, b.n_classes), b.targ.new_empty(n, *b.targ.shape[1:])
+    self.settings, self.weight = b.settings, None if w is None else w.clone()
 
 @patch
 def _flush(self: RowBuffer):
     "Compute the statistics of the batches that wait."
-    late, self.late = self.late, []
-    if not late: return
-    z, y, parts = zip(*late)
-    sizes, z, y, s = [len(o) for o in y], torch.cat(z), torch.cat(y), self.settings
-    stats = xent_stats(z, y, s.weight, s.ignore_index, s.label_smoothing, s.axis)
-    for k, v in {**stats._asdict(), 'targ': y}.items():
-        for part, o in zip(parts, v.split(sizes)): part[k] = o
+    n, self.late = self.late, 0
+    if not n: return
+    z, y, s = self.z[:n], self.y[:n].clone(), self.settings
+    try: stats = xent_stats(z, y, self.weight, s.ignore_index, s.label_smoothing)
+    except IndexError as e:                               # no class, and a loss that does not mind
+        raise NotRecordable(str(e)) from None
+    targ = y.argmax(1) if y.is_floating_point() else y
+    self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[2] - n, self.last[2]))
 
 # %% ../nbs/02d_rows.ipynb #e57eed8f
 @patch

@@ -10,7 +10,10 @@ __all__ = ['NoStates', 'States', 'BrokenScore', 'by_key', 'fold']
 # %% ../nbs/04b_running.ipynb #8b12d834
 import json
 import zlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from concurrent.futures import Executor
+from dataclasses import dataclass, field
+from functools import partial
 from operator import itemgetter
 
 import numpy as np
@@ -18,6 +21,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .bars import Bar
+from .chunks import in_order
 from .dynamics import Reducer
 
 # %% ../nbs/04b_running.ipynb #4a209be5
@@ -98,19 +102,6 @@ def _already(key, r: Reducer, n, marks, old, chunk) -> int: # 0: none
     fits = old.marks == marks[:len(old.marks)] and old.knows(key, r)
     return len(old.marks) if fits else 0
 
-def _totals(key, r: Reducer, n, walk, first) -> list|None: # From epoch `first` on; None: it asks for none
-    """What `r` must know of each epoch as a whole.
-
-    Rows are added up in blocks of one size: the sums are the same bits whatever the `chunk`."""
-    if type(r).totals is Reducer.totals: return None
-    sums = []
-    for lo in range(0, n, _CHUNK):
-        for j, rows in enumerate(walk(lo, min(lo + _CHUNK, n), list(r.columns), first)):
-            t = _guarded(key, lambda: r.totals(weight=rows['weight'], **{o: rows[o] for o in r.columns}))
-            if lo: sums[j] = sums[j] + t
-            else: sums.append(t)
-    return sums
-
 # %% ../nbs/04b_running.ipynb #b897d516
 def _table(states: dict, n: int) -> pa.Table:
     "A column an array."
@@ -131,21 +122,77 @@ def _writer(sink, schema, chunk) -> pq.ParquetWriter:
         use_dictionary=[f.name for f in schema if f.name not in floats],
         column_encoding={o: 'BYTE_STREAM_SPLIT' for o in floats})
 
-# %% ../nbs/04b_running.ipynb #a3b6f02f
-def _steps(n, chunk, n_epochs, late, first) -> int:
-    "How many pieces of an epoch `fold` reads, those for the totals included."
-    pieces = lambda size, start: -(-n // size) * (n_epochs - start)
-    whole = [first[key] for key, r in late.items() if type(r).totals is not Reducer.totals]
-    return pieces(chunk, min((first[key] for key in late), default=n_epochs)) + sum(pieces(_CHUNK, o) for o in whole)
+# %% ../nbs/04b_running.ipynb #06e78223
+@dataclass
+class _Folding:
+    "What must be known to fold any chunk."
+    n: int              # Number of items
+    chunk: int          # Items of a chunk
+    reducers: dict      # key → `Reducer`
+    n_epochs: int
+    seen: dict          # key → how many epochs its state in `old` has
+    walk: Callable      # As `fold` is told
+    old: States|None
+    totals: dict = field(default_factory=dict) # key, epoch → what the reducer must know of the epoch
 
-def _counted(walk, bar, total):
+    def late(self) -> list: # Keys
+        "The states that lack an epoch."
+        return [key for key, n in self.seen.items() if n < self.n_epochs]
+    def asking(self) -> list: # Keys
+        "Those of them that must know of epochs as a whole."
+        return [key for key in self.late() if type(self.reducers[key]).totals is not Reducer.totals]
+    def start(self, keys) -> int:
+        "The first epoch that one of these states lacks."
+        return min((self.seen[key] for key in keys), default=self.n_epochs)
+
+    def rows(self, keys, lo, hi): # epoch, key, rows; `item` begins with 0
+        "The rows of items `lo` to `hi` in the epochs that these states lack."
+        if not keys: return
+        start, columns = self.start(keys), dict.fromkeys(o for key in keys for o in self.reducers[key].columns)
+        for j, rows in enumerate(self.walk(lo, hi, list(columns), start), start):
+            rows = dict(rows, item=rows['item'] - lo)
+            yield from ((j, key, rows) for key in keys if j >= self.seen[key])
+
+    def told(self, key, rows): return {o: rows[o] for o in ('weight', *self.reducers[key].columns)}
+
+def _block_totals(job: _Folding, lo: int) -> dict: # key, epoch → sums
+    "What the rows of one block of items add to the totals."
+    def of(key, rows): return _guarded(key, lambda: job.reducers[key].totals(**job.told(key, rows)))
+    return {(key, j): of(key, rows) for j, key, rows in job.rows(job.asking(), lo, min(lo + _CHUNK, job.n))}
+
+def _folded(job: _Folding, lo: int) -> pa.Table:
+    "The states of one chunk of items after all epochs."
+    hi, states = min(lo + job.chunk, job.n), {}
+    for key, r in job.reducers.items():
+        if job.seen[key]: states[key] = job.old.chunk_of(key, lo // job.chunk)
+        else: states[key] = _guarded(key, lambda: r.init(hi - lo))
+    for j, key, rows in job.rows(job.late(), lo, hi):
+        told = dict(job.told(key, rows), item=rows['item'])
+        if (key, j) in job.totals: told['totals'] = job.totals[key, j]
+        _guarded(key, lambda: job.reducers[key].update(states[key], **told))
+    return _table(states, hi - lo)
+
+# %% ../nbs/04b_running.ipynb #a3b6f02f
+def _steps(job: _Folding) -> int:
+    "How many pieces of an epoch are read, those for the totals included."
+    pieces = lambda keys, size: -(-job.n // size) * (job.n_epochs - job.start(keys))
+    return pieces(job.late(), job.chunk) + pieces(job.asking(), _CHUNK)
+
+def _counted(walk, bar):
     "The same walk, with a step of the bar for each piece."
-    bar.total = total
     def counted(*args):
         for rows in walk(*args):
             yield rows
             bar()
     return counted
+
+def _show(bar, job, executor):
+    "Let a bar show the work; what is returned is called after each chunk."
+    if executor is None:
+        bar.total, job.walk = _steps(job), _counted(job.walk, bar)
+        return None
+    bar.total = -(-job.n // job.chunk) + -(-job.n // _CHUNK) * bool(job.asking())
+    return bar
 
 # %% ../nbs/04b_running.ipynb #6882e587
 def fold(
@@ -157,41 +204,26 @@ def fold(
     old: States|None = None, # Earlier states
     chunk: int = _CHUNK, # Items that are folded at once
     bar: Bar|None = None, # Shows how far it is
+    executor: Executor|None = None, # Who folds the chunks; None: this process
 ) -> None:
     """Write the states of `reducers` after all epochs of `marks`.
 
     `walk` yields the rows, sorted by item, of epoch `first` and each later one: a dict with `item`,
     `weight` and `columns`."""
     marks = json.loads(json.dumps(marks))
-    first = {key: _already(key, r, n, marks, old, chunk) for key, r in reducers.items()}
-    late = {key: r for key, r in reducers.items() if first[key] < len(marks)}     # those that lack an epoch
-    if bar is not None: walk = _counted(walk, bar, _steps(n, chunk, len(marks), late, first))
-    totals = {key: _totals(key, r, n, walk, first[key]) for key, r in late.items()}
+    seen = {key: _already(key, r, n, marks, old, chunk) for key, r in reducers.items()}
+    job = _Folding(n, chunk, reducers, len(marks), seen, walk, old)
+    step = None if bar is None else _show(bar, job, executor)
+    by_chunk = lambda f, size: in_order(partial(f, job), range(0, n, size), executor, step)
+    for sums in by_chunk(_block_totals, _CHUNK) if job.asking() else ():
+        job.totals = {o: job.totals[o] + v if job.totals else v for o, v in sums.items()}
     shape = {key: _guarded(key, lambda: r.init(0)) for key, r in reducers.items()}
     schema = _table(shape, 0).schema
     facts = dict(n=n, chunk=chunk, marks=marks, arrays={k: list(s) for k, s in shape.items()},
                  crcs={o: [] for o in schema.names})
     with _writer(sink, schema, chunk) as out:
-        for lo in range(0, n, chunk):
-            hi = min(lo + chunk, n)
-            states = {key: old.chunk_of(key, lo // chunk) if first[key] else _guarded(key, lambda: r.init(hi - lo))
-                      for key, r in reducers.items()}
-            _fold_in(states, late, first, totals, walk, lo, hi)
-            table = _table(states, hi - lo)
+        for table in by_chunk(_folded, chunk):
             for o, c in zip(table.column_names, table.columns):
                 facts['crcs'][o].append(zlib.crc32(c.to_numpy()))
             out.write_table(table, row_group_size=chunk)
         out.add_key_value_metadata({'states': json.dumps(dict(facts=facts, crc=_crc(facts)))})
-
-def _fold_in(states, late, first, totals, walk, lo, hi):
-    "Add the epochs that the states of items `lo` to `hi` lack."
-    if not late: return
-    start = min(first[key] for key in late)
-    columns = list(dict.fromkeys(o for r in late.values() for o in r.columns))
-    for j, rows in enumerate(walk(lo, hi, columns, start), start):
-        item = rows['item'] - lo
-        for key, r in late.items():
-            if j < first[key]: continue
-            told = {o: rows[o] for o in r.columns}
-            if totals[key] is not None: told['totals'] = totals[key][j - first[key]]
-            _guarded(key, lambda: r.update(states[key], item=item, weight=rows['weight'], **told))

@@ -24,9 +24,10 @@ from fastcore.basics import getcallable
 from fasttransform import Pipeline
 from matplotlib.colors import ListedColormap
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, from_numpy
 
 from .drawing import ORANGE, shades
+from .dense import checksum, spread
 from .dynamics import RANK_BY
 from .items import item_names
 from .views import _columns, item_history, plot_history
@@ -174,7 +175,7 @@ def _caption(
     parts = [_named('labels' if pd.isna(row.targ) else row.targ, row.p_targ)]
     if _differs(row): parts.append(f"→ {_named(row.likely, row.p_likely)}")
     lines = [' '.join(parts)] if len(' '.join(parts)) <= width else [_wrap(o, width) for o in parts]
-    if 'p_wrong' in row._fields: lines.append(f"wrong: {row.p_wrong:.0%}")
+    if pd.notna(getattr(row, 'p_wrong', None)): lines.append(f"wrong: {row.p_wrong:.0%}")
     elif 'loss' in row._fields: lines.append(f"loss {row.loss:.3g}")
     elif 'score' in row._fields: lines.append(f"{row.score:.3g}")
     return '\n'.join(o for o in lines if o)
@@ -227,31 +228,45 @@ class _Panel(NamedTuple):
     caption: str
     differs: bool = False # Is the likely class another than the label?
 
-def _map_of(record, item, sample, split) -> dict|None:
-    "The kept map of an item with a mask; one that was seen without augmentation if there is one."
-    if _mask(sample.targets) is None: return None
+class _Doubt(NamedTuple):
+    at: np.ndarray # How little the model believes the mask, `h w`, from 0 to 1
+    said: str # In words
+    fits: bool # Is it of this mask, position by position? It is not if the item was augmented
+
+def _doubt_of(record, item, sample, split) -> _Doubt|None:
+    "Where an item with a mask goes wrong: by its map if one was kept, else by its parts; without augmentation if it can."
+    mask = _mask(sample.targets)
+    if mask is None: return None
     for s in ('train_eval', 'train') if split == 'train' else (split,):
-        try: return record.map(int(item), split=s)
+        try: return _from_map(record.map(int(item), split=s), mask)
         except KeyError: continue
-    return None
+    try: return _from_parts(record.where(int(item), split), _array(mask))
+    except KeyError: return None
+
+def _from_map(m, mask) -> _Doubt:
+    known = ~np.isnan(m['margin'])
+    said = f"wrong at {(m['margin'][known] < 0).sum():,} of {known.sum():,} positions"
+    return _Doubt(1 - np.nan_to_num(m['p_targ'], nan=1.), said, _fits(m, mask))
+
+def _from_parts(w, mask) -> _Doubt:
+    said = f"least sure at {w['targ']}" if w['targ'] == w['likely'] else f"labelled {w['targ']}, seen as {w['likely']}"
+    fits = w['shape'] == mask.shape and int(checksum(from_numpy(mask.astype(np.int64))[None])) == w['checksum']
+    return _Doubt(np.nan_to_num(spread(w['doubt'], w['shape'])), said, fits)
 
 def _fits(m, mask) -> bool:
     "Is this map one of this mask, position by position?"
     known, mask = ~np.isnan(m['margin']) & (m['margin'] != 0), _array(mask)
     return mask.shape == m['pred'].shape and bool(((m['pred'] == mask) == (m['margin'] > 0))[known].all())
 
-def _draw_map(ax, sample, m, fits):
-    doubt = 1 - np.nan_to_num(m['p_targ'], nan=1.)
-    if not fits: return show_image(doubt, ctx=ax, cmap=shades(), vmin=0, vmax=1)
+def _draw_doubt(ax, sample, o):
+    if not o.fits: return show_image(o.at, ctx=ax, cmap=shades(), vmin=0, vmax=1)
     for x in sample.inputs: _draw_part(x, ax)
-    ax.imshow(np.ones_like(doubt), cmap=ListedColormap([ORANGE]), alpha=.8 * doubt, interpolation='nearest')
+    ax.imshow(np.ones_like(o.at), cmap=ListedColormap([ORANGE]), alpha=.8 * o.at, interpolation='nearest')
 
-def _map_panel(sample, m) -> _Panel:
+def _doubt_panel(sample, o) -> _Panel:
     "Where an item goes wrong."
-    if m is None: return _Panel(lambda ax: ax.axis('off'), 'no map was kept')
-    known, fits = ~np.isnan(m['margin']), _fits(m, _mask(sample.targets))
-    said = f"wrong at {(m['margin'][known] < 0).sum():,} of {known.sum():,} positions"
-    return _Panel(lambda ax: _draw_map(ax, sample, m, fits), said if fits else f"{said}\n(as augmented)")
+    if o is None: return _Panel(lambda ax: ax.axis('off'), 'no map was kept')
+    return _Panel(lambda ax: _draw_doubt(ax, sample, o), o.said if o.fits else f"{o.said}\n(as augmented)")
 
 # %% ../nbs/08a_show.ipynb #b2676110
 def draw_items(
@@ -286,9 +301,9 @@ def _grid(record, items, samples, split, title, cols, size) -> plt.Figure:
 
 def _panels(record, items, samples, split, width) -> tuple: # Panels, and how many an item has
     "Each item, and beside it where it goes wrong, if that was kept of any."
-    maps = [_map_of(record, i, s, split) for i, s in zip(items['item'], samples)]
-    each = 1 + any(m is not None for m in maps)
-    found = [(_item_panel(row, s, width), _map_panel(s, m)) for row, s, m in zip(items.itertuples(), samples, maps)]
+    doubts = [_doubt_of(record, i, s, split) for i, s in zip(items['item'], samples)]
+    each = 1 + any(o is not None for o in doubts)
+    found = [(_item_panel(row, s, width), _doubt_panel(s, o)) for row, s, o in zip(items.itertuples(), samples, doubts)]
     return [o for pair in found for o in pair[:each]], each
 
 def _draw_panel(ax, panel):

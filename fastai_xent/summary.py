@@ -57,6 +57,7 @@ def verdict(
         try: issues = record.label_issues(split)
         except ValueError as e: return None, [f"No verdict on the labels of {split}: {e}."]
     said = [_sentence(str(o.message)) for o in caught if issubclass(o.category, UserWarning)]
+    if pd.isna(issues.attrs['noise_rate']): return None, [issues.attrs['verdict'], *said] # masks or sequences
     return issues, [o for o in said if o != issues.attrs['verdict']]
 
 def _sentence(text) -> str: return f"{text[:1].upper()}{text[1:]}".rstrip('.') + '.'

@@ -10,7 +10,6 @@ __all__ = ['RowTap', 'why_not', 'tap_rows']
 # %% ../nbs/03a_taps.ipynb #32148fa0
 from collections.abc import Sequence
 from copy import copy
-from inspect import getattr_static
 
 import numpy as np
 import torch
@@ -64,8 +63,9 @@ class RowTap:
         "Raise `NoItemIdentity` as soon as it is known that the rows will have no names."
         if self.error is not None:
             raise NoItemIdentity(f"listening to the loader failed: {self.error!r}") from self.error
-        if self.started and all(p.error for p in self.started):
-            raise NoItemIdentity(self.started[0].error)
+        for p in self.started or ():
+            if not p.error: return
+        if self.started: raise NoItemIdentity(self.started[0].error)
 
     def _running(self, n_batches: int):
         "The pass that gave `n_batches` batches: the only one of those started that can have."
@@ -110,10 +110,15 @@ def _is_a(o, package, name) -> bool:
     "Is this an object of a class that need not be installed?"
     return any(c.__name__ == name and c.__module__.partition('.')[0] == package for c in type(o).__mro__)
 
+def _written(kind: type, name):
+    "The method or property of a class, as it stands there; None if it has none of that name."
+    for c in kind.__mro__:
+        if name in c.__dict__: return c.__dict__[name]
+
 def _theirs(o, package, names) -> list:
     "Those of `names` that somebody else than `package` has written for `o`, or that were set on it."
     def foreign(name):
-        f = getattr_static(type(o), name, None)
+        f = _written(type(o), name)
         return f is not None and f is not getattr(object, name, None) and _author(f) != package
     own = getattr(o, '__dict__', {})
     def given(name):

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/views.html.md"""
 # %% auto #0
 __all__ = ['loss_bands', 'plot_losses', 'data_map', 'plot_data_map', 'item_history', 'plot_history', 'score_bins', 'plot_score',
            'class_pairs', 'plot_class_pairs', 'class_issues', 'plot_class_issues', 'plot_two_scores', 'plot_runs',
-           'plot_two_runs', 'training_time', 'plot_training_time', 'feature_map', 'plot_features', 'save_picture']
+           'plot_two_runs', 'training_time', 'plot_training_time', 'plot_features', 'save_picture']
 
 # %% ../nbs/08_views.ipynb #5717412b
 from itertools import cycle
@@ -24,7 +24,7 @@ from fastai_xent.drawing import (
     AGREES, BLUE, DOTS, GREEN, GREY, ORANGE, axis_of, put_circles, put_counts, put_dots, put_legend, put_title, short,
     table_size,
 )
-from .features import features, named
+from .features import feature_map
 from .dynamics import RANK_BY, Rows, get_score, row_weight
 from .issues import gap_confidence
 from .records import XentRecords, first_items
@@ -220,10 +220,17 @@ def class_pairs(
 ) -> pd.DataFrame: # Columns targ, likely, items; the most frequent first
     "How often each class was given where another is likely."
     _columns(suspects, 'targ', 'likely')
+    _refuse_order(suspects)
     d = suspects[suspects['is_issue'].astype(bool)] if 'is_issue' in suspects else suspects
     d = d[d['targ'].notna() & d['likely'].notna() & (d['targ'] != d['likely'])]
     counts = d.groupby(['targ', 'likely'], sort=False).size().rename('items').reset_index()
     return counts.sort_values('items', ascending=False, kind='stable', ignore_index=True)
+
+def _refuse_order(issues: pd.DataFrame):
+    "Refuse an order of masks or sequences, in which nothing is flagged."
+    if 'is_issue' not in issues or pd.notna(issues.attrs.get('noise_rate', 0)): return
+    raise ValueError("none of these masks or sequences is flagged before some were reviewed; "
+                     "ask `label_issues(reviewed=…)`")
 
 def _columns(df: pd.DataFrame, *names):
     "Refuse a table without the columns that are needed."
@@ -262,6 +269,7 @@ def class_issues(
 ) -> pd.DataFrame: # Columns targ, items, issues, share; the largest share first
     "How many labels of each class are issues."
     _columns(issues, 'targ', 'is_issue')
+    _refuse_order(issues)
     d = issues[issues['targ'].notna()]
     if len(d) and d['is_issue'].all():
         raise ValueError("the table holds issues alone, expected all items, to know what share of a class they are; "
@@ -399,25 +407,9 @@ def _told_time(t) -> str:
     return (f"{learned:.0%} of {rows.sum():,} rows went to items that were learned for good,\n"
             f"{wrong:.0%} to wrong predictions; {never:,} of {len(t):,} items were wrong to the end")
 
-# %% ../nbs/08_views.ipynb #08a8b582
+# %% ../nbs/08_views.ipynb #662c8c5e
 _CLASSES = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#888888'
 
-def feature_map(
-    record, # An `XentRecord`
-    split: str = 'train',
-    to_2d=None, # From rows `n k` to `n 2`, as `UMAP().fit_transform`; None: the two principal components
-) -> pd.DataFrame: # Columns x, y, name, targ, likely; indexed by item
-    "Where each item that has features lies on a plane."
-    x = features(record, split).dropna()
-    at = (_principal if to_2d is None else to_2d)(x.to_numpy())
-    return named(record, split, x).assign(x=at[:, 0], y=at[:, 1])
-
-def _principal(x) -> np.ndarray: # `n 2`
-    "The coordinates along the two directions of the largest variance."
-    x = x - x.mean(0)
-    return x @ np.linalg.eigh(x.T @ x)[1][:, :-3:-1]
-
-# %% ../nbs/08_views.ipynb #662c8c5e
 def plot_features(
     record, # An `XentRecord`
     split: str = 'train',

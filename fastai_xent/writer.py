@@ -15,6 +15,7 @@ import uuid
 import warnings
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,12 +26,11 @@ import pyarrow.parquet as pq
 import torch
 from fastcore.basics import patch
 
-from .epochs import Layout
-from .files import Place
 from .items import fingerprint as _fingerprint
 from .parquet import row_tables, write_lists, write_maps, write_rows
 from .loop import Pass, items_of
-from .record import XentRecord, told_epochs
+from .opening import opened
+from .record import XentRecord
 
 # %% ../nbs/05i_writer.ipynb #939ae323
 class RecordReplaced(RuntimeError):
@@ -45,23 +45,23 @@ class XentWriter:
         vocab: list|None = None, # For `add`: names of the classes
         loss_func=None, # For `add`: the loss of the training; None: cross-entropy
         repeats: bool = False, # For `add`: may an item come twice in a pass, as by a weighted sampler?
+        maps: bool = True, # For `add`: of masks and sequences, keep a coarse map of every item?
         resume: bool = False, # Go on with the record at `path`, if there is one?
         overwrite: bool = False, # Replace the record at `path`, if there is one?
         adopt: bool = False, # Make the stray epochs at `path` part of the record? With `resume=True`
         precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the first, or 'full'
     ):
         if resume and overwrite:
-            raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: "
-                             "give one of them")
+            raise ValueError("`resume=True` goes on with a record, `overwrite=True` replaces it: give one of them")
         if adopt and not resume:
             raise ValueError("`adopt=True` goes on with epochs that are there: give `resume=True` too")
         if precision not in ('short', 'full'):
             raise ValueError(f"precision is {precision!r}, expected 'short' or 'full'")
         if path is None: precision = 'full'
-        self._record = _opened(path, overwrite, resume or adopt, adopt, precision)
+        self._record = opened(path, overwrite, resume or adopt, adopt, precision)
         if items is None: items = {}
         self.items = items if isinstance(items, Mapping) else dict(train=items)
-        self.vocab, self.loss_func, self.repeats = vocab, loss_func, repeats
+        self.vocab, self.loss_func, self.repeats, self.maps = vocab, loss_func, repeats, maps
         self._fresh()
         if adopt: self._adopt()
 
@@ -79,7 +79,7 @@ class XentWriter:
 
     def __getstate__(self):
         self._said = None                                 # from here on there is a copy
-        own = ('_record', 'items', 'vocab', 'loss_func', 'repeats')
+        own = ('_record', 'items', 'vocab', 'loss_func', 'repeats', 'maps')
         return {k: v for k, v in self.__dict__.items() if k in own}
     def __setstate__(self, state):
         self.__dict__.update(state)
@@ -93,47 +93,20 @@ class XentWriter:
         self.wait()
         return self._record
 
-# %% ../nbs/05i_writer.ipynb #c776728c
-def _opened(path, overwrite, resume, adopt, precision) -> XentRecord:
-    "The record to go on with, or one without rows. The place is tried, and left as it was."
-    place = Place(path)
-    place.try_writing()
-    there = any(place.exists(o) for o in (Layout.meta, 'record.json'))
-    if there and resume: return XentRecord(path)
-    if there and not overwrite:
-        raise FileExistsError(f"{path} holds a record already; use another path, `resume=True` to go on "
-                              "with it, or `overwrite=True` to replace it")
-    if there:
-        old = XentRecord(path)                            # somebody else's record.json stays
-        for o in old._layout.folders(): place.remove(o)
-        return XentRecord._new(place, precision)
-    new = XentRecord._new(place, precision)
-    if not adopt: _refuse_strangers(new, path)
-    return new
-
-def _refuse_strangers(new, path):
-    "A directory with files that are no record stays as it is, with `overwrite=True` too."
-    ours = lambda o: o.rsplit('/', 1)[-1].startswith('.') or new._layout.read('reviews', o)
-    found = [o for o in new._place.files() if not ours(o)]
-    if not found: return
-    stray = told_epochs(new._epochs.parts())
-    what = f"it has {', '.join(found[:3])}{', …' if len(found) > 3 else ''}"
-    if stray:
-        what = f"it has stray epochs ({stray}); `resume=True, adopt=True` makes a record of them"
-    raise FileExistsError(f"{path} exists and is not a record of fastai_xent: {what}. "
-                          "Use a path that does not exist, or an empty directory")
-
 # %% ../nbs/05i_writer.ipynb #f6ec380d
 @patch(as_prop=True)
 def _me(self: XentWriter) -> str:
     "A name for this writer; a forked process, which has a copy of it, has another."
     return f'{self._name}-{os.getpid()}'
 
+@cache
+def _version() -> str: return version('fastai_xent')
+
 @patch
 def _save(self: XentWriter, **new) -> None:
     "Change what the record knows of itself; it holds once it is on the disk."
     meta = {**self._record.meta, **new}
-    meta.update(fastai_xent=version('fastai_xent'), id=meta.get('id') or uuid.uuid4().hex,
+    meta.update(fastai_xent=_version(), id=meta.get('id') or uuid.uuid4().hex,
                 revision=meta.get('revision', 0) + 1, writer=self._me,
                 saved=time.strftime('%Y-%m-%dT%H:%M:%SZ', time.gmtime()))
     self._write_meta(meta)
@@ -264,6 +237,7 @@ def write(self: XentWriter,
     cols: dict, # Arrays of one length by name, see `parquet.ROWS`; perhaps `padding`: fills up a batch
     maps: dict|None = None, # item → column → array `d…`: the numbers of every position of some items
     probs: tuple|None = None, # Items `r` and probabilities of the classes `r c`
+    parts: pa.Table|None = None, # As from `dense.Parts`
     features: tuple|None = None, # Items `r`, numbers `r k`, and facts, as from `KeptFeatures`
     rank: int = 0, # Rank of the process in a distributed training
     fold: bool = True, # Bring the running scores up to date now and then?
@@ -273,6 +247,7 @@ def write(self: XentWriter,
     n, key = len(cols['item']), (fit, split, epoch)
     jobs = [(self._write_rows, key, cols, rank)]
     if maps: jobs.append((self._write_maps, key, maps, rank))
+    if parts is not None: jobs.append((self._write_parts, key, parts, rank))
     if probs: jobs.append((self._write_lists, 'probs', key, rank, *probs))
     if features: jobs.append((self._write_features, key, rank, *features))
     self.settle(room=n)
@@ -312,6 +287,12 @@ def _write_maps(self: XentWriter, key, maps, rank):
     self._record._place.write(self._file('maps', key, rank), lambda f: write_maps(f, maps))
 
 @patch
+def _write_parts(self: XentWriter, key, parts, rank):
+    "Keep the parts of masks and sequences."
+    name = self._file('parts', key, rank)
+    self._record._place.write(name, lambda f: pq.write_table(parts, f, compression='zstd'))
+
+@patch
 def _write_lists(self: XentWriter, kind, key, rank, item, lists, facts=None):
     "Keep a list of numbers an item."
     name, shared = self._file(kind, key, rank), kind == 'features'
@@ -334,8 +315,9 @@ def _keep_scores(self: XentWriter, split) -> str|None: # What to tell
     "Bring the running scores up to date, unless it is too soon; they can be computed from the rows too."
     start = time.perf_counter()
     if start < self._next_fold.get(split, 0): return
-    if not self.in_step(): return                         # told by the rows
-    try: self._record._cache.update(self._record._segment(split))
+    seg = self._record._segment(split)
+    if not self.in_step() or not seg.found: return        # told by the rows; new items, no epoch of theirs yet
+    try: self._record._cache.update(seg)
     except Exception as e:
         return (f"XentWriter could not keep the running scores of {split!r}, they will be computed from the "
                 f"epochs when they are asked for: {e!r}")
@@ -423,7 +405,7 @@ def _begin_pass(self: XentWriter, split, epoch):
     if (split, epoch) in self._closed:
         free = 1 + max(e for _, e in self._closed)
         raise ValueError(f"epoch {epoch} of {split!r} is recorded already; the next free number is {free}")
-    self._pass = Pass(split, epoch, items_of(self.items[split]), self.loss_func, self.repeats)
+    self._pass = Pass(split, epoch, items_of(self.items[split]), self.loss_func, self.repeats, self.maps)
 
 @patch
 def _end_pass(self: XentWriter):
@@ -434,7 +416,8 @@ def _end_pass(self: XentWriter):
     cols, rank = now.cols(), int(os.environ.get('RANK') or 0)
     def write():
         self.set_items(now.split, now.items, _fingerprint(now.items), self.vocab, now.epoch, now.n_classes)
-        self.write(self._fit, now.epoch, now.split, cols, rank=rank, fold=_processes() == 1)
+        parts = now.parts and now.parts.done(cols['item'])
+        self.write(self._fit, now.epoch, now.split, cols, parts=parts, rank=rank, fold=_processes() == 1)
     self._safely(write)
 
 @patch

@@ -124,8 +124,9 @@ def run(epochs=3, n=5):
 # The last step of a job takes its bar away, so `at` ends one before.
 JOBS = {
     'score': (lambda r, d: r.score(), {'folding the epochs of train': 6}),            # label_doubt wants each epoch twice
-    'label_issues': (lambda r, d: r.label_issues(noise_rate=.1),
-                     {'folding the epochs of train': 6, 'reading the epochs of train': 3}),
+    'label_issues': (lambda r, d: r.label_issues(noise_rate=.1), {'folding the epochs of train': 6}),
+    'noise rate': (lambda r, d: r.label_issues(),
+                   {f'{o} the epochs of {s}': k for s in ('train', 'valid') for o, k in (('folding', 6), ('reading', 3))}),
     'compact': (lambda r, d: r.compact(), {'compacting train': 5, 'compacting valid': 5}),
     'csv': (lambda r, d: r.export(d / 'a.csv'), {'folding the epochs of train': 6, 'exporting train': 3}),
     'jsonl': (lambda r, d: r.export(d / 'a.jsonl'), {'folding the epochs of train': 6, 'exporting train': 3}),

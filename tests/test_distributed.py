@@ -1,6 +1,9 @@
 "Two ranks under gloo: each writes its own part, padding is told apart, and rank 0 reads the whole."
 import os
+import signal
 import socket
+import subprocess
+import sys
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -46,18 +49,36 @@ class PassOn(torch.nn.Module):
     def forward(self, x): return self.same(x + 0 * self.w)
 
 
+def model(how):
+    "Plain, or its parameters spread over the ranks (FSDP)."
+    if 'sharded' not in how: return PassOn()
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+    return fully_shard(PassOn(), mesh=init_device_mesh('cpu', (2,)))
+
+
 SKIP = (0, 7)
 SCENARIOS = [('plain', {}), ('plain', dict(resume=True)), ('skips', dict(skip=SKIP)), ('bucket://runs/shared', {}),
     ('own', dict(own=True)),
-             ('sampler', dict(shared=True)), ('shard', dict(shared=True))]
+             ('sampler', dict(shared=True)), ('shard', dict(shared=True)), ('sharded', dict(shared=True, sharded=True))]
 
 
 def shared(name, ds, rank):
     "torch's loader over the share that torch's sampler, or accelerate, gives this rank."
     from accelerate.data_loader import BatchSamplerShard, DataLoaderShard
     from torch.utils.data import BatchSampler, DataLoader, DistributedSampler
-    if name == 'sampler': return DataLoader(ds, batch_size=4, sampler=DistributedSampler(ds, 2, rank))
+    if name != 'shard': return DataLoader(ds, batch_size=4, sampler=DistributedSampler(ds, 2, rank))
     return DataLoaderShard(ds, batch_sampler=BatchSamplerShard(BatchSampler(range(len(ds)), 4, False), 2, rank))
+
+
+def order_without_gpu():
+    "fastai sends the order of the items from rank to rank by the GPU, even where there is none."
+    import fastai.distributed as fd
+    def broadcast(self, t, rank):
+        t = torch.LongTensor(t)
+        torch.distributed.broadcast(t, rank)
+        return t.tolist()
+    fd.DistributedDL._broadcast = broadcast
 
 
 def train(rank, port, folder):
@@ -66,17 +87,12 @@ def train(rank, port, folder):
         MASTER_PORT=str(port), XENT_TEST_BUCKET=folder)
     fsspec.register_implementation('bucket', Bucket, clobber=True)
     torch.set_num_threads(1)
-    import fastai.distributed as fd
     from fastai.data.core import DataLoaders, TfmdDL
     from fastai.learner import Learner
 
     from fastai_xent.all import XentLossFlat, XentRecorder
 
-    def broadcast(self, t, rank):    # fastai's own goes by CUDA
-        t = torch.LongTensor(t)
-        torch.distributed.broadcast(t, rank)
-        return t.tolist()
-    fd.DistributedDL._broadcast = broadcast
+    order_without_gpu()
     torch.distributed.init_process_group('gloo', rank=rank, world_size=2)
     torch.manual_seed(rank)
     for name, how in SCENARIOS:
@@ -85,7 +101,7 @@ def train(rank, port, folder):
             TfmdDL(Encoded(8), bs=4, num_workers=0), device='cpu')
         if 'shared' in how: dls = DataLoaders(shared(name, Encoded(N), rank), shared(name, Encoded(8), rank))
         recorder = XentRecorder(path, resume='resume' in how, check=True, keep_probs=True, features='every')
-        learn = Learner(dls, PassOn(), loss_func=XentLossFlat(), cbs=recorder)
+        learn = Learner(dls, model(how), loss_func=XentLossFlat(), cbs=recorder)
         ctx = nullcontext() if 'shared' in how else learn.distrib_ctx(sync_bn=False, cpu=True)
         with learn.no_bar(), learn.no_logging(), ctx: learn.fit(EPOCHS)
         torch.distributed.barrier()
@@ -93,14 +109,17 @@ def train(rank, port, folder):
     torch.distributed.destroy_process_group()
 
 
+def free_port() -> int:
+    with socket.socket() as s:
+        s.bind(('127.0.0.1', 0))
+        return s.getsockname()[1]
+
+
 @pytest.fixture(scope='module')
 def folder(tmp_path_factory):
     "Where two ranks have trained in every scenario."
     folder = tmp_path_factory.mktemp('ranks')
-    with socket.socket() as s:
-        s.bind(('127.0.0.1', 0))
-        port = s.getsockname()[1]
-    mp.spawn(train, args=(port, str(folder)), nprocs=2)
+    mp.spawn(train, args=(free_port(), str(folder)), nprocs=2)
     return folder
 
 
@@ -143,9 +162,11 @@ def test_two_ranks_that_share_only_an_object_store(folder, monkeypatch):
     check(XentRecord('bucket://runs/shared').to_df())
 
 
-@pytest.mark.parametrize('name, repeats', [('sampler', 1), ('shard', 3)])
+@pytest.mark.parametrize('name, repeats', [('sampler', 1), ('shard', 3), ('sharded', 1)])
 def test_two_ranks_that_share_an_order(folder, name, repeats):
-    "21 items: torch's sampler repeats one; accelerate fills up the last batch, which has 1 of 4 rows."
+    """21 items: torch's sampler repeats one; accelerate fills up the last batch, which has 1 of 4 rows.
+
+    Parameters that are spread over the ranks (FSDP) change nothing: rows come from what the loss is given."""
     df = XentRecord(folder / name).to_df()
     rows = df[df['split'] == 'train']
     for _, e in rows.groupby('epoch'):
@@ -181,3 +202,63 @@ def test_features_of_two_ranks(folder):
         for epoch in range(2 * EPOCHS): np.testing.assert_allclose(record.features(split, epoch), x, atol=N / 8 / 254)
     parts = [pq.read_table(folder / f'plain/_features/train/fit-0-epoch-000-part-{r}.pq')['item'].to_pylist() for r in (0, 1)]
     assert sorted(sum(parts, [])) == list(range(N)) and all(parts)
+
+
+# -- as users start it
+
+SCRIPT = """
+import os, signal, sys
+import torch
+from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.distributed import *
+from fastai.learner import Learner
+from test_distributed import Encoded, N, PassOn, order_without_gpu
+from fastai_xent.all import XentLossFlat, XentRecorder
+
+path, epochs, dies, resume = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4] == 'resume'
+torch.set_num_threads(1)
+order_without_gpu()
+class Dies(Callback):
+    def after_batch(self):
+        if self.training and self.epoch == dies and self.iter == 1 and os.environ['RANK'] == '1': os.kill(os.getpid(), signal.SIGKILL)
+dls = DataLoaders(TfmdDL(Encoded(N), bs=4, shuffle=True, num_workers=0), TfmdDL(Encoded(8), bs=4, num_workers=0), device='cpu')
+learn = Learner(dls, PassOn(), loss_func=XentLossFlat(), cbs=[XentRecorder(path, resume=resume), Dies()])
+with learn.distrib_ctx(sync_bn=False, cpu=True), learn.no_bar(), learn.no_logging(): learn.fit(epochs)
+"""
+
+LAUNCHERS = dict(
+    torchrun=['torch.distributed.run', '--nproc_per_node', '2', '--master_port'],
+    accelerate=['accelerate.commands.launch', '--multi_gpu', '--num_processes', '2', '--num_machines', '1', '--mixed_precision', 'no',
+                '--dynamo_backend', 'no', '--main_process_port'])
+
+def launch(launcher, folder, epochs, dies=-1, how='new'):
+    (folder / 'train.py').write_text(SCRIPT)
+    command = [sys.executable, '-W', 'ignore', '-m', *LAUNCHERS[launcher], str(free_port()), 'train.py', 'r', str(epochs), str(dies), how]
+    path = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(path)}
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
+
+@pytest.mark.parametrize('launcher', LAUNCHERS)
+def test_started_by_a_launcher(launcher, tmp_path):
+    done = launch(launcher, tmp_path, EPOCHS)
+    assert done.returncode == 0, done.stderr[-3000:]
+    record = XentRecord(tmp_path / 'r')
+    check(record.to_df())
+    assert {o.stem.rsplit('-', 1)[1] for o in (tmp_path / 'r/rows').rglob('*.parquet')} == {'0', '1'}
+
+@pytest.mark.skipif(os.name != 'posix', reason='no SIGKILL')
+def test_a_rank_is_killed_and_the_training_goes_on(tmp_path):
+    "Rank 1 dies in the third epoch: two are whole. The next start goes on after them."
+    done = launch('torchrun', tmp_path, 4, dies=2)
+    assert done.returncode != 0 and f'Signal {signal.SIGKILL.value}' in done.stderr
+    record = XentRecord(tmp_path / 'r')
+    assert {k.epoch for k in record.epochs} == {0, 1}
+    check(record.to_df())
+    before = record.to_df()
+    record.top(3)
+    done = launch('torchrun', tmp_path, EPOCHS, how='resume')
+    assert done.returncode == 0, done.stderr[-3000:]
+    after = XentRecord(tmp_path / 'r')
+    check(after.to_df(), fits=2)
+    assert after.to_df()[lambda df: df['epoch'] < EPOCHS].reset_index(drop=True).equals(before)

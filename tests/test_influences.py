@@ -20,7 +20,7 @@ class Narrow(nn.Module):
 
 class Gradients(Callback):
     "Each row's gradient in the last layer, by autograd, and the mean learning rate of each epoch."
-    order = 39
+    order = 41 # after the recorder, since it calls the model again
     def __init__(self, layer): self.layer, self.rows, self.rates = layer, {}, []
     def before_train(self): self.rates.append([])
     def after_loss(self):

@@ -17,10 +17,17 @@ def by_polars(path):
     polars = pytest.importorskip('polars')
     return pd.DataFrame(polars.read_parquet(f'{path}/**/*.parquet').to_dict(as_series=False))
 
+def by_spark(path):
+    sql = pytest.importorskip('pyspark.sql', reason='install `pyspark` and Java to try Spark')
+    spark = sql.SparkSession.builder.master('local[1]').config('spark.ui.enabled', 'false').getOrCreate()
+    spark.catalog.clearCache()
+    return pd.DataFrame([o.asDict() for o in spark.read.parquet(f'{path}/rows/*').collect()])
+
 READERS = {
     'pandas': pd.read_parquet,
     'pandas, as text': lambda path: pd.read_parquet(str(path)),
     'polars': by_polars,
+    'spark': by_spark,
     'duckdb': lambda path: duckdb.sql(f"select * from '{path}/**/*.parquet'").df(),
     'pyarrow': lambda path: ds.dataset(path).to_table().to_pandas(),
 }

@@ -237,11 +237,10 @@ def test_sample_is_seeded(tree):
 def bare(monkeypatch): monkeypatch.setenv('PYTEST_DISABLE_PLUGIN_AUTOLOAD', '1')  # pytest starts sooner
 
 
-def test_survivor_is_shown(tree, bare, monkeypatch, capsys):
+def test_survivor_is_shown(tree, bare, capsys):
     (tree/'fastai_xent'/'b.py').write_text('def big(x): return x > 3\n')
     (tree/'tests'/'test_a.py').write_text('from fastai_xent.b import big\n\ndef test(): assert big(4) and not big(2)\n')
-    monkeypatch.setattr(mutants, 'ROOT', tree)
-    mutants.main(['--modules', 'b', '--tests', 'tests', '--n', '99'])
+    mutants.main(['--modules', 'b', '--tests', 'tests', '--n', '99', '--root', str(tree)])
     said = capsys.readouterr().out
     assert [o for o in said.splitlines() if 'survived:' in o] == ['survived: b.py:1  x > 3  →  x >= 3', 'survived: b.py:1  3  →  2']
     assert '| b | 4 | 2 | 0 | 2 |\n| all | 4 | 2 | 0 | 2 |' in said
@@ -249,13 +248,13 @@ def test_survivor_is_shown(tree, bare, monkeypatch, capsys):
 
 def test_endless_mutant_is_ended(tree, bare):
     (tree/'tests'/'test_a.py').write_text('def test():\n    while True: pass')
-    assert mutants.pytest(tree, ['tests'], limit=1) == 'too slow'
+    with mutants.Runner() as run: assert run(tree, ['tests'], limit=1) == 'too slow'
 
 
-def test_failing_tests_are_refused(tree, bare, monkeypatch):
+def test_failing_tests_are_refused(tree, bare):
     (tree/'tests'/'test_a.py').write_text('def test(): assert False')
-    monkeypatch.setattr(mutants, 'ROOT', tree)
-    with pytest.raises(SystemExit, match='do not pass'): mutants.main(['--modules', 'b', '--tests', 'tests'])
+    with pytest.raises(SystemExit, match='do not pass'):
+        mutants.main(['--modules', 'b', '--tests', 'tests', '--root', str(tree)])
 
 
 def test_journeys():

@@ -26,10 +26,11 @@ def counted(monkeypatch):
 
 @pytest.fixture
 def record(tmp_path):
-    fill(tmp_path / 'r', RUN).scores()
+    record = fill(tmp_path / 'r', RUN)
+    record.scores(), record.scores('valid')
     return XentRecord(tmp_path / 'r')
 
-TRAIN = 3 # epochs of train in RUN
+TRAIN = VALID = 3 # epochs in RUN
 
 @pytest.mark.parametrize('ask, want', [
     (lambda r: r.top(3), dict(walks=1, stamps=TRAIN, states=1)),
@@ -40,7 +41,12 @@ TRAIN = 3 # epochs of train in RUN
     (lambda r: r.sql('select * from record join items using (split, item)'), {'walks': 1, 'lists of items': 2}),
     (lambda r: r.to_df('train', -1), dict(walks=1, scans=1)),
     (lambda r: r.epochs, dict(walks=1)),
-], ids=['top', 'score', 'scores', 'item', 'sql without items', 'sql with items', 'to_df', 'epochs'])
+    (lambda r: r.label_issues(noise_rate=.1), {'walks': 1, 'stamps': TRAIN, 'states': 1, 'lists of items': 1}),
+    (lambda r: r.label_issues('valid'), {'walks': 2, 'stamps': VALID, 'states': 1, 'lists of items': 1}),
+    (lambda r: r.label_issues(), {'walks': 2, 'stamps': TRAIN + VALID, 'states': 2, 'scans': TRAIN + VALID, 'lists of items': 1}),
+], ids=['top', 'score', 'scores', 'item', 'sql without items', 'sql with items', 'to_df', 'epochs', 'issues of a known rate',
+        'issues of valid', 'issues'])
+@pytest.mark.filterwarnings('ignore:Wrong labels among')
 def test_a_question(ask, want, record, counted):
     ask(record)
     assert counted == want
@@ -54,6 +60,16 @@ def test_a_first_question_folds_once(tmp_path, counted):
     counted.clear()
     record.top(), record.scores(), record.score('aum')
     assert counted['folds'] == counted['reads'] == 0
+
+def test_the_verdict_reads_five_columns_once(record, monkeypatch):
+    "Of train and of valid, each epoch once; names of classes are looked up once a class, not once an item."
+    read, real = [], epochs.Epochs.read
+    monkeypatch.setattr(epochs.Epochs, 'read', lambda self, found, columns=None: read.append((*found, *sorted(columns))) or real(self, found, columns))
+    named, name = [], XentRecord.class_name
+    monkeypatch.setattr(XentRecord, 'class_name', lambda self, c: named.append(c) or name(self, c))
+    record.label_issues()
+    assert {o[1:] for o in read} == {('lam', 'margin', 'occurrence', 'p_targ', 'targ')} and len(read) == len({*read}) == TRAIN + VALID
+    assert len(named) <= 2 * (4 + 1)                       # four classes and none, of the labels and of the likely ones
 
 def test_many_items_are_named_only_where_they_are_shown(tmp_path, counted):
     from runs import frame, put, rows

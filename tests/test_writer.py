@@ -4,6 +4,7 @@ import os
 import pickle
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -280,3 +281,17 @@ def test_of_a_writer_and_its_copy_the_first_that_writes_goes_on(first, tmp_path)
     both[first].close()
     with pytest.raises(RecordReplaced, match='the first that writes goes on'): put(both[1 - first], 2, 3, 'train', rows([2, 3]))
     assert XentRecord(tmp_path/'r').to_df('train', 3)['item'].tolist() == [0, 1]
+
+
+def test_new_items_straight_after_an_epoch():
+    "The scores of the list that has ended are not kept up to date under the new one, and nothing is told."
+    for _ in range(5):
+        writer = XentWriter()
+        for epoch, name in enumerate('ab'):
+            writer.set_items('valid', pd.DataFrame(dict(item=range(3), name=[f'{name}{i}' for i in range(3)], source=range(3))),
+                             fingerprint=name, epoch=epoch)
+            if epoch == 0: writer.write(0, 0, 'valid', dict(item=range(3), margin=[3., 1., 2.], pred=[0] * 3, targ=[0] * 3))
+        with warnings.catch_warnings():
+            warnings.simplefilter('error')
+            record = writer.record
+        assert record.top(1, 'margin_loss', 'valid', segment=0)['name'].tolist() == ['a1']

@@ -4,7 +4,7 @@
 Each mutant is a copy of this tree with one expression changed. A row that survives is a missing test, or a change that makes no difference.
 Left alone: annotations, decorators, texts, and what stands in f-strings.
 """
-import argparse, ast, copy, os, random, shutil, signal, subprocess, sys, tempfile, time
+import argparse, ast, copy, importlib, json, os, random, shutil, signal, subprocess, sys, tempfile, time
 from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
@@ -96,24 +96,77 @@ def mutants(module, text):
             yield Mutant(module, old.lineno, ast.unparse(old), ast.unparse(new), now)
 
 
-def pytest(tree, tests, limit):
-    "Run `tests` in `tree`: passed, failed, or over the time limit (seconds)."
-    env = os.environ | dict(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE='1', OMP_NUM_THREADS='1')
-    cmd = [sys.executable, '-m', 'pytest', '-x', '-q', '-p', 'no:cacheprovider', *tests]
-    run = subprocess.Popen(cmd, cwd=tree, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True)
-    try: return 'passed' if run.wait(limit) == 0 else 'failed'
-    except subprocess.TimeoutExpired:
-        os.killpg(run.pid, signal.SIGKILL)  # what the tests started, too
-        run.wait()
-        return 'too slow'
+HEAVY = ('torch', 'torch.utils.data', 'fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'pandas', 'pyarrow.parquet',
+         'duckdb', 'sklearn', 'hypothesis', 'pytest', '_pytest.assertion.rewrite')
 
 
-def fate(tree, mutant, tests, limit):
+def warm():
+    "Import what the tests import and no mutant changes, once: each run is a fork of this process."
+    os.environ['OMP_NUM_THREADS'] = '1'  # before torch: a fork keeps no threads
+    for o in HEAVY:
+        try: importlib.import_module(o)
+        except ImportError: print(f'{o} is not installed: left to the tests', file=sys.stderr)
+
+
+def child(tree, tests, said):
+    "In a fork: run `tests` in `tree`, what they say goes to the file `said`."
+    os.setsid()  # so that what the tests start can be killed with them
+    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    for o in 1, 2: os.dup2(out, o)
+    os.chdir(tree)
+    sys.path[:0] = [str(tree), str(tree/'tests')]
+    os.environ |= dict(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE='1')
+    sys.dont_write_bytecode = True
+    rc = 1
+    try: rc = importlib.import_module('pytest').main(['-x', '-q', '-p', 'no:cacheprovider', *tests])
+    finally: os._exit(int(rc))
+
+
+def forked(tree, tests, limit):
+    "What a fork of this process says of `tests` in `tree`: passed, failed, or over the time limit (seconds)."
+    pid = os.fork()
+    if not pid: child(tree, tests, tree.parent/'said.txt')
+    end = time.monotonic() + limit
+    while time.monotonic() < end:
+        done, status = os.waitpid(pid, os.WNOHANG)
+        if done: return 'passed' if status == 0 else 'failed'
+        time.sleep(.05)
+    os.killpg(pid, signal.SIGKILL)  # what the tests started, too
+    os.waitpid(pid, 0)
+    return 'too slow'
+
+
+def serve():
+    "Answer each line of stdin, `[tree, tests, limit]` as JSON, with a line."
+    warm()
+    for line in sys.stdin:
+        tree, tests, limit = json.loads(line)
+        print(forked(Path(tree), tests, limit), flush=True)
+
+
+class Runner:
+    "A process that has imported what all runs need; `run(tree, tests, limit)` says passed, failed or too slow."
+    def __enter__(self):
+        cmd = [sys.executable, __file__, '--serve']
+        self.server = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        return self
+
+    def __call__(self, tree, tests, limit):
+        print(json.dumps([str(tree), tests, limit]), file=self.server.stdin, flush=True)
+        return self.server.stdout.readline().strip()
+
+    def __exit__(self, *_):
+        self.server.stdin.close()
+        self.server.stdout.close()
+        self.server.wait()
+
+
+def fate(run, tree, mutant, tests, limit):
     "What the tests say of a mutant; the module is put back."
     fn = tree/'fastai_xent'/f'{mutant.module}.py'
     before = fn.read_text(encoding='utf-8')
     fn.write_text(mutant.text, encoding='utf-8')
-    try: return pytest(tree, tests, limit)
+    try: return run(tree, tests, limit)
     finally: fn.write_text(before, encoding='utf-8')
 
 
@@ -144,19 +197,20 @@ def main(argv=None):
     ap.add_argument('--tests', nargs='+', required=True, help='test files or node ids, as pytest takes them')
     ap.add_argument('--n', type=int, default=50, help='how many mutants')
     ap.add_argument('--seed', type=int, default=0)
+    ap.add_argument('--root', type=Path, default=ROOT, help='the tree, if not this one: another commit')
     ap.add_argument('--limit', type=float, help='seconds for each; default: thrice what the tests take now, and 30')
     a = ap.parse_args(argv)
-    with tempfile.TemporaryDirectory() as d:
+    with tempfile.TemporaryDirectory() as d, Runner() as run:
         tree = Path(d)/'tree'
-        shutil.copytree(ROOT, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
+        shutil.copytree(a.root, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
         start = time.monotonic()
-        if pytest(tree, a.tests, 3600) != 'passed': sys.exit('the tests do not pass without a mutant')
+        if run(tree, a.tests, 3600) != 'passed': sys.exit('the tests do not pass without a mutant')
         limit = a.limit or 3 * (time.monotonic() - start) + 30
         fates = []
         for m in sample(tree, a.modules, a.n, a.seed):
-            fates.append((m, fate(tree, m, a.tests, limit)))
+            fates.append((m, fate(run, tree, m, a.tests, limit)))
             if fates[-1][1] == 'passed': print('survived:', told(m), flush=True)
     print(table(a.modules, fates))
 
 
-if __name__ == '__main__': main()
+if __name__ == '__main__': serve() if sys.argv[1:] == ['--serve'] else main()
