@@ -180,7 +180,7 @@ def duplicates(record,
 def outliers(record,
     k: int = 20, # Number of items
     split: str = 'train',
-) -> pd.DataFrame: # Columns split, item, name, targ, likely, distance (to the tenth neighbour; 1: that of any two items)
+) -> pd.DataFrame: # Columns split, item, name, targ, likely, distance (to the tenth neighbour)
     "The items that are farthest from all others, the farthest first."
     space = _space(record, split)
     _tell_of_training(space.seen)

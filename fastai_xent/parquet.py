@@ -177,13 +177,21 @@ _AT_ONCE = 2**16 # Rows
 
 def _in_bytes(rows: np.ndarray) -> tuple: # Whole numbers `r k`; scales `r`; mean and spread, lists of `k`
     "Numbers of one byte that, times scale and spread and plus the mean, are about `rows`."
-    mean, spread = rows.mean(0, dtype=np.float64), rows.std(0, dtype=np.float64)
+    blocks = [slice(at, at + _AT_ONCE) for at in range(0, len(rows), _AT_ONCE)]
+    first = rows[:1].astype(np.float32)                   # near the mean: squares do not cancel
+    sums = [(o.sum(0, dtype=np.float64), np.square(o).sum(0, dtype=np.float64))
+            for o in (rows[to].astype(np.float32) - first for to in blocks)]
+    off, square = (sum(o) / len(rows) for o in zip(*sums))
+    mean, spread = (first[0] + off), np.sqrt(np.maximum(square - off**2, 0))
     spread[spread == 0] = 1
     q, scales = np.empty(rows.shape, np.int8), []
-    for at in range(0, len(rows), _AT_ONCE):
-        part = (rows[at:at + _AT_ONCE] - mean) / spread
-        scale = np.abs(part).max(1) / 127
-        q[at:at + _AT_ONCE] = np.rint(part / np.where(scale > 0, scale, 1)[:, None])
+    for to in blocks:
+        part = rows[to].astype(np.float32)
+        part -= mean.astype(np.float32)
+        part /= spread.astype(np.float32)
+        scale = np.maximum(part.max(1), -part.min(1)) / 127
+        part /= np.where(scale > 0, scale, 1)[:, None]
+        q[to] = np.rint(part, out=part)
         scales.append(scale)
     return q, np.concatenate(scales), mean.tolist(), spread.tolist()
 
@@ -193,7 +201,7 @@ def write_lists(
     lists: np.ndarray, # `r k`
     name: str, # Of the column
     facts: dict|None = None, # Kept in the file's metadata, as JSON
-    shared: bool = False, # One byte a number, with a scale an item, and a mean and spread that all share? Or half precision
+    shared: bool = False, # One byte a number, with shared mean and spread? Or half precision
 ) -> None:
     "Write a Parquet file with a list of numbers an item, in item order."
     item, back = np.unique(item[::-1], return_index=True)
@@ -207,7 +215,8 @@ def write_lists(
         halves = pa.array(rows.astype(np.float16).ravel())
         cols = {name: pa.FixedSizeListArray.from_arrays(halves, k)}
     t = pa.table({'item': pa.array(item, pa.int32()), **cols}).replace_schema_metadata({name: json.dumps(facts)})
-    pq.write_table(t, sink, compression='zstd', use_dictionary=False, row_group_size=max(1024, 2**25 // k))
+    pq.write_table(t, sink, compression=None if shared else 'zstd', use_dictionary=False,
+                   row_group_size=max(1024, 2**25 // k))
 
 def write_maps(
     sink, # An open file

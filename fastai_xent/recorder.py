@@ -78,7 +78,7 @@ class XentRecorder(Callback):
         head: nn.Module|str|None = None, # Record `grand`, the gradient in this last layer; 'auto' finds it
         maps=(), # Masks and sequences whose numbers are kept at each position; of all others a coarse map; False: none
         keep_probs: bool|str|int = False, # Of all classes? True: to 2 GB a pass; or bytes; or 'any size'
-        features: bool|str|int = False, # What the last layer got, 128 bytes an item? True: in the last epoch; or 'every'
+        features: bool|str|int = False, # Of the last layer's input? True: of the last epoch; or 'every'
         check: bool = False, # Is it an error if the losses of a pass's rows do not add up to the Learner's?
     ):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)

@@ -75,6 +75,7 @@ def features_every(
     if isinstance(features, int) and features > 0: return features
     raise ValueError(f"features is {features!r}, expected True, False, 'every' or a number of epochs")
 
+# %% ../nbs/02e_sketch.ipynb #92951110
 _LEAST = 2.**-14 # Smaller numbers lose digits in half precision
 
 def _rate(opt) -> float:
@@ -99,8 +100,8 @@ class KeptFeatures:
         if not seen.rows.at: self._begin(batch, h, seen)
         if self.stack is None: return
         self.rates.append(_rate(self.opt))
-        nothing = self.stack.rows.new_full((batch.n, self.facts['width']), math.nan)
-        self.stack.add(nothing if h is None else sketch(h, self.directions))
+        if h is None: self.stack.add(self.stack.rows.new_full((batch.n, self.facts['width']), math.nan))
+        else: self.stack.add(sketch(h, self.directions))
 
     def _begin(self, batch, h, seen):
         "Room for a pass, if its first batch has features."
@@ -121,7 +122,7 @@ class KeptFeatures:
         "The sketches, on the host, with their items."
         if self.stack is None: return None
         item, rows = self.stack.done(cols)
-        top = np.abs(rows).max(1)
+        top = np.maximum(rows.max(1), -rows.min(1))
         ok = np.isfinite(top) & ((top == 0) | (top >= _LEAST))
         if not ok.all():
             self.tell(f"has no features for {(~ok).sum():,} of {len(ok):,} rows: the last layer's input is not known, "
