@@ -356,7 +356,8 @@ class _Together:
         own = lambda r: r._segment(seg.split, executor=seg.executor)
         return reduce(_added, (_alike(r._cache.state(reducer, own(r))) for r in self.runs.values()))
     def values(self, reducers, seg) -> list: # Labels, which all runs must share
-        found = {k: r._cache.values(reducers, r._segment(seg.split, executor=seg.executor)) for k, r in self.runs.items()}
+        own = lambda r: r._segment(seg.split, executor=seg.executor)
+        found = {k: r._cache.values(reducers, own(r)) for k, r in self.runs.items()}
         (first, one), *others = found.items()
         for k, values in others:
             other = np.flatnonzero(~np.isnan(values[0]) & ~np.isnan(one[0]) & (values[0] != one[0]))
