@@ -1,4 +1,4 @@
-"""What the losses cost beside those they replace: `python benchmarks/loss.py`.
+"""What the losses cost beside those they replace: `python benchmarks/loss.py`; `--small` measures the small batches alone.
 
 One thread, and its CPU time, so that neighbours on the machine count little. Ours and its rival take turns; a figure is the
 median of the ratios of neighbours, with the quartiles.
@@ -17,6 +17,7 @@ import time
 import tracemalloc
 import warnings
 from itertools import accumulate
+from types import SimpleNamespace
 
 warnings.filterwarnings('ignore', category=FutureWarning)
 
@@ -28,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from fastai_xent.linear import linear_xent
 from fastai_xent.losses import XentLoss, XentLossFlat
-from fastai_xent.batch import Batch
+from fastai_xent.batch import read_batch
 from fastai_xent.rows import RowBuffer
 
 GEN = torch.Generator().manual_seed(0)
@@ -115,7 +116,8 @@ class Recorded:
             self.rows = RowBuffer(ROWS)
         self.z.grad = None
         loss = self.loss_func(self.z, self.y)
-        self.rows.add(self.i, Batch(self.z.detach(), self.y, self.loss_func, 1, loss=loss), self.i)
+        learn = SimpleNamespace(pred=self.z, yb=(self.y,), loss_func=self.loss_func, loss=loss)
+        self.rows.add(self.i, read_batch(learn), self.i)
         loss.backward()
         self.i += 1
 
@@ -127,7 +129,7 @@ def many(f, n):
 def stock(loss_func, z, y): return step(lambda: loss_func(z, y), z)
 
 WIDE = [(2048, 1000, .6), (512, 32000, .6), (256, 1000, .8)]
-SMALL = [(64, 10, 1.25), (64, 100, 1.25)]
+SMALL = [(64, 10, .5), (64, 100, .5), (256, 100, .6), (128, 1000, .6)]
 
 HEADER = "| forward + backward of | rival | ours / rival, median (quartiles) | goal | ours, ms | rival, ms | turns |\n|---|---|---|---|---|---|---|"
 
@@ -145,8 +147,14 @@ def large():
 def small():
     for n, c, goal in SMALL:
         z, y = problem(n, c)
-        k = ROWS // n
-        compare(f'XentLoss recorded by a RowBuffer, {n}×{c}, a batch of {k}', 'F.cross_entropy', many(Recorded(XentLoss(), z, y), k), many(stock(F.cross_entropy, z, y), k), f'≤ {goal}')
+        k, what = ROWS // n, f'XentLossFlat recorded, {n}×{c}, {ROWS // n} batches'
+        compare(what, 'CrossEntropyLossFlat', many(Recorded(XentLossFlat(), z, y), k), many(stock(CrossEntropyLossFlat(), z, y), k), f'≤ {goal}')
+        compare(what, 'F.cross_entropy', many(Recorded(XentLossFlat(), z, y), k), many(stock(F.cross_entropy, z, y), k), '≤ 1.3')
+    z, y = problem(64, 10)
+    soft, k = y.new_zeros(64, 10).float().scatter_(1, y[:, None], 1), ROWS // 64
+    compare(f'the same with label smoothing, 64×10, {k} batches', 'CrossEntropyLossFlat', many(Recorded(XentLossFlat(label_smoothing=.1), z, y), k),
+            many(stock(CrossEntropyLossFlat(label_smoothing=.1), z, y), k))
+    compare(f'the same with probabilities, 64×10, {k} batches', 'F.cross_entropy', many(Recorded(XentLossFlat(), z, soft), k), many(stock(F.cross_entropy, z, soft), k))
     for n, c in [(64, 10), (64, 100), (256, 1000), (2048, 1000)]:
         z, y = problem(n, c)
         compare(f'XentLossFlat, nobody listening, {n}×{c}', 'CrossEntropyLossFlat', stock(XentLossFlat(), z, y), stock(CrossEntropyLossFlat(), z, y), '', 3)
@@ -194,6 +202,7 @@ def main():
     torch.set_num_threads(1)
     if '--large' in sys.argv: return large()
     print(machine() + '\n')
+    if '--small' in sys.argv: return print(HEADER) or small()
     large()
     small()
     print("\nThe large batches where memory is kept, by `" + ' '.join(f'{k}={v}' for k, v in KEEPS.items()) + '`:\n', flush=True)

@@ -3,7 +3,7 @@
 Fits with and without take turns in a drawn order, in one process, on one thread; the figures are ratios of medians. "off / off" is the same fit
 twice: what differs there is the machine.
 `--instructions` counts instead, which no neighbour disturbs: the instructions of 200 training batches, with their passes over valid
-and the writer's thread, by valgrind's callgrind, in one process.
+and the writer's thread, by valgrind's callgrind. Each figure takes two processes, some fifty times as slow as they are alone.
 Data: `XENT_DATA` (default ../shared/data); Fashion-MNIST from Debian's package dataset-fashion-mnist, MNIST's test set in its place."""
 import gzip
 import os
@@ -131,41 +131,35 @@ def main(turns=11):
 
 COUNTED = {'off': None, 'on': {}, "head='auto'": dict(head='auto'), 'keep_probs': dict(keep_probs=True)}
 
-def callgrind(*what):
-    "Tell the callgrind that runs this process."
-    subprocess.run(['callgrind_control', *what, str(os.getpid())], check=True, capture_output=True)
-
-def counted(names):
-    "Under callgrind: two epochs of 100 batches for each name, after one that is not counted; a dump each."
+def epochs_of(name, epochs):
+    "Epochs of 100 training batches and 16 of valid."
     torch.set_num_threads(1)
-    name, items = images(6400)
-    for k in names:
-        with tempfile.TemporaryDirectory() as where:
-            kw = COUNTED[k]
-            learn = learner(items, cnn, 64, [] if kw is None else [XentRecorder(f'{where}/run', **kw)])
-            with learn.no_bar(), learn.no_logging():
-                learn.fit(1)
-                callgrind('-i', 'on')
-                learn.fit(2)
-                callgrind('-i', 'off')
-            callgrind(f'--dump={k}')
-            print(k, flush=True)
+    kw, (_, items) = COUNTED[name], images(6400)
+    with tempfile.TemporaryDirectory() as where:
+        learn = learner(items, cnn, 64, [] if kw is None else [XentRecorder(f'{where}/run', **kw)])
+        learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
+        learn.logger = lambda *_: None
+        learn.fit(epochs)
+
+def counted(name, epochs) -> int:
+    "Instructions of a process that trains so long, all threads."
+    cmd = ['valgrind', '--tool=callgrind', '--callgrind-out-file=/dev/null', sys.executable, __file__, '--epochs', name, str(epochs)]
+    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '0'}
+    said = subprocess.run(cmd, check=True, capture_output=True, text=True, env=env).stderr
+    return int(re.search(r'I +refs: +([\d,]+)', said)[1].replace(',', ''))
 
 def instructions(names):
-    "A table of instructions, those of the names beside those of plain fastai."
-    tools = [o for o in ('valgrind', 'callgrind_control') if shutil.which(o) is None]
-    if tools: return print(f"skipped: {' and '.join(tools)} is not installed (Debian: apt install valgrind)")
-    with tempfile.TemporaryDirectory() as where:
-        cmd = ['valgrind', '--tool=callgrind', '--instr-atstart=no', f'--callgrind-out-file={where}/out', sys.executable, __file__,
-               '--counted', *names]
-        subprocess.run(cmd, check=True, stderr=subprocess.DEVNULL, env={**os.environ, 'OMP_NUM_THREADS': '1'})
-        found = [re.search(r'^totals: (\d+)', p.read_text(errors='ignore'), re.M) for p in sorted(Path(where).glob('out.*'))]
-    n = dict(zip(names, [int(o[1]) for o in found if o and int(o[1])]))
+    "A table of instructions: three epochs less one, so that what is done once cancels."
+    if shutil.which('valgrind') is None: return print("skipped: valgrind is not installed (Debian: apt install valgrind)")
     print("| 200 batches, Fashion-MNIST | instructions, 10⁹ | more than without | goal |\n|---|---|---|---|")
-    for k, v in n.items(): print(f"| {k} | {v / 1e9:.2f} | {v / n['off'] - 1:.2%} | {'≤ 1 %' if k == 'on' else ''} |")
+    off = None
+    for name in names:
+        n = counted(name, 3) - counted(name, 1)
+        off = off or n
+        print(f"| {name} | {n / 1e9:.2f} | {n / off - 1:.2%} | {'≤ 1 %' if name == 'on' else ''} |", flush=True)
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--counted']: counted(sys.argv[2:])
+    if sys.argv[1:2] == ['--epochs']: epochs_of(sys.argv[2], int(sys.argv[3]))
     elif sys.argv[1:2] == ['--instructions']: instructions(sys.argv[2:] or list(COUNTED))
     else: main(*map(int, sys.argv[1:]))

@@ -1,6 +1,7 @@
 """Trainings with planted noise of four kinds, whose rows are kept for `verdict.py`: a second or two each.
 
 Their rows lie in XENT_CACHE (default: xent_trainings among the temporary files), a file each; those that are there are not made again.
+`trainings.py folds` makes the five more trainings, on four fifths each, of those that are there: a rival's probabilities.
 
 Noise: `sym`, any other class; `pair`, the next class; `class`, each class with a rate and likely targets of its own; `confusable`, drawn
 from the softened predictions of a weak model of other items, so that it sits on hard items, as human mistakes do.
@@ -162,34 +163,43 @@ def looked_at(model, x, y):
     model.train()
     return columns(z, y)
 
-def fit(x, y, xv, yv, model, epochs, bs, seed):
-    "Columns of train and valid, epochs × items, and of train in an eval pass at the end. As fit_one_cycle trains, without its loop."
+def trained(x, y, model, epochs, bs, seed, taken=None, after=None):
+    "A model, trained as fit_one_cycle trains. `taken` hears of each batch, `after` of each epoch."
     torch.manual_seed(seed)
-    y, yv, model, n = torch.tensor(y), torch.tensor(yv), model(), len(y)
+    y, model, n = torch.tensor(y), model(), len(y)
     body, head = last_layer(model)
     opt = torch.optim.AdamW(model.parameters(), lr=5e-3, betas=(.9, .99), eps=1e-5, weight_decay=.01)
     sched = torch.optim.lr_scheduler.OneCycleLR(opt, 5e-3, epochs * (n // bs), pct_start=.25, base_momentum=.85, max_momentum=.95)
-    ts, vs = [], []
     for _ in range(epochs):
-        rows = {k: np.full(n, np.nan, dtype=np.float32) for k in ('margin', 'p_targ', 'pred', 'el2n', 'grand')}
         for i in torch.randperm(n)[:n // bs * bs].view(-1, bs):
             h = body(x[i])
             z = head(h)
-            for k, v in columns(z.detach(), y[i], h.detach()).items(): rows[k][i] = v
+            if taken: taken(i, z.detach(), y[i], h.detach())
             nn.functional.cross_entropy(z, y[i]).backward()
             opt.step()
             opt.zero_grad()
             sched.step()
-        ts.append(rows)
-        vs.append(looked_at(model, xv, yv))
+        if after: after(model)
+    return model
+
+def fit(x, y, xv, yv, model, epochs, bs, seed):
+    "Columns of train and valid, epochs × items, and of train in an eval pass at the end."
+    fresh = lambda: {k: np.full(len(y), np.nan, dtype=np.float32) for k in ('margin', 'p_targ', 'pred', 'el2n', 'grand')}
+    ts, vs = [fresh()], []
+    def taken(i, z, y, h):
+        for k, v in columns(z, y, h).items(): ts[-1][k][i] = v
+    def after(model):
+        vs.append(looked_at(model, xv, torch.tensor(yv)))
+        ts.append(fresh())
+    model = trained(x, y, model, epochs, bs, seed, taken, after)
     stack = lambda es: {k: np.stack([e[k] for e in es]) for k in es[0]}
-    return stack(ts), stack(vs), stack([looked_at(model, x, y)])
+    return stack(ts[:epochs]), stack(vs), stack([looked_at(model, x, torch.tensor(y))])
 
 def file_of(name, regime, kind, share, seed, run=0) -> Path:
     return (CACHE / f'run-{run}' if run else CACHE) / f'{name}-{regime}-{kind}-{share:g}-{seed}.npz'
 
-def one(name, regime, kind, share, seed, run=0):
-    "Train once and keep the rows; another `run` has the same items and labels."
+def planted(name, regime, kind, share, seed) -> dict:
+    "Inputs, labels and truth of train and valid, and how they are trained."
     x, truth = data(name)
     make, epochs = SETS[name][2][regime]
     key = f'{name} {kind} {share} {seed}'
@@ -203,8 +213,27 @@ def one(name, regime, kind, share, seed, run=0):
     y = noisy(truth[order], c, kind, share, rng, z)
     nv = len(order) // 5
     v, t = order[:nv], order[nv:]
-    rows = fit(x[t], y[nv:], x[v], y[:nv], lambda: make(x, c), epochs, bs, seed + 1000 * run)
-    keep(file_of(name, regime, kind, share, seed, run), rows, y[nv:], truth[t], y[:nv], truth[v], c)
+    return dict(x=x[t], y=y[nv:], truth=truth[t], xv=x[v], yv=y[:nv], truth_v=truth[v], c=c, model=lambda: make(x, c), epochs=epochs, bs=bs, seed=seed)
+
+def one(name, regime, kind, share, seed, run=0):
+    "Train once and keep the rows; another `run` has the same items and labels."
+    o = planted(name, regime, kind, share, seed)
+    rows = fit(o['x'], o['y'], o['xv'], o['yv'], o['model'], o['epochs'], o['bs'], seed + 1000 * run)
+    keep(file_of(name, regime, kind, share, seed, run), rows, o['y'], o['truth'], o['yv'], o['truth_v'], o['c'])
+
+def folds_of(name, regime, kind, share, seed) -> Path: return file_of(name, regime, kind, share, seed).with_suffix('.folds.npy')
+
+def five_fold(name, regime, kind, share, seed):
+    "Train five times on four fifths of train, and keep the probabilities of each item of the rest, as cleanlab asks for them."
+    o, path = planted(name, regime, kind, share, seed), folds_of(name, regime, kind, share, seed)
+    p, fold = np.zeros((len(o['y']), o['c']), dtype=np.float32), np.random.default_rng(seed).integers(0, 5, len(o['y']))
+    for k in range(5):
+        a, b = torch.tensor(fold != k), torch.tensor(fold == k)
+        model = trained(o['x'][a], o['y'][a.numpy()], o['model'], o['epochs'], o['bs'], seed)
+        model.eval()
+        with torch.no_grad(): p[fold == k] = torch.cat([model(i) for i in o['x'][b].split(1000)]).softmax(1).numpy()
+    np.save(part := path.with_suffix('.part.npy'), p)
+    part.replace(path)
 
 def keep(path, rows, y, truth, yv, truth_v, c):
     "Rows and truth in one file; el2n and grand as their means."
@@ -248,19 +277,26 @@ def settings(seeds):
                     for k, kind in enumerate(KINDS):
                         if name in ('cancer', 'Adult') and kind == 'pair': continue # two classes: sym is pair
                         yield name, regime, kind, shares[(j + k + i + r) % 4], seed
-        for name in ('Fashion', 'digits', 'TREC-6'):
-            if name in names:
-                for kind in ('sym', 'confusable'): yield name, 'fits', kind, .004, seed
+        for name in ('digits', 'table', 'Fashion', 'TREC-6'):
+            if name not in names: continue
+            for share in (.004, .01):
+                for kind in ('sym', 'confusable'):
+                    for regime in ('fits', 'memorises'): yield name, regime, kind, share, seed
         if data('MNIST') is not None: yield 'MNIST', 'fits', 'natural', 0, seed
 
-def train(seeds):
+def train(seeds, folds=False):
     torch.set_num_threads(1)
     start = time.perf_counter()
-    for name, regime, kind, share, seed in settings(seeds):
-        if file_of(name, regime, kind, share, seed).exists(): continue
+    for what in settings(seeds):
+        if folds and not (what[3] and file_of(*what).exists()): continue
+        if (folds_of if folds else file_of)(*what).exists(): continue
         t = time.perf_counter(), time.process_time()
-        checked(seed) if name == 'MNIST' else one(name, regime, kind, share, seed)
-        print(f"{time.perf_counter() - start:6.0f} s  {name}, {regime}, {kind} {share:.1%}, seed {seed}: {time.perf_counter() - t[0]:.1f} s ({time.process_time() - t[1]:.1f})", flush=True)
+        if folds: five_fold(*what)
+        elif what[0] == 'MNIST': checked(what[-1])
+        else: one(*what)
+        print(f"{time.perf_counter() - start:6.0f} s  {', '.join(map(str, what))}: {time.perf_counter() - t[0]:.1f} s ({time.process_time() - t[1]:.1f})", flush=True)
 
 
-if __name__ == '__main__': train([*map(int, sys.argv[1:])] or [0, 1])
+if __name__ == '__main__':
+    seeds = [int(o) for o in sys.argv[1:] if o != 'folds'] or [0, 1]
+    train(seeds, 'folds' in sys.argv)

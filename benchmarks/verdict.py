@@ -17,6 +17,9 @@ import pandas as pd  # noqa: E402
 import fastai_xent.label_issues as _page  # noqa: E402
 from fastai_xent.issues import LabelDoubt, plateau  # noqa: E402
 
+try: from cleanlab.filter import find_label_issues
+except ImportError: find_label_issues = None
+
 CACHE = Path(os.environ.get('XENT_CACHE', f'{tempfile.gettempdir()}/xent_trainings'))
 Segment = namedtuple('Segment', 'split k n found')
 Column = namedtuple('Column', 'v')
@@ -31,6 +34,8 @@ class Kept:
         self.name, self.regime, self.kind, share, seed = path.stem.rsplit('-', 4)
         self.share, self.seed = float(share), int(seed)
         with np.load(path) as f: self.a = {k: f[k] for k in f.files}
+        folds = path.with_suffix('.folds.npy')
+        self.folds = np.load(folds) if folds.exists() else None
         self.n_classes, self._cache, self._epochs = int(self.a['c']), self, self
         self.y = dict(train=self.a['y'], valid=self.a['yv'])
         self.wrong, self.states = self.a['y'] != self.a['truth'], {}
@@ -56,12 +61,23 @@ class Kept:
     def class_name(self, c): return int(c)
     def _told_ledger(self, split): return ''
 
+    def look(self):
+        "State of `LabelDoubt` after the eval pass at the end."
+        m, p, pred = (self.a[f'e_{o}'][0] for o in ('margin', 'p_targ', 'pred'))
+        state = LabelDoubt().init(len(m))
+        LabelDoubt().update(state, np.arange(len(m)), np.ones(len(m)), margin=m, p_targ=p, pred=pred, targ=self.y['train'])
+        return state
     def rankings(self) -> dict: # large: suspect
-        "Scores of the same rows."
-        m = self.a['t_margin'].astype(float)
-        eval_p = self.a['e_p_targ'][0].astype(float)
-        return {'label_doubt': LabelDoubt().finalize(s := self.state(LabelDoubt(), self._segment('train'))), 'without pairs': LabelDoubt().mean(s, 'doubt'),
-                'margin_loss': np.nanmean(np.logaddexp(0, -m), 0), 'EL2N, mean': self.a['t_el2n'], 'grand': self.a['t_grand'], 'aum': -np.nanmean(m, 0), 'top losses': -np.log(np.maximum(eval_p, 1e-37))}
+        "Scores of the same rows, and of five more trainings where there are any."
+        m, r, s = self.a['t_margin'].astype(float), LabelDoubt(), self.state(LabelDoubt(), self._segment('train'))
+        eval_p, nats = self.a['e_p_targ'][0].astype(float), np.where(np.isnan(m), np.nan, np.logaddexp(0, -np.nan_to_num(m)))
+        found = {'label_doubt': r.finalize(s), 'with a look': r.finalize(r.with_look(s, self.look())), 'without pairs': r.mean(s, 'doubt'),
+                 'margin_loss': np.nanmean(nats, 0), 'EL2N, mean': self.a['t_el2n'], 'grand': self.a['t_grand'], 'aum': -np.nanmean(m, 0), 'top losses': -np.log(np.maximum(eval_p, 1e-37))}
+        if self.folds is not None: found['five-fold'] = -self.folds[np.arange(len(self.folds)), self.y['train']]
+        return found
+    def cleanlab(self, **kw) -> np.ndarray: # Boolean, `n`
+        "What cleanlab flags, with its own cuts."
+        return find_label_issues(self.y['train'], self.folds.astype(np.float64), n_jobs=1, **kw)
 
 
 def chosen_on(r) -> bool: return r.seed == 0 and r.name in ('digits', 'table', 'TREC-6', 'cancer', 'Fashion')
@@ -112,7 +128,19 @@ def measured(r) -> dict:
         first = reviewed(r, issues, [50])
         out |= claims(first, r.wrong, '_50') | claims(reviewed(r, issues, [50, 50]), r.wrong, '_100')
     if r.wrong.any(): out |= {'ap ' + k: average_precision(s, r.wrong) for k, s in r.rankings().items()}
+    if r.folds is not None and r.wrong.any(): out |= cuts(r, issues)
     return out
+
+def cuts(r, issues) -> dict:
+    "How many are flagged and how many of them are wrong: ours, and cleanlab's five-fold, with its own cuts and as many as ours."
+    p = issues.set_index('item')['p_wrong'].sort_index().to_numpy()
+    flagged = {'cautious': issues.set_index('item')['is_issue'].sort_index().to_numpy(), 'at the rate': p >= .5}
+    if find_label_issues is not None: flagged |= {'cleanlab': r.cleanlab(), 'cleanlab, both': r.cleanlab(filter_by='both')}
+    k = flagged['at the rate'].sum()
+    first = np.zeros(len(p), dtype=bool)
+    first[np.argsort(-r.rankings()['five-fold'], kind='stable')[:k]] = True
+    flagged['five-fold, as many'] = first
+    return {f'{o} {k}': v for k, f in flagged.items() for o, v in dict(many=f.sum() / r.wrong.sum(), right=r.wrong[f].mean() if f.any() else np.nan, got=r.wrong[f].sum() / r.wrong.sum()).items()}
 
 
 # -- tables
@@ -138,26 +166,44 @@ def reviews(df):
         d['near rate' + end] = ((d['rate' + end] - d['true_rate']).abs() <= .05).astype(float)
         d['near precision' + end] = ((d['precision' + end] - d['true' + end]).abs() <= .05).where(d['true' + end].notna()).astype(float)
     columns = [f'near {o}{end}' for end in ('', '_50', '_100') for o in ('rate', 'precision')] + ['rate_holds_100', 'precision_holds_100']
-    for title, g in [('all', d), *d.groupby('set', sort=False), *d.groupby('kind', sort=False)]: print(row(title, g, columns))
+    for title, g in [('all', d), ('chosen on', d[d['chosen']]), ('all others', d[~d['chosen']]), *d.groupby('set', sort=False), *d.groupby('kind', sort=False)]: print(row(title, g, columns))
 
 def ranking(df):
-    names = [c for c in df if c.startswith('ap ')]
+    names = [c for c in df if c.startswith('ap ') and c != 'ap five-fold']
     d = df[df[names[0]].notna() & (df['planted'] >= .05)]
-    print("\nAverage precision, mean; 5 to 40 % wrong. The difference by pairs, ± its standard error.\n\n| trainings | number | " + " | ".join(c[3:] for c in names) + " | pairs add |\n" + "|---" * (len(names) + 3) + "|")
-    for title, g in [('chosen on', d[d['chosen']]), ('all others', d[~d['chosen']]), *d[~d['chosen']].groupby('kind', sort=False), *d[~d['chosen']].groupby('set', sort=False), *d[~d['chosen']].groupby('regime', sort=False)]:
-        add = g['ap label_doubt'] - g['ap without pairs']
-        print(f"| {title} | {len(g)} | " + " | ".join(f"{g[c].mean():.3f}" for c in names) + f" | {add.mean():+.4f} ± {add.std() / max(len(g), 1)**.5:.4f} |")
+    print("\nAverage precision, mean; 5 to 40 % wrong. The differences ± their standard errors: what pairs add, what a look adds, and label_doubt without a look less margin_loss.\n\n| trainings | number | " + " | ".join(c[3:] for c in names) + " | pairs | look | over margin_loss |\n" + "|---" * (len(names) + 5) + "|")
+    rest = d[~d['chosen']]
+    for title, g in [('chosen on', d[d['chosen']]), ('all others', rest), *rest.groupby('kind', sort=False), *rest.groupby('set', sort=False), *rest.groupby('regime', sort=False)]:
+        print(f"| {title} | {len(g)} | " + " | ".join(f"{g[c].mean():.3f}" for c in names) + " | " + " | ".join(less(g, *o) for o in (('label_doubt', 'without pairs'), ('with a look', 'label_doubt'), ('label_doubt', 'margin_loss'))) + " |")
     few = df[(df['planted'] < .05) & df[names[0]].notna()]
-    print("\nNearly clean:\n\n| training | wrong | " + " | ".join(c[3:] for c in names) + " |\n" + "|---" * (len(names) + 2) + "|")
-    for _, r in few.iterrows(): print(f"| {r['set']}, {r['kind']}, seed {r['seed']} | {round(r['true_rate'] * r['n'])} of {r['n']:,} | " + " | ".join(f"{r[c]:.3f}" for c in names) + " |")
+    print("\nNearly clean: .4 and 1 %, and MNIST's checked images:\n\n| trainings | number | " + " | ".join(c[3:] for c in names) + " | over margin_loss |\n" + "|---" * (len(names) + 3) + "|")
+    for title, g in [('seed 0', few[few['seed'] == 0]), ('other seeds', few[few['seed'] > 0]), *few.groupby('set', sort=False), *few.groupby('regime', sort=False)]:
+        print(f"| {title} | {len(g)} | " + " | ".join(f"{g[c].mean():.3f}" for c in names) + f" | {less(g, 'label_doubt', 'margin_loss')} |")
+
+def less(g, a, b):
+    d = g[f'ap {a}'] - g[f'ap {b}']
+    return f"{d.mean():+.4f} ± {d.std() / max(len(g), 1)**.5:.4f}"
+
+def against_folds(df):
+    if 'ap five-fold' not in df: return
+    d = df[df['ap five-fold'].notna() & (df['planted'] >= .05)]
+    names = ['label_doubt', 'with a look', 'margin_loss', 'five-fold']
+    print("\nBeside five more trainings, average precision:\n\n| trainings | number | " + " | ".join(names) + " | label_doubt − five-fold | with a look − five-fold |\n" + "|---" * (len(names) + 4) + "|")
+    groups = [('all', d), *d.groupby('kind', sort=False), *d.groupby('set', sort=False), *d.groupby('regime', sort=False)]
+    for title, g in groups: print(f"| {title} | {len(g)} | " + " | ".join(f"{g['ap ' + c].mean():.3f}" for c in names) + f" | {less(g, 'label_doubt', 'five-fold')} | {less(g, 'with a look', 'five-fold')} |")
+    ways = [c[5:] for c in d if c.startswith('many ')]
+    print("\nWhat is flagged there: how many for each wrong label, the share of wrong labels among them, and of the wrong labels that are found.\n\n| flagged by | number by wrong labels | precision | recall |\n|---|---|---|---|")
+    for w in ways: print(f"| {w} | {d['many ' + w].mean():.2f} | {d['right ' + w].mean():.2f} | {d['got ' + w].mean():.2f} |")
 
 def main(pattern='*'):
     paths = sorted(o for o in CACHE.glob(f'{pattern}.npz') if '.part' not in o.name)
     if not paths: return print(f"skipped: no trainings in {CACHE}; `python benchmarks/trainings.py` makes them")
     df = pd.DataFrame([measured(Kept(o)) for o in paths])
     print(f"{len(df)} trainings, {df['chosen'].sum()} of them chosen on")
-    for table in (coverage, reviews, ranking): table(df)
-    clean = df[df['planted'] == 0]
+    some = df[(df['planted'] >= .05) | (df['planted'] == 0)]
+    for table in (coverage, reviews): table(some)
+    for table in (ranking, against_folds): table(df)
+    clean = df[(df['planted'] == 0) & (df['true_rate'] == 0)]
     print(f"\nClean labels: {100 * clean['flagged'].mean():.2f} % flagged in the mean, {100 * clean['flagged'].max():.2f} % at most, in {len(clean)} trainings.")
 
 

@@ -12,22 +12,23 @@ import io
 import json
 import warnings
 from concurrent.futures import Executor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from fastcore.basics import patch
 
 from .bars import Bar
-from .dynamics import SCORES, Label, Likely, Reducer, Worst, _share_state, register_score, row_weight
+from .dynamics import RANK_BY, SCORES, Label, Last, Reducer, Worst, _share_state, register_score, row_weight
 from .epochs import Epochs
-from .issues import LabelDoubt
+from .issues import LabelDoubt, Likely, Suspicion
 from .parquet import ROWS
 from .running import BrokenScore, NoStates, States, by_key, fold
 
 # %% ../nbs/05c_cache.ipynb #1c8e4ff4
 register_score('label_doubt', LabelDoubt())
 register_score('worst', Worst())
-LABELS = (Label(), Likely()) # The label of each item, and the class that the model saw in it
+register_score(RANK_BY, Suspicion(Worst(), Last('loss')))
+LABELS = (Label(), Likely()) # The label of each item, and the class that it is likelier to be
 
 @dataclass(frozen=True)
 class Segment:
@@ -37,6 +38,7 @@ class Segment:
     n: int      # Number of items
     found: dict # The epochs, as `Epochs.found` has them
     executor: Executor|None = None # Who reads them; None: this process
+    look: 'Segment|None' = None # The same items, if they were looked at after the last epoch
 
 # %% ../nbs/05c_cache.ipynb #9c043d11
 @dataclass(frozen=True)
@@ -58,7 +60,7 @@ class StateCache:
 
     def wanted(self) -> dict: # key → `Reducer`
         "The states that are kept: those of all registered scores that can be computed."
-        known = by_key({**SCORES, 'likely': Likely()})
+        known = by_key(SCORES)
         return {k: r for k, r in known.items() if k not in self.broken and set(r.columns) <= {*ROWS.names}}
 
     def values(self,
@@ -74,7 +76,8 @@ class StateCache:
         "Every score of every item of a segment. The states are looked up once."
         def read(anew):
             states = self._current(list(LABELS), seg, anew)
-            names = [o for o, r in SCORES.items() if r.key in self.wanted()]
+            states = self._with_look({k: states[k] for k in states.arrays}, seg, anew)
+            names = [o for o, r in SCORES.items() if r.key in self.wanted() and not r.instead]
             values = self._finalized([*LABELS, *(SCORES[o] for o in names)], states)
             return *values[:2], dict(zip(names, values[2:]))
         return self._in_step(read)
@@ -93,7 +96,14 @@ class StateCache:
         except NoStates: return read(True)
 
     def _values(self, reducers, seg, anew):
-        return self._finalized(reducers, self._states_of(reducers, seg, anew))
+        values = self._finalized(reducers, self._states_of(reducers, seg, anew))
+        return [self._or_instead(v, r, seg, anew) for v, r in zip(values, reducers)]
+
+    def _or_instead(self, v, r, seg, anew) -> np.ndarray: # `n`
+        "The values of a score, or of the first that stands in."
+        others = iter(r.instead)
+        while np.isnan(v).all() and (other := next(others, None)): v, = self._values([other], seg, anew)
+        return v
 
     def _finalized(self, reducers, states) -> list:
         return [np.array(r.finalize(states[r.key]), dtype=np.float64) for r in reducers]
@@ -105,9 +115,19 @@ def _states_of(self: StateCache, reducers, seg, anew) -> dict: # key → state
     wanted = self.wanted()
     kept = lambda r: r.key in wanted and _share_state(wanted[r.key], r)
     own = {r.key: self._own(r, seg) for r in reducers if not kept(r)}
-    if len(own) == len(reducers): return own
+    if len(own) == len(reducers): return self._with_look(own, seg, anew)
     states = self._current([r for r in reducers if kept(r)], seg, anew)
-    return {r.key: own[r.key] if r.key in own else states[r.key] for r in reducers}
+    states = {r.key: own[r.key] if r.key in own else states[r.key] for r in reducers}
+    return self._with_look(states, seg, anew)
+
+@patch
+def _with_look(self: StateCache, states: dict, seg, anew) -> dict:
+    "The same states; a look after the last epoch counts in those of `LabelDoubt`."
+    r, look = LabelDoubt(), seg.look
+    if look is None or r.key not in states: return states
+    last = replace(look, found=dict([*look.found.items()][-1:]))
+    seen = self._states_of([r], look, anew)[r.key] if last == look else self._own(r, last)
+    return {**states, r.key: r.with_look(states[r.key], seen)}
 
 @patch
 def _own(self: StateCache, r, seg):

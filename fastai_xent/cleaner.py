@@ -23,7 +23,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from .chosen import record_classes, score_name
-from .dynamics import RANK_BY, Label, Likely, get_score
+from .dynamics import RANK_BY, Label, get_score
+from .issues import Likely
 from .record import XentRecord
 from .reviews import Reviews, learnt_order, learnt_pairs
 from .show import Sample, _is_picture, _tall, draw_sample, read_items, with_probs

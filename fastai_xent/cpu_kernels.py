@@ -526,7 +526,7 @@ def in_memory(x: Tensor) -> bool:
     "Is `x` made of numbers in the memory of a CPU?"
     return x.is_cpu and x.layout is torch.strided
 
-LARGE = 2**16 # logits of a batch from which on a kernel is worth its compiler
+LARGE = 2**12 # logits of a batch from which on a kernel is faster than torch's operations
 
 def is_large(x: Tensor) -> bool:
     "Are these enough logits for a kernel?"

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/dynamics.html.md"""
 # %% auto #0
 __all__ = ['SCORES', 'RANK_BY', 'Reducer', 'row_weight', 'Mean', 'MeanColumn', 'MarginLoss', 'AUM', 'EL2N', 'EarlyMean', 'Last',
            'Worst', 'Confidence', 'Epistemic', 'Variability', 'Aleatoric', 'Correctness', 'Forgetting', 'Unforgettable',
-           'WrongEvents', 'FirstLearned', 'IterationLearned', 'Label', 'Rows', 'Likely', 'get_score', 'register_score']
+           'WrongEvents', 'FirstLearned', 'IterationLearned', 'Label', 'Rows', 'get_score', 'register_score']
 
 # %% ../nbs/04_dynamics.ipynb #343a978d
 import zlib
@@ -19,6 +19,7 @@ class Reducer:
     "One score an item from a stream of epochs. Subclasses say what they read, and what a row adds."
     columns = () # Columns that `update` reads
     largest_first = True # Is the item with the largest score the one to look at first?
+    instead = () # Reducers that stand in if no item has this score: the first that any has
 
     @property
     def key(self) -> str: # Reducers of one key have the same `init` and `update`, and share a state
@@ -204,9 +205,9 @@ class Correctness(Reducer):
     Small for hard examples and label errors."""
     columns, largest_first, key = ('pred', 'targ'), False, 'events'
     def init(self, n):
-        counts = 'rows', 'right', 'forgotten', 'first_right', 'last_wrong', 'lead'
+        counts = 'rows', 'right', 'forgotten', 'first_right', 'last_wrong'
         return dict(was_right=np.zeros(n, dtype=bool), **{o: np.zeros(n, dtype=np.int32) for o in counts},
-                    **{o: np.full(n, -1, dtype=np.int32) for o in ('label', 'voted')})
+                    label=np.full(n, -1, dtype=np.int32))
     def update(self, state, item, weight, pred, targ):
         known = ~np.isnan(pred.astype(np.float64)) & ~np.isnan(targ.astype(np.float64))
         for rows in _turns(item, (weight >= .5) & known):
@@ -221,13 +222,11 @@ class Correctness(Reducer):
 def _after_one_row(s: dict, pred: np.ndarray, targ: np.ndarray) -> dict: # Like `s`
     "The state of some items after one more row of each."
     right, n = pred == targ, s['rows'] + 1
-    voted = np.where(~right & (s['lead'] == 0), pred, s['voted'])
     return dict(
         rows=n, right=s['right'] + right, was_right=right, label=targ,
         forgotten=s['forgotten'] + (s['was_right'] & ~right),
         first_right=np.where(right & (s['right'] == 0), n, s['first_right']),
-        last_wrong=np.where(right, s['last_wrong'], n),
-        voted=voted, lead=s['lead'] + np.where(right, 0, np.where(pred == voted, 1, -1)))
+        last_wrong=np.where(right, s['last_wrong'], n))
 
 # %% ../nbs/04_dynamics.ipynb #56d3f4e1
 class Forgetting(Correctness):
@@ -277,14 +276,6 @@ class Rows(Correctness):
     "How many of an item's rows count, which are those whose own share is at least a half. Not a score."
     def finalize(self, state): return self.of(state, state['rows'])
 
-class Likely(Correctness):
-    """The label if at least half of the predictions were right, else the class of the wrong ones.
-
-    Not a score."""
-    def finalize(self, state):
-        agrees = 2 * state['right'] >= state['rows']
-        return self.of(state, np.where(agrees, state['label'], state['voted']))
-
 # %% ../nbs/04_dynamics.ipynb #e21156bd
 SCORES = dict(
     margin_loss=MarginLoss(), loss=MeanColumn('loss'), el2n=EL2N(), grad_norm=MeanColumn('grad_norm'), aum=AUM(),
@@ -294,7 +285,7 @@ SCORES = dict(
     early_el2n=EarlyMean('el2n'), last_el2n=Last('el2n'), last_loss=Last('loss'),
     last_margin=Last('margin', largest_first=False),
     entropy=MeanColumn('entropy'), grand=MeanColumn('grand'))
-RANK_BY = 'margin_loss' # what ranks items where nothing else is said
+RANK_BY = 'suspicion' # what ranks items where nothing else is said: see the page on issues
 _MEANS = dict(margin='aum', p_targ='confidence')
 
 # %% ../nbs/04_dynamics.ipynb #79ecb8c0

@@ -19,7 +19,7 @@ import pandas as pd
 from .bars import Bar
 from .chunks import in_order
 from .dynamics import Label, row_weight
-from .issues import LabelDoubt, gap_confidence, noise_rate, p_wrong, plateau
+from .issues import LabelDoubt, Likely, gap_confidence, noise_rate, p_wrong, plateau
 from .verdict import Reviewed, Ruler, chances, draw, precision_interval, rate_interval, reached, ruler, told
 
 # %% ../nbs/05d_label_issues.ipynb #4569010d
@@ -140,13 +140,12 @@ class LabelIssues(pd.DataFrame):
         seed: int = 0,
     ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance` of each to be drawn
         "Items for a person to look at: say in `wrong` which labels are, and ask `label_issues(reviewed=…)` again."
-        p, issue = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])), self['is_issue']
-        p, issue = p.to_numpy(np.float64), issue.to_numpy()
-        if not self.attrs['reviewed']:
-            p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
-            issue = p >= .5
-        asked = np.sort(draw(p, issue, n, seed))
-        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, issue, n)).iloc[asked]
+        p = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])).to_numpy(np.float64)
+        times = 30
+        if not self.attrs['reviewed']:                    # it is not well known yet what will be flagged
+            times, p = 9, p_wrong(self['score'].to_numpy(), _base(self.attrs))
+        asked = np.sort(draw(p, p >= .5, n, seed, times))
+        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, p >= .5, n, times)).iloc[asked]
         return rows.reset_index(drop=True)
 
 def _base(found) -> float:
@@ -164,7 +163,7 @@ def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # Th
     "What the rates say, after a person has looked."
     rev = Reviewed(p_wrong(score, _base(found)), *decided)
     p = rev.p()
-    issue = rev.p(-1.64 * cautious) >= threshold
+    issue = rev.p(-3.5 * cautious) >= threshold
     rates = zip(('noise_rate', 'noise_rate_low', 'noise_rate_high'), rev.share(~np.isnan(score)))
     found.update(rates, reviewed=decided[0].tolist())
     return p, issue, rev.share(issue)
@@ -192,7 +191,7 @@ def label_issues(record,
     if (targ < 0).all():                                  # masks and sequences have labels at their positions
         return record._dense_issues(split, segment, noise_rate, threshold, only_issues, cautious, reviewed)
     name = lambda cs: record._class_names(np.where(cs < 0, np.nan, cs))
-    likely = np.where(state['rival'] < 0, targ, state['rival'])
+    likely = np.nan_to_num(Likely().finalize(state), nan=-1).astype(int)
     df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))
     if noise_rate is None: found = _rates(record, seg, state, _n_classes(record))
     else: found = _told_rate(noise_rate)

@@ -152,7 +152,7 @@ def _by_torch(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor:
     ignore_index, eps, axis = call.settings
     call.watch()
     z, c = _wide(pred), pred.shape[axis]
-    if axis > 1: z = z.movedim(axis, 1)
+    if axis != 1 and z.ndim > 1: z = z.movedim(axis, 1)
     kw = dict(weight=call.weight, ignore_index=ignore_index, label_smoothing=eps)
     if y.is_floating_point(): return _of_probs(z, y, axis, reduction, kw)
     bad = None

@@ -194,7 +194,17 @@ def _segment(self: XentRecord, split, segment=-1, executor=None) -> Segment:
     "A list of items and its epochs."
     k = self._list(split, segment)
     found = {o: v for o, v in self._found(split).items() if self._list_at(split, o[2]) == k}
-    return Segment(split, k, self._of_split(split)['segments'][k]['n'], found, executor)
+    return Segment(split, k, self._of_split(split)['segments'][k]['n'], found, executor,
+                   self._look_after(split, k, found, executor))
+
+@patch
+def _look_after(self: XentRecord, split, k, found, executor) -> Segment|None:
+    "The look at the items of train that followed the last of these epochs."
+    if split != 'train' or 'train_eval' not in self.splits or not found: return None
+    look = self._segment('train_eval', executor=executor)
+    prints = [self._of_split(s)['segments'][n]['fingerprint'] for s, n in ((split, k), (look.split, look.k))]
+    ends = {max(epoch for _, _, epoch in o) for o in (found, look.found or found)}
+    return look if look.found and prints[0] == prints[1] and len(ends) == 1 else None
 
 # %% ../nbs/05g_record.ipynb #ca897238
 def _frame(t: pa.Table) -> pd.DataFrame:
@@ -344,12 +354,12 @@ def top(self: XentRecord,
     split: str = 'train', # 'train', 'valid', or another that was recorded
     segment: int = -1, # Which list of items, where the dataset has changed; −1: the last
     executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
-) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (what most predictions vote for), score
+) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (what the model takes it for), score
     "The items a person should look at first."
     if not isinstance(k, (int, np.integer)): raise TypeError(f"k is {k!r}, expected a number of items, as `top(20)`")
     seg, reducer = self._segment(split, segment, executor), _readable(by)
     score, targ, likely = self._cache.values([reducer, *LABELS], seg)
-    if not np.isnan(likely).all(): self._check_score(reducer, score, split, segment)      # items were seen
+    if not np.isnan(targ).all(): self._check_score(reducer, score, split, segment)        # items were seen
     order = _first(-score if reducer.largest_first else score, k)
     classes = dict(targ=self._class_names(targ[order]), likely=self._class_names(likely[order]))
     res = self._items_at(split, seg.k, order).assign(**classes, score=score[order])

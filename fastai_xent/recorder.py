@@ -44,6 +44,7 @@ class _Life:
     "What a recorder knows of the fit that is running."
     fit: int = 0               # Number of the fit
     epoch: int = 0             # Number of the epoch, counted over all fits
+    looked: int = -1           # After which epoch was train looked at last?
     split: str = ''            # That of the last pass
     now: Pass|None = None      # The pass that is being recorded
     strange: bool = False      # May somebody's callback train on another loss than is shown?
@@ -75,6 +76,7 @@ class XentRecorder(Callback):
         precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the first, or 'full'
         key_fn=None, # From an item (a path, a row of a frame) to its name; default: path, row label or text
         eval_every: int = 0, # Look at train without augmentation every so many epochs, as 'train_eval'
+        eval_at_end: bool = False, # Look at it once when the fit is over? A forward pass, for a better ranking
         head: nn.Module|str|None = None, # Record `grand`, the gradient in this last layer; 'auto' finds it
         maps=(), # Masks and sequences whose numbers are kept at each position; of all others a coarse map; False: none
         keep_probs: bool|str|int = False, # Of all classes? True: to 2 GB a pass; or bytes; or 'any size'
@@ -83,7 +85,8 @@ class XentRecorder(Callback):
     ):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)
         self._resumed = bool(resume and self._writer.record.epochs)
-        self.key_fn, self.eval_every, self.check = key_fn, eval_every, check
+        self.key_fn, self.check = key_fn, check
+        self.eval_every, self.eval_at_end = eval_every, eval_at_end
         self.maps, self.parts = set(() if isinstance(maps, bool) else maps), maps is not False
         self.keep_probs, self.features = most_bytes(keep_probs), features_every(features)
         self.head = head if self.features is None else head or 'auto'
@@ -306,7 +309,11 @@ def _after_fit(self: XentRecorder):
         self._writer.keep_cost(life.seconds - life.spent + now - start, now - started)
 
 @patch
-def _after_cancel_fit(self: XentRecorder): self._close()
+def _after_cancel_fit(self: XentRecorder):
+    life = self._life
+    last = life.epoch - (not life.heard)
+    self._close()
+    if self.eval_at_end and life.looked < last: self._look_at_train(last)
 
 # %% ../nbs/06c_recorder.ipynb #48246a07
 @patch
@@ -317,7 +324,8 @@ def _after_epoch(self: XentRecorder):
     life = self._life
     if not life.heard: return
     life.heard, life.epoch = False, life.epoch + 1
-    if self.eval_every and life.epoch % self.eval_every == 0:
+    due = self.eval_every and life.epoch % self.eval_every == 0
+    if due or (self.eval_at_end and self.learn.epoch + 1 == self.learn.n_epoch):
         self._look_at_train(life.epoch - 1)
 
 @patch
@@ -448,7 +456,7 @@ def _keep_doubt(self: XentRecorder, now, epoch):
 @patch
 def _look_at_train(self: XentRecorder, epoch: int):
     "Record one walk through train in eval mode as split 'train_eval'."
-    split, dl = 'train_eval', in_order(self.learn.dls.train)
+    split, dl, self._life.looked = 'train_eval', in_order(self.learn.dls.train), epoch
     try:
         now = self._listen(split, dl)
         try: look(self.learn, dl, now, bar_below(self.learn, dl))

@@ -102,15 +102,12 @@ def split_scores(
 ) -> tuple: # `record.scores(split)`, with the verdict's `p_wrong` and `likely`; items, the most suspect first
     "The scores of a split's items, and who comes first."
     scores = record.scores(split)
-    if issues is None: return scores, _order(scores)
+    if issues is None: return scores, _order(record.score(RANK_BY, split))
     mine = issues.set_index('item').sort_index()
     scores.insert(5, 'p_wrong', np.floor(1000 * mine['p_wrong'].to_numpy()) / 1000)
     return scores.assign(likely=mine['likely'].to_numpy()), issues['item'].to_numpy()
 
-def _order(scores) -> np.ndarray:
-    if RANK_BY not in scores: return scores['item'].to_numpy()
-    s = scores[RANK_BY].to_numpy() * (-1 if get_score(RANK_BY).largest_first else 1)
-    return scores['item'].to_numpy()[np.argsort(s, kind='stable')]
+def _order(score) -> np.ndarray: return np.argsort(-score, kind='stable')          # nan comes last
 
 def _first_items(order, k) -> np.ndarray:
     "Up to `k` items: three quarters of the first, the rest from everywhere."
@@ -188,7 +185,8 @@ def _read(dl, i) -> str:
     except Exception as e: return f"could not be read: {e!r}"[:400]
 
 # %% ../nbs/08e_report.ipynb #7ef116c2
-_EARLY = ('p_wrong', 'label_doubt', RANK_BY, 'confidence', 'variability')
+_RANKS = 'label_doubt', 'last_loss' # what `RANK_BY` is: the first that the items have
+_EARLY = ('p_wrong', *_RANKS, 'confidence', 'variability')
 
 def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: # What the script is told; scores; items
     "The columns that are kept whatever their size."
@@ -197,11 +195,11 @@ def _add_items(page, classes, record, split, issues, k, dls, key_fn) -> tuple: #
     cols = {o: page.add(classes.codes(scores[o]), 'class') for o in ('targ', 'likely')}
     if names is not None: cols['name'] = page.add(names, 'names')
     early = [o for o in _EARLY if o in scores]
-    if RANK_BY in early and 'label_doubt' in early: early.remove(RANK_BY)
+    if {*_RANKS} <= {*early}: early.remove('last_loss')
     scored = {o: page.add(score_codes(scores[o].to_numpy(float)), 'score') for o in early}
     shown = thumbnails(record, split, _first_items(order, k), dls, key_fn)
     pictures = page.add(_json(shown))['id'] if shown else None
-    first = next((o for o in ('label_doubt', RANK_BY) if o in scores), '=item')
+    first = next((o for o in _RANKS if o in scores), '=item')
     flagged = None if issues is None else np.sort(issues['item'][issues['is_issue']]).tolist()
     told = dict(split=split, n=len(scores), prefix=folder, first=first, cols=cols, scored=scored, pictures=pictures,
                 flagged=flagged)

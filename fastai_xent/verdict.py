@@ -40,8 +40,6 @@ def ruler(
     return Ruler(*plateau(p, wrong, n_classes), float(wrong.mean()), float(sure), float(firm), len(p))
 
 # %% ../nbs/04d_verdict.ipynb #a6dd501c
-_Z = 1.64 # standard deviations that hold nine of ten
-
 def reached(r: Ruler) -> float: # From 0 to 1
     "How far the model has come to a plateau."
     return float(np.clip((r.sure / (1 - min(r.level, .6)) - .85) / .1, 0, 1))
@@ -57,9 +55,9 @@ def rate_interval(
     level = min(done * r.level + excess, d)
     part = np.clip(.5 + 2.5 * (r.firm - .5), .4, 1)
     error = np.sqrt((d * (1 - d) + 1 / r.n) / r.n)
-    high = max(part * d + _Z * error, level + _Z * sd)
+    high = max(part * d + error, level + sd)
     rate = level + done * np.clip(r.firm - .6, 0, .5) * max(d - level, 0)
-    low = max(.9 * level - _Z * sd, 0)
+    low = max(.85 * level - sd - .005, 0)
     return float(np.clip(rate, low, min(high, 1))), float(low), float(min(high, 1))
 
 # %% ../nbs/04d_verdict.ipynb #6f85f40c
@@ -71,8 +69,8 @@ def precision_interval(
     "The share of wrong labels among the flagged, between bounds that hold it nine times in ten."
     if not len(p): return np.nan, np.nan, np.nan
     mean = float(p.mean())
-    a, b = .7 * low.mean() + .3 * mean - .08, min(high.mean() + .05, 1)
-    error = lambda q: _Z * np.sqrt(max(q * (1 - q), 1e-9) / len(p))
+    a, b = (low.mean() + mean) / 2 - .08, min(high.mean() + .05, 1)
+    error = lambda q: np.sqrt(max(q * (1 - q), 1e-9) / len(p))
     a, b = max(a - error(a), 0), min(b + error(b), 1)
     return float(np.clip(mean, a, b)), float(a), float(b)
 
@@ -80,6 +78,8 @@ def precision_interval(
 def _logit(p):
     q = np.clip(p, 1e-4, 1 - 1e-4)
     return np.log(q / (1 - q))
+
+_Z = 1.3 * 1.64 # standard deviations on either side
 
 class Reviewed:
     "Probabilities that a person's decisions have moved."
@@ -120,7 +120,7 @@ class Reviewed:
         seen[self.at] = True
         q = np.where(seen, 0, p * (1 - p))[which]
         slope, n = (q[:, None] * self.x[which]).sum(0), which.sum()
-        error, mean = 1.3 * _Z * np.sqrt(slope @ self.cov @ slope + q.sum()) / n, p[which].mean()
+        error, mean = _Z * np.sqrt(slope @ self.cov @ slope + q.sum()) / n, p[which].mean()
         return float(mean), float(max(mean - error, 0)), float(min(mean + error, 1))
 
 # %% ../nbs/04d_verdict.ipynb #483badab
@@ -128,9 +128,10 @@ def chances(
     p: np.ndarray, # Probability of each label to be wrong, `n`; nan: not to be drawn
     issue: np.ndarray, # Which items are flagged, `n`
     k: int, # How many are drawn
+    times: float = 9, # How much likelier a flagged one is
 ) -> np.ndarray: # Chance of each item to be drawn, `n`; they add up to `k`
     "How likely `draw` takes each item."
-    size = np.nan_to_num(np.sqrt(np.maximum(p * (1 - p), 0) + .02) * np.where(issue, 9, 1))
+    size = np.nan_to_num(np.sqrt(np.maximum(p * (1 - p), 0) + .02) * np.where(issue, times, 1))
     k, sure = min(k, int((size > 0).sum())), np.zeros(len(p), dtype=bool)
     while k > sure.sum():                                     # an item is drawn once
         size = np.where(sure, 0, size)
@@ -144,10 +145,11 @@ def draw(
     issue: np.ndarray, # Which items are flagged, `n`
     k: int, # How many
     seed: int = 0,
+    times: float = 9, # How much likelier a flagged one is
 ) -> np.ndarray: # Places of `k` items
     "Items to look at, from which `Reviewed` learns most."
     order = np.argsort(-np.nan_to_num(p, nan=-1), kind='stable')
-    total = np.cumsum(chances(p, issue, k)[order])
+    total = np.cumsum(chances(p, issue, k, times)[order])
     if not total.any(): return order[:0]
     at = np.floor(total / total[-1] * round(total[-1]) + np.random.default_rng(seed).random() * .999)
     return order[np.diff(at, prepend=0) > 0]

@@ -233,7 +233,7 @@ def test_items_that_were_never_seen_stay(told):
     assert told() == ["prune: 2 of 40 training items have no score, and stay; 19 are dropped, which are not among the first 0.5 of 38 items with the score 'el2n'"]
     dropped = prune(dls, record, drop=.5)
     assert left(dropped) == [1, *range(20, 40)]
-    assert told() == ["prune: 2 of 40 training items have no score, and stay; 19 are dropped, which are among the first 0.5 of 38 items with the score 'margin_loss'"]
+    assert told() == ["prune: 2 of 40 training items have no score, and stay; 19 are dropped, which are among the first 0.5 of 38 items with the score 'suspicion'"]
     assert left(prune(dls, record, n_drop=3)) == [1, *range(4, 40)]
     assert 'among the first 3 of 38' in told()[0]
     prune(dls, record, keep=[1, 2])                   # items that are named need no score
@@ -499,14 +499,14 @@ def test_a_score_that_no_item_has_is_an_error():
             with pytest.raises(ValueError, match=words.format(by, by.replace('last_', '')) if not hint else f"score '{by}'.*{hint}"): prune(dls, record, by=by, **kw)
     with pytest.raises(ValueError, match="no item of 'train' has the score 'Odd'"): prune(dls, record, drop=.2, by=Odd('grand'))
     record.score = lambda by=None, *_: np.full(N, np.nan)
-    with pytest.raises(ValueError, match="no item of 'train' has the score 'margin_loss'"): reweight(dls, record)
+    with pytest.raises(ValueError, match="no item of 'train' has the score 'suspicion'"): reweight(dls, record)
 
 class Odd(dynamics.MeanColumn):
     @property
     def key(self): return 'odd'
 
 @pytest.mark.parametrize('kw, words', [
-    (dict(drop=.01), "all 40 training items stay: none is among the first 0.01 of 40 items with the score 'margin_loss'"), (dict(drop=0.), 'none is among the first 0.0 of 40 items'),
+    (dict(drop=.01), "all 40 training items stay: none is among the first 0.01 of 40 items with the score 'suspicion'"), (dict(drop=0.), 'none is among the first 0.0 of 40 items'),
     (dict(n_drop=0), 'none is among the first 0 of 40 items'),
     (dict(keep=1.), 'all are among the first 1.0 of 40 items'), (dict(keep=.99), 'all are among the first 0.99'),
     (dict(n_keep=40), 'all are among'),

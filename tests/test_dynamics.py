@@ -73,7 +73,7 @@ def label_doubt(i, epochs):
         rows += [(w * (spread**2 + 1e-12), np.logaddexp(0, -m) * (1 + g) / 2) for (j, w, m, _), g in zip(known, gaps) if j == i]
     return mean(rows)
 
-WANT = {'label_doubt': label_doubt, **{o: lambda i, es, o=o: mean(history(i, es, o)) for o in ('loss', 'el2n', 'grad_norm', 'entropy', 'grand')},
+WANT = {'label_doubt': label_doubt, 'suspicion': label_doubt, **{o: lambda i, es, o=o: mean(history(i, es, o)) for o in ('loss', 'el2n', 'grad_norm', 'entropy', 'grand')},
         'margin_loss': lambda i, es: mean([(w, np.logaddexp(0, -v)) for w, v in history(i, es, 'margin')]),
         'aum': lambda i, es: mean(history(i, es, 'margin')),
         'confidence': moment(lambda m, rows: m),
@@ -99,7 +99,7 @@ def test_against_a_plain_loop(name):
         n, epochs = stream
         got = run(SCORES[name], n, epochs)
         assert got.dtype == np.float64 and got.shape == (n,)
-        np.testing.assert_allclose(got, [WANT[name](i, epochs) for i in range(n)], rtol=1e-4 if name == 'label_doubt' else 1e-6, atol=2e-8 if name in ('variability', 'epistemic', 'aleatoric') else 1e-12)   # label_doubt keeps float32
+        np.testing.assert_allclose(got, [WANT[name](i, epochs) for i in range(n)], rtol=1e-4 if name in ('label_doubt', 'suspicion') else 1e-6, atol=2e-8 if name in ('variability', 'epistemic', 'aleatoric') else 1e-12)   # these keep float32
     check()
 
 @settings(max_examples=60, deadline=None)

@@ -95,6 +95,18 @@ def test_label_doubt_is_the_plain_loop(stream):
     np.testing.assert_allclose(LabelDoubt().finalize(state), score, rtol=1e-4)
     np.testing.assert_array_equal(state['rival'], rival)
 
+@given(streams(), st.data())
+def test_a_look_is_an_epoch_of_four_times_its_weight(stream, data):
+    n, epochs = stream
+    if not epochs: return
+    *before, look = epochs
+    at = np.unique(look['item'], return_index=True)[1]                        # a look sees each item once
+    look = {k: v[at] for k, v in look.items()}
+    got, want = LabelDoubt().with_look(run(n, before), run(n, [look])), run(n, [*before, dict(look, weight=4 * look['weight'])])
+    for k in set(want) - {'label', 'rival'}: np.testing.assert_allclose(got[k], want[k], rtol=1e-4, atol=1e-12)
+    sure = got['votes'] > 1e-9                                                # of two that tie either may stay
+    np.testing.assert_array_equal(got['rival'][sure], want['rival'][sure])
+
 @given(streams(), st.integers(0, 2**32 - 1))
 def test_the_order_of_items_does_not_matter(stream, seed):
     n, epochs = stream
@@ -249,6 +261,9 @@ def test_the_frame():
     assert sorted(issues['item']) == list(range(len(issues))) and (issues['p_wrong'].diff().dropna() <= 0).all()
     np.testing.assert_allclose(issues.set_index('item')['score'].sort_index(), record.score(LabelDoubt()))
     np.testing.assert_array_equal(issues.set_index('item')['targ'].sort_index().astype(int), learn.dls.train.dataset.y.numpy())
+    top = record.top(len(issues)).sort_values('item')
+    for o in ('targ', 'likely', 'score'): assert top[o].tolist() == issues.sort_values('item')[o].tolist() # one ranking, one meaning
+    assert record.scores()['likely'].tolist() == top['likely'].tolist()
     only = record.label_issues(only_issues=True)
     assert only['is_issue'].all() and len(only) == issues['is_issue'].sum() == only.attrs['n_issues']
     assert record.label_issues(noise_rate=.3)['p_wrong'].mean() == pytest.approx(.3, abs=1e-3)
@@ -274,7 +289,9 @@ def test_masks_have_no_label_to_doubt():
         writer.write(0, e, 'train', cols)
     record = writer.record
     record.meta['classes'] = 3
-    assert np.isfinite(record.score(LabelDoubt())).all()
+    assert np.isnan(record.score(LabelDoubt())).all()
+    np.testing.assert_array_equal(record.score(), record.score('last_loss'))     # what stands in
+    assert record.top(6)['item'].tolist() == [*range(6)][::-1] and not {'suspicion', 'label_doubt'} & {*record.scores()}
     with pytest.raises(ValueError, match='expected one class an item'): record.label_issues()
 
 def test_repeated_and_mixed_rows_count_by_their_share():

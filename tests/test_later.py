@@ -90,7 +90,7 @@ def test_two_of_the_runs_are_drawn():
         ax = three.plot_runs(names=names)
         want = three.scores()[names or ['run 0', 'run 1']]
         np.testing.assert_allclose(ax.collections[0].get_offsets(), want)
-        assert [ax.get_xlabel(), ax.get_ylabel()] == [f'margin_loss in run {o}' for o in want]
+        assert [ax.get_xlabel(), ax.get_ylabel()] == [f'suspicion in run {o}' for o in want]
 
 def test_a_third_run_that_saw_little_takes_nothing_from_two_others():
     few = record_of([dict(p_targ=[.5], item=[3])], n=12)
@@ -108,7 +108,7 @@ def test_the_recorder_knows_the_data_and_their_names(folder):  # noqa: F811  a f
     recorder = recorded(datasets(folder), key_fn=lambda f: f.stem.upper())
     recorder.show_top(4)
     fig = plt.gcf()
-    assert fig.get_suptitle() == 'train: the first 4 of 6 items by margin_loss' and len([o for o in fig.axes if o.images]) == 4
+    assert fig.get_suptitle() == 'train: the first 4 of 6 items by suspicion' and len([o for o in fig.axes if o.images]) == 4
     recorder.show_items(recorder.record.top(2, split='valid'), 'valid', title='two')
     assert plt.gcf().get_suptitle() == 'two'
     recorder.show_history(3)

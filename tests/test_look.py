@@ -18,8 +18,10 @@ from fastai.torch_core import set_seed
 from helpers import CpuAutocast, Net, Points, learner, quiet, same_bits, state, warned
 from torch import nn
 
+from fastai_xent.issues import LabelDoubt
 from fastai_xent.look import in_order
 from fastai_xent.losses import XentLossFlat
+from fastai_xent.record import XentRecord
 from fastai_xent.recorder import XentRecorder
 
 
@@ -206,3 +208,84 @@ def test_a_look_that_is_cancelled_is_kept_as_far_as_it_went(ex, n):
     got = rec.record.to_df('train_eval')
     assert len(got) == n and not got['item'].isin(range(8, 16)).any()
     assert got['targ'].tolist() == Points().y[got['item'].tolist()].tolist()
+
+
+# -- once, when the fit is over
+
+class Stop(Callback):
+    "Ends a fit in an event of an epoch; `order` says before or after the recorder hears of it."
+    def __init__(self, event, epoch, order=60): self.event, self.at, self.order = event, epoch, order
+    def __call__(self, event):
+        if event == self.event and self.learn.epoch == self.at: raise CancelFitException()
+
+def looks(rec): return [k.epoch for k in rec.record.epochs if k.split == 'train_eval']
+
+@pytest.mark.parametrize('cbs, at', [
+    ([], [2]), ([Stop('after_epoch', 1)], [1]), ([Stop('after_epoch', 2)], [2]), ([Stop('before_epoch', 1, 30)], [0]),
+    ([EarlyStoppingCallback(monitor='valid_loss', min_delta=1e9, patience=1)], [1])], ids=['whole', 'cancelled', 'cancelled in the last', 'before an epoch', 'early stopping'])
+def test_a_look_at_the_end(cbs, at):
+    "Once, after the last epoch, and the training is the same to the bit."
+    def run(rec):
+        set_seed(0)
+        learn = learner([rec, *copy.deepcopy(cbs)], model=Net(dropout=.3))
+        learn.fit(3)
+        return state(learn)
+    rec = XentRecorder(eval_at_end=True)
+    same_bits(run(rec), run(XentRecorder()))
+    assert looks(rec) == at
+
+def test_each_fit_ends_with_a_look():
+    rec = XentRecorder(eval_at_end=True)
+    learn = learner([rec])
+    learn.fit(2)
+    learn.fit(1)
+    assert looks(rec) == [1, 2]
+    both = XentRecorder(eval_every=1, eval_at_end=True)
+    learner([both]).fit(2)
+    assert looks(both) == [0, 1]
+
+def joined(record):
+    "The doubts by hand: of all epochs of train, and of the last look."
+    r, n = LabelDoubt(), len(record.items())
+    def folded(split, epochs):
+        state = r.init(n)
+        for e in epochs:
+            d = record.to_df(split, e)
+            r.update(state, d['item'].to_numpy(), np.ones(len(d)), **{o: d[o].to_numpy(float) for o in r.columns})
+        return state
+    last = max(k.epoch for k in record.epochs)
+    return r.finalize(r.with_look(folded('train', range(last + 1)), folded('train_eval', [last])))
+
+@pytest.mark.parametrize('kw', [dict(eval_at_end=True), dict(eval_every=1)], ids=str)
+def test_the_look_counts_in_the_doubts(tmp_path, kw):
+    "In memory, on disk, opened again, compacted, in `top`, `scores` and `label_issues`; and not in other scores."
+    rec = XentRecorder(tmp_path / 'r', precision='full', **kw)
+    learner([rec]).fit(3)
+    want, plain = joined(rec.record), XentRecorder()
+    learner([plain]).fit(3)
+    for record in (rec.record, XentRecord(tmp_path / 'r')):
+        np.testing.assert_allclose(record.score(), want, rtol=1e-5)
+        np.testing.assert_allclose(record.scores()['label_doubt'], want, rtol=1e-5)
+        np.testing.assert_allclose(record.top(36).sort_values('item')['score'], want, rtol=1e-5)
+        with warned(): issues = record.label_issues()
+        np.testing.assert_allclose(issues.sort_values('item')['score'], want, rtol=1e-5)
+        np.testing.assert_allclose(record.score('margin_loss'), plain.record.score('margin_loss'), rtol=1e-6)
+    record.compact()
+    np.testing.assert_allclose(XentRecord(tmp_path / 'r').score(), want, rtol=1e-5)
+    assert not np.allclose(want, plain.record.score(), rtol=1e-3)
+
+def test_a_look_in_the_middle_does_not_count():
+    "A later epoch has said more; and a look at other items says nothing of these."
+    rec = XentRecorder(eval_at_end=True)
+    learn = learner([rec])
+    learn.fit(2)
+    rec.eval_at_end = False
+    learn.fit(1)
+    plain = XentRecorder()
+    learn = learner([plain])
+    learn.fit(2)
+    learn.fit(1)
+    np.testing.assert_allclose(rec.record.score(), plain.record.score(), rtol=1e-6)
+    record = rec.record
+    record.meta['splits']['train_eval']['segments'][0]['fingerprint'] = 'of others'
+    assert record._segment('train').look is None

@@ -182,12 +182,8 @@ def test_probabilities_are_taken(dtype):
     assert read_batch(SimpleNamespace(pred=torch.zeros(50, 1000), yb=(hot,), loss_func=XentLossFlat(floatify=True))).targ.is_floating_point()
 
 class OnDevice(RowBuffer):
-    "A buffer that takes a CPU for a device: rows wait there until the pass is over."
-    def _take(self, b, extra, to):
-        part = {k: v.detach().clone() for k, v in extra.items()}
-        if rows_module._may_wait(b): self._wait(b, part)
-        else: part.update(rows_module._columns(b, self._stats(b), to.start))
-        self.parts.append((part, to))
+    "Leaves all columns where they are until the pass is over."
+    def _keep(self, cols, to): self.parts.append((cols, to))
 
 @pytest.mark.parametrize('waits', [False, True])
 def test_rows_that_stay_on_a_device_are_the_same(monkeypatch, waits):
