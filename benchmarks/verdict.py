@@ -21,7 +21,7 @@ try: from cleanlab.filter import find_label_issues
 except ImportError: find_label_issues = None
 
 CACHE = Path(os.environ.get('XENT_CACHE', f'{tempfile.gettempdir()}/xent_trainings'))
-Segment = namedtuple('Segment', 'split k n found')
+Segment = namedtuple('Segment', 'split k n found executor')
 Column = namedtuple('Column', 'v')
 Columns = namedtuple('Columns', 'columns')
 Column.to_numpy = lambda self: self.v
@@ -38,17 +38,17 @@ class Kept:
         self.folds = np.load(folds) if folds.exists() else None
         self.n_classes, self._cache, self._epochs = int(self.a['c']), self, self
         self.y = dict(train=self.a['y'], valid=self.a['yv'])
-        self.wrong, self.states = self.a['y'] != self.a['truth'], {}
+        self.wrong, self.known = self.a['y'] != self.a['truth'], {}
     def rows(self, split, e):
         m, p, pred = (self.a[f'{split[0]}_{o}'][e] for o in ('margin', 'p_targ', 'pred'))
         at = np.flatnonzero(~np.isnan(m))
         return dict(item=at, margin=m[at], p_targ=p[at], pred=pred[at], targ=self.y[split][at], lam=np.full(len(at), np.nan), occurrence=np.zeros(len(at)))
-    def _segment(self, split, k=-1):
-        return Segment(split, 0, len(self.y[split]), {(0, split, e): None for e in range(len(self.a[f'{split[0]}_margin']))})
-    def values(self, _, seg): return [self.y[seg.split]]
+    def _segment(self, split, k=-1, executor=None):
+        return Segment(split, 0, len(self.y[split]), {(0, split, e): None for e in range(len(self.a[f'{split[0]}_margin']))}, None)
+    def states(self, reducers, seg): return [self.state(o, seg) for o in reducers]
     def state(self, reducer, seg):
-        if seg.split in self.states: return self.states[seg.split]
-        state = self.states[seg.split] = reducer.init(seg.n)
+        if (reducer.key, seg.split) in self.known: return self.known[reducer.key, seg.split]
+        state = self.known[reducer.key, seg.split] = reducer.init(seg.n)
         for _, _, e in seg.found:
             t = self.rows(seg.split, e)
             reducer.update(state, t['item'], np.ones(len(t['item'])), **{o: t[o] for o in reducer.columns})
@@ -58,7 +58,7 @@ class Kept:
         t = self.rows(split, e)
         return Columns([Column(t[o]) for o in columns])
     def items(self, split, k): return pd.DataFrame(dict(item=np.arange(len(self.y[split])), name=np.arange(len(self.y[split]))))
-    def class_name(self, c): return int(c)
+    def _class_names(self, c): return pd.Series(c)
     def _told_ledger(self, split): return ''
 
     def look(self):

@@ -42,13 +42,13 @@ _POOLS = {1: (F.adaptive_avg_pool1d, F.adaptive_max_pool1d), 2: (F.adaptive_avg_
           3: (F.adaptive_avg_pool3d, F.adaptive_max_pool3d)}
 
 def part_losses(
-    loss: Tensor, # Of each position, `n d…`
+    loss: Tensor, # Of each position, 0 where it has no label, `n d…`
     known: Tensor, # Has it a label? `n d…`
 ) -> tuple: # Loss of each part, `n k`, −inf where it has no label; the worst position, flat, `n`
     "The mean loss of each part, and the position with the largest loss in the worst part."
     if loss.ndim > 4: loss, known = loss.flatten(1), known.flatten(1)
     (mean, most), k = _POOLS[loss.ndim - 1], sides(loss.shape[1:])
-    total, share = mean(torch.stack([loss * known, known.to(loss)], 1), k).flatten(2).unbind(1)
+    total, share = mean(torch.stack([loss, known.to(loss)], 1), k).flatten(2).unbind(1)
     parts = torch.where(share > 0, total / share.clamp_min(.25), -torch.inf)
     _, places = most(torch.where(known, loss, -1.).unsqueeze(1), k, return_indices=True)
     return parts, places.flatten(1).gather(1, parts.argmax(1, keepdim=True)).squeeze(1)
@@ -90,7 +90,7 @@ def checksum(
 ) -> Tensor: # int64, `n`
     "It differs if the labels of an item differ, or stand in another order."
     y = targ.flatten(1).long() + 1
-    weight = torch.arange(1, y.shape[1] + 1, device=y.device) * 40503 % 65521
+    weight = torch.arange(1, y.shape[1] + 1, device=y.device) * 2654435761 % 2**31
     return (y * weight).sum(1)
 
 class Parts:
@@ -104,8 +104,8 @@ class Parts:
         stats: XentStats, # Of every position, `n d…`
     ) -> dict: # Columns of the rows: `worst`, `n`
         "Keep the parts of a batch."
-        known = (stats.pred >= 0) & ~stats.p_targ.isnan()
-        loss = -torch.where(known, stats.p_targ, 1.).clamp_min(1e-7).log()
+        known = ~stats.p_targ.isnan()
+        loss = stats.p_targ.clamp_min(1e-7).log_().neg_().nan_to_num_(nan=0.)
         parts, place = part_losses(loss, known)
         there = lambda o: o.flatten(1).gather(1, place.unsqueeze(1)).squeeze(1)
         few = torch.stack([place, there(targ).long(), there(stats.pred).long(), checksum(targ)], 1)

@@ -38,6 +38,7 @@ def find_head(
         raise ValueError(f"{what}, but not a layer of this {own}")
     return layer
 
+# %% ../nbs/01b_head.ipynb #b6882b38
 class HeadTap:
     "Looks on while the last layer of a model works."
     def __init__(self, head: nn.Linear): self.head, self.handle, self.seen = head, None, []

@@ -12,6 +12,7 @@ import warnings
 from concurrent.futures import Executor
 from functools import partial
 from html import escape
+from importlib import import_module
 
 import numpy as np
 import pandas as pd
@@ -189,7 +190,8 @@ def label_issues(record,
                       "or targets exchanged unseen, they were trained on other labels; "
                       "`record.meta['ledger']` says more", stacklevel=2)
     if (targ < 0).all():                                  # masks and sequences have labels at their positions
-        return record._dense_issues(split, segment, noise_rate, threshold, only_issues, cautious, reviewed)
+        later = import_module('fastai_xent.dense_issues')
+        return later.dense_issues(record, split, segment, noise_rate, threshold, only_issues, cautious, reviewed)
     name = lambda cs: record._class_names(np.where(cs < 0, np.nan, cs))
     likely = np.nan_to_num(Likely().finalize(state), nan=-1).astype(int)
     df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))

@@ -16,11 +16,12 @@ from types import MethodType
 LATER = dict( # class → module → names of functions
     XentRecord=dict(
         views='plot_losses plot_data_map plot_history plot_score plot_class_pairs plot_class_issues plot_two_scores '
-              'plot_two_runs plot_training_time',
+              'plot_two_runs plot_training_time plot_features',
         show='show_top show_items show_history',
         report='report',
-        dense_issues='where _dense_issues',
+        dense_issues='where',
         features='features neighbours duplicates outliers',
+        influences='influences',
     ),
     XentRecords=dict(views='plot_runs'),
 )

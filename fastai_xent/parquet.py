@@ -172,18 +172,28 @@ def between(t: pa.Table, lo: int, hi: int) -> pa.Table:
     if 4 * (b - a) > len(t): return t.slice(a, b - a)
     return t.take(np.arange(a, b))                        # a slice would keep the whole table in memory
 
-# %% ../nbs/05a_parquet.ipynb #511629b7
+# %% ../nbs/05a_parquet.ipynb #1bc4f856
 _AT_ONCE = 2**16 # Rows
 
-def _in_bytes(rows: np.ndarray) -> tuple: # Whole numbers `r k`; scales `r`; the mean `k`
-    "Numbers of one byte that, times the scale and plus the mean, are about `rows`."
-    mean, q, scales = rows.mean(0, dtype=np.float64).astype(np.float32), np.empty(rows.shape, np.int8), []
-    for at in range(0, len(rows), _AT_ONCE):
-        part = rows[at:at + _AT_ONCE].astype(np.float32) - mean
-        scale = np.abs(part).max(1) / 127
-        q[at:at + _AT_ONCE] = np.rint(part / np.where(scale > 0, scale, 1)[:, None])
+def _in_bytes(rows: np.ndarray) -> tuple: # Whole numbers `r k`; scales `r`; mean and spread, lists of `k`
+    "Numbers of one byte that, times scale and spread and plus the mean, are about `rows`."
+    blocks = [slice(at, at + _AT_ONCE) for at in range(0, len(rows), _AT_ONCE)]
+    first = rows[:1].astype(np.float32)                   # near the mean: squares do not cancel
+    sums = [(o.sum(0, dtype=np.float64), np.square(o).sum(0, dtype=np.float64))
+            for o in (rows[to].astype(np.float32) - first for to in blocks)]
+    off, square = (sum(o) / len(rows) for o in zip(*sums))
+    mean, spread = (first[0] + off), np.sqrt(np.maximum(square - off**2, 0))
+    spread[spread == 0] = 1
+    q, scales = np.empty(rows.shape, np.int8), []
+    for to in blocks:
+        part = rows[to].astype(np.float32)
+        part -= mean.astype(np.float32)
+        part /= spread.astype(np.float32)
+        scale = np.maximum(part.max(1), -part.min(1)) / 127
+        part /= np.where(scale > 0, scale, 1)[:, None]
+        q[to] = np.rint(part, out=part)
         scales.append(scale)
-    return q, np.concatenate(scales), mean
+    return q, np.concatenate(scales), mean.tolist(), spread.tolist()
 
 def write_lists(
     sink, # An open file
@@ -191,21 +201,22 @@ def write_lists(
     lists: np.ndarray, # `r k`
     name: str, # Of the column
     facts: dict|None = None, # Kept in the file's metadata, as JSON
-    shared: bool = False, # One byte a number, with a scale an item and a mean that all share? Or half precision
+    shared: bool = False, # One byte a number, with shared mean and spread? Or half precision
 ) -> None:
     "Write a Parquet file with a list of numbers an item, in item order."
     item, back = np.unique(item[::-1], return_index=True)
     rows, facts, k = lists[len(lists) - 1 - back], facts or {}, lists.shape[1]
     if shared:
-        rows, scale, mean = _in_bytes(rows)
-        facts = {**facts, 'mean': mean.tolist()}
+        rows, scale, mean, spread = _in_bytes(rows)
+        facts = {**facts, 'mean': mean, 'spread': spread}
         packed = pa.FixedSizeBinaryArray.from_buffers(pa.binary(k), len(rows), [None, pa.py_buffer(rows)])
         cols = {'scale': pa.array(scale, pa.float32()), name: packed}
     else:
         halves = pa.array(rows.astype(np.float16).ravel())
         cols = {name: pa.FixedSizeListArray.from_arrays(halves, k)}
     t = pa.table({'item': pa.array(item, pa.int32()), **cols}).replace_schema_metadata({name: json.dumps(facts)})
-    pq.write_table(t, sink, compression='zstd', use_dictionary=False, row_group_size=max(1024, 2**25 // k))
+    pq.write_table(t, sink, compression=None if shared else 'zstd', use_dictionary=False,
+                   row_group_size=max(1024, 2**25 // k))
 
 def write_maps(
     sink, # An open file
@@ -243,4 +254,5 @@ def _numbers(t, name) -> np.ndarray: # `r k`
     lists = t[name].combine_chunks()
     if pa.types.is_fixed_size_list(lists.type): return lists.flatten().to_numpy().reshape(len(t), -1)
     q = np.frombuffer(lists.buffers()[1], np.int8).reshape(len(t), -1)
-    return q * t['scale'].to_numpy()[:, None] + np.array(facts_of(t, name)['mean'], dtype=np.float32)
+    mean, spread = (np.array(facts_of(t, name)[o], dtype=np.float32) for o in ('mean', 'spread'))
+    return q * t['scale'].to_numpy()[:, None] * spread + mean

@@ -80,7 +80,7 @@ class XentRecorder(Callback):
         head: nn.Module|str|None = None, # Record `grand`, the gradient in this last layer; 'auto' finds it
         maps=(), # Masks and sequences whose numbers are kept at each position; of all others a coarse map; False: none
         keep_probs: bool|str|int = False, # Of all classes? True: to 2 GB a pass; or bytes; or 'any size'
-        features: bool|str|int = False, # What the last layer got, 128 bytes an item? True: in the last epoch; or 'every'
+        features: bool|str|int = False, # Of the last layer's input? True: of the last epoch; or 'every'
         check: bool = False, # Is it an error if the losses of a pass's rows do not add up to the Learner's?
     ):
         self._writer = XentWriter(path, resume=resume, overwrite=overwrite, precision=precision)
@@ -364,7 +364,8 @@ def _listen(self: XentRecorder, split, dl) -> Pass:
     keepers = [KeptMaps(self.maps, self._tell)] if self.maps else []
     if self.keep_probs: keepers.append(KeptProbs(self.keep_probs, self._tell))
     layer = self._last_layer()
-    if layer is not None and self.features is not None: keepers.append(KeptFeatures(self.features, self._tell))
+    if layer is not None and self.features is not None:
+        keepers.append(KeptFeatures(self.features, self._tell, self.learn.opt))
     return Pass(split, dl, layer=layer, keepers=keepers, parts=self.parts)
 
 @patch

@@ -325,7 +325,8 @@ def _added(a: dict, b: dict) -> dict:
     "The states of `LabelDoubt` of two runs as that of one."
     sums = {o: a[o] + b[o] for o in ('weight', 'doubt', 'gap', 'confidence')}
     same, lead = a['rival'] == b['rival'], a['votes'] - b['votes']
-    return dict(sums, rival=np.where(lead < 0, b['rival'], a['rival']), label=np.where(a['label'] < 0, b['label'], a['label']),
+    return dict(sums, rival=np.where(lead < 0, b['rival'], a['rival']),
+                label=np.where(a['label'] < 0, b['label'], a['label']),
                 votes=np.where(same, a['votes'] + b['votes'], np.abs(lead)))
 
 def _alike(state: dict) -> dict:
@@ -338,9 +339,9 @@ class _Together:
     "Several runs as one record, as far as `label_issues` asks: the epochs of one after those of the other."
     def __init__(self, runs: XentRecords):
         self.runs, self.one = runs.records, next(iter(runs.records.values()))
-        self.splits, self.items = runs.splits, self.one.items
-        self.class_name, self._class_names = self.one.class_name, self.one._class_names
-        self.n_classes, self._cache, self._epochs = _n_classes(self.one), self, self
+        self.splits, self.items, self.class_name = runs.splits, self.one.items, self.one.class_name
+        self.n_classes, self._class_names = _n_classes(self.one), self.one._class_names
+        self._cache = self._epochs = self
 
     def _segment(self, split, segment=-1, executor=None) -> Segment:
         found, first = {}, 0
@@ -357,23 +358,23 @@ class _Together:
         return reduce(_added, (_alike(r._cache.state(reducer, own(r))) for r in self.runs.values()))
     def values(self, reducers, seg) -> list: # Labels, which all runs must share
         own = lambda r: r._segment(seg.split, executor=seg.executor)
-        found = {k: r._cache.values(reducers, own(r)) for k, r in self.runs.items()}
-        (first, one), *others = found.items()
-        for k, values in others:
-            other = np.flatnonzero(~np.isnan(values[0]) & ~np.isnan(one[0]) & (values[0] != one[0]))
+        one, *others = labels = [r._cache.values(reducers, own(r))[0] for r in self.runs.values()]
+        for k, values in zip([*self.runs][1:], others):
+            other = np.flatnonzero(~np.isnan(values) & ~np.isnan(one) & (values != one))
             if not len(other): continue
             i, name = other[0], self.class_name
-            raise ValueError(f"{len(other):,} of {seg.n:,} items of {seg.split!r} have other labels in run {k!r} than in "
-                             f"run {first!r}, the first is item {i}: {_told(name(values[0][i]))} and "
-                             f"{_told(name(one[0][i]))}; take runs that were trained on the same labels")
-        return [np.fmax.reduce(o) for o in zip(*found.values())]
+            raise ValueError(f"{len(other):,} of {seg.n:,} items of {seg.split!r} have other labels in run {k!r} than "
+                             f"in run {next(iter(self.runs))!r}, the first is item {i}: {_told(name(values[i]))} and "
+                             f"{_told(name(one[i]))}; take runs that were trained on the same labels")
+        label = np.fmax.reduce(labels)
+        if not np.isnan(label).all(): return [label]
+        raise ValueError(f"no item of {seg.split!r} has a label of its own in these records, expected one class an "
+                         "item; ask each record alone for its masks or sequences")
     def _told_ledger(self, split) -> str:
         told = {k: r._told_ledger(split) for k, r in self.runs.items()}
         return '; '.join(f'{k}: {o}' for k, o in told.items() if o)
-    def _dense_issues(self, split, *args):
-        raise ValueError(f"no item of {split!r} has a label of its own in these records, expected one class an item; "
-                         "ask each record alone for its masks or sequences")
 
+# %% ../nbs/05j_records.ipynb #52922b66
 @patch
 def label_issues(self: XentRecords,
     split: str = 'train',
@@ -387,6 +388,6 @@ def label_issues(self: XentRecords,
     "Which labels are wrong, by all runs? All items, the most suspect first; `attrs` has the verdict."
     self._check_split(split)
     if self.on != 'item':
-        raise ValueError(f"these runs are told apart by {self.on!r} and may have other items each; `label_issues` needs "
-                         "runs of the same items: leave `on` out")
+        raise ValueError(f"these runs are told apart by {self.on!r} and may have other items each; `label_issues` "
+                         "needs runs of the same items: leave `on` out")
     return _label_issues(_Together(self), split, -1, noise_rate, threshold, only_issues, cautious, reviewed, executor)

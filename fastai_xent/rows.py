@@ -156,18 +156,21 @@ class RowBuffer:
         if _may_wait(b): self._wait(b, to)
         else: self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
 
-    def _keep(self, cols, to):
-        "Put columns in their place, or leave them on their device until the pass is over."
-        on_host = all(v.is_cpu for v in cols.values())
-        if on_host: self.room.put(cols, to)
-        else: self.parts.append((cols, to))
+# %% ../nbs/02d_rows.ipynb #b086e527
+@patch
+def _keep(self: RowBuffer, cols, to):
+    "Put columns in their place, or leave them on their device until the pass is over."
+    on_host = all(v.is_cpu for v in cols.values())
+    if on_host: self.room.put(cols, to)
+    else: self.parts.append((cols, to))
 
-    def _stats(self, b) -> XentStats:
-        if b.came is not None:
-            return b.came.stats(b.targ.shape) if type(b.came) is FusedPass else b.came
-        try: return row_stats(b.loss_func, b.pred, b.targ, b.mix, self.asked)
-        except IndexError as e:                           # no class, and a loss that does not mind
-            raise NotRecordable(str(e)) from None
+@patch
+def _stats(self: RowBuffer, b) -> XentStats:
+    if b.came is not None:
+        return b.came.stats(b.targ.shape) if type(b.came) is FusedPass else b.came
+    try: return row_stats(b.loss_func, b.pred, b.targ, b.mix, self.asked)
+    except IndexError as e:                           # no class, and a loss that does not mind
+        raise NotRecordable(str(e)) from None
 
 # %% ../nbs/02d_rows.ipynb #26fcf177
 @patch

@@ -234,7 +234,7 @@ class _Doubt(NamedTuple):
     fits: bool # Is it of this mask, position by position? It is not if the item was augmented
 
 def _doubt_of(record, item, sample, split) -> _Doubt|None:
-    "Where an item with a mask goes wrong: by its map if one was kept, else by its parts; without augmentation if it can."
+    "Where an item with a mask goes wrong, by its map or else by its parts; without augmentation if that was kept."
     mask = _mask(sample.targets)
     if mask is None: return None
     for s in ('train_eval', 'train') if split == 'train' else (split,):

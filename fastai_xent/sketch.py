@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/sketch.html.md"""
 # %% auto #0
 __all__ = ['WIDTH', 'SEED', 'projection', 'sketch', 'Stack', 'features_every', 'KeptFeatures']
 
-# %% ../nbs/02e_sketch.ipynb #124c73c6
+# %% ../nbs/02e_sketch.ipynb #288716c3
 import math
 from functools import lru_cache
 
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-# %% ../nbs/02e_sketch.ipynb #eb784f4c
+# %% ../nbs/02e_sketch.ipynb #5475262c
 WIDTH, SEED = 124, 0 # a byte each on disk, and 4 for their scale
 
 @lru_cache(maxsize=8)
@@ -38,7 +38,7 @@ def sketch(
     with torch.no_grad(), torch.autocast(h.device.type, enabled=False):
         return h.float() if directions is None else h.float() @ directions
 
-# %% ../nbs/02e_sketch.ipynb #25f026a8
+# %% ../nbs/02e_sketch.ipynb #1f0d2995
 class Stack:
     "Rows of numbers on a device, in order of arrival."
     def __init__(self,
@@ -65,7 +65,7 @@ class Stack:
         own = slice(None) if cols['padding'] is None else ~cols['padding']
         return cols['item'][own], rows[own]
 
-# %% ../nbs/02e_sketch.ipynb #24f6082c
+# %% ../nbs/02e_sketch.ipynb #8513d420
 def features_every(
     features: bool|int|str, # True: the last epoch; a number `k`: every k-th epoch too; 'every'
 ) -> int|None: # None: no features are kept; 0: those of the last epoch
@@ -75,7 +75,13 @@ def features_every(
     if isinstance(features, int) and features > 0: return features
     raise ValueError(f"features is {features!r}, expected True, False, 'every' or a number of epochs")
 
+# %% ../nbs/02e_sketch.ipynb #92951110
 _LEAST = 2.**-14 # Smaller numbers lose digits in half precision
+
+def _rate(opt) -> float:
+    "The learning rate of the last layer; nan if it is not known."
+    hypers = getattr(opt, 'hypers', None)
+    return hypers[-1]['lr'] if hypers else math.nan
 
 class KeptFeatures:
     "A sketch of what the last layer got, for every row, in order of arrival."
@@ -83,15 +89,19 @@ class KeptFeatures:
     def __init__(self,
         every: int, # From `features_every`
         tell, # Is called with a sentence if something cannot be kept
-    ): self.every, self.tell, self.stack, self.directions, self.facts = every, tell, None, None, {}
+        opt=None, # The optimizer, whose mean learning rate is kept with them
+    ):
+        self.every, self.tell, self.opt, self.rates = every, tell, opt, []
+        self.stack, self.directions, self.facts = None, None, {}
 
     def take(self, batch, i: int, seen) -> None:
         "Take the sketches of a batch."
         h = None if batch.mix is not None else seen.head.input(batch.pred)
         if not seen.rows.at: self._begin(batch, h, seen)
         if self.stack is None: return
-        nothing = self.stack.rows.new_full((batch.n, self.facts['width']), math.nan)
-        self.stack.add(nothing if h is None else sketch(h, self.directions))
+        self.rates.append(_rate(self.opt))
+        if h is None: self.stack.add(self.stack.rows.new_full((batch.n, self.facts['width']), math.nan))
+        else: self.stack.add(sketch(h, self.directions))
 
     def _begin(self, batch, h, seen):
         "Room for a pass, if its first batch has features."
@@ -104,16 +114,18 @@ class KeptFeatures:
         self.directions = None if directions is None else directions.to(h.device)
         width = min(h.shape[1], WIDTH)
         self.facts = dict(kind='as they are' if directions is None else 'random directions', seed=SEED, of=h.shape[1],
-                          width=width, training=seen.head.head.training, every=self.every)
+                          width=width, bias=seen.head.head.bias is not None, training=seen.head.head.training,
+                          every=self.every)
         self.stack = Stack(h.new_empty(seen.rows.capacity, width, dtype=torch.float16), 'features')
 
     def done(self, cols: dict) -> tuple|None: # Items `r`, features `r k`, facts
         "The sketches, on the host, with their items."
         if self.stack is None: return None
         item, rows = self.stack.done(cols)
-        top = np.abs(rows).max(1)
+        top = np.maximum(rows.max(1), -rows.min(1))
         ok = np.isfinite(top) & ((top == 0) | (top >= _LEAST))
         if not ok.all():
             self.tell(f"has no features for {(~ok).sum():,} of {len(ok):,} rows: the last layer's input is not known, "
                       "is not a number, or does not fit into half precision")
-        return (item[ok], rows[ok], self.facts) if ok.any() else None
+        facts = dict(self.facts, lr=float(np.mean(self.rates)))
+        return (item[ok], rows[ok], facts) if ok.any() else None

@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/views.html.md"""
 # %% auto #0
 __all__ = ['loss_bands', 'plot_losses', 'data_map', 'plot_data_map', 'item_history', 'plot_history', 'score_bins', 'plot_score',
            'class_pairs', 'plot_class_pairs', 'class_issues', 'plot_class_issues', 'plot_two_scores', 'plot_runs',
-           'plot_two_runs', 'training_time', 'plot_training_time', 'save_picture']
+           'plot_two_runs', 'training_time', 'plot_training_time', 'plot_features', 'save_picture']
 
 # %% ../nbs/08_views.ipynb #5717412b
 from itertools import cycle
@@ -24,6 +24,7 @@ from fastai_xent.drawing import (
     AGREES, BLUE, DOTS, GREEN, GREY, ORANGE, axis_of, put_circles, put_counts, put_dots, put_legend, put_title, short,
     table_size,
 )
+from .features import feature_map
 from .dynamics import RANK_BY, Rows, get_score, row_weight
 from .issues import gap_confidence
 from .records import XentRecords, first_items
@@ -405,6 +406,29 @@ def _told_time(t) -> str:
     learned, wrong, never = rows['learned'] / rows.sum(), rows['wrong'] / rows.sum(), (t['learned'] == 0).sum()
     return (f"{learned:.0%} of {rows.sum():,} rows went to items that were learned for good,\n"
             f"{wrong:.0%} to wrong predictions; {never:,} of {len(t):,} items were wrong to the end")
+
+# %% ../nbs/08_views.ipynb #662c8c5e
+_CLASSES = '#0072B2', '#D55E00', '#009E73', '#CC79A7', '#E69F00', '#56B4E9', '#888888'
+
+def plot_features(
+    record, # An `XentRecord`
+    split: str = 'train',
+    mark=None, # Items to circle, as `record.top(20).item`
+    to_2d=None, # From rows `n k` to `n 2`, as `UMAP().fit_transform`; None: the two principal components
+    ax: Axes|None = None,
+) -> Axes:
+    "What the last layer got of each item, on a plane, coloured by label."
+    ax, m = axis_of(ax, 5.5, 4.5), feature_map(record, split, to_2d)
+    d = m.sample(min(len(m), DOTS), random_state=0)
+    for (name, rows), color in zip(d.groupby('targ', sort=True), cycle(_CLASSES)):
+        ax.scatter(rows['x'], rows['y'], s=8, lw=0, alpha=.6, color=color)
+        ax.text(*rows[['x', 'y']].median(), short(name), fontsize=8, ha='center', parse_math=False, color=color,
+                path_effects=[withStroke(linewidth=3, foreground=plt.rcParams['figure.facecolor'])])
+    if mark is not None: put_circles(ax, *m.reindex(mark)[['x', 'y']].to_numpy().T)
+    ax.set(xticks=[], yticks=[], xlabel='features, on a plane')
+    some = f'{len(d):,} of {len(m):,}' if len(d) < len(m) else f'{len(m):,}'
+    put_title(ax, f"{split}: {some} items as the last layer gets them, by label")
+    return ax
 
 # %% ../nbs/08_views.ipynb #fc27e5e9
 def save_picture(

@@ -54,10 +54,12 @@ class Got(Callback):
         return want
 
 def near(got, want):
-    "As far as one byte a number tells: 1/254 of the largest in its row, less the mean of all; and half precision before."
+    "As far as one byte a number tells: 1/254 of the largest in its row, in units of each place's spread; and half precision before."
     want, got = np.asarray(want), np.asarray(got)
     np.testing.assert_array_equal(np.isnan(got), np.isnan(want))
-    room = np.nanmax(np.abs(want - np.nanmean(want, axis=0)), axis=1, keepdims=True) / 254 + np.abs(want) * 2.**-10 + 2.**-10
+    spread = np.nanstd(want, axis=0) + 1e-9
+    z = np.abs(want - np.nanmean(want, axis=0)) / spread
+    room = np.nanmax(z, axis=1, keepdims=True) * spread / 250 + np.abs(want) * 2.**-10 + 2.**-12
     assert (np.abs(got - want) <= room)[~np.isnan(want)].all(), np.nanmax(np.abs(got - want) / room)
 
 def fit(learn, epochs=2, said=0):
@@ -128,8 +130,7 @@ def test_ranks_are_joined(tmp_path):
         rows = dict(item=np.array(at), pred=np.zeros(2), targ=np.zeros(2))
         put(writer, 0, 0, 'train', rows, features=(np.array(at), x[2 * rank:2 * rank + 2], facts), rank=rank)
     got = writer.record.features()
-    near(got.iloc[[3, 0]], x[:2])
-    near(got.iloc[[1, 2]], x[2:])
+    np.testing.assert_allclose(got.iloc[[3, 0, 1, 2]], x, atol=.02)
     assert got.iloc[4].isna().all()
 
 def test_eval_passes_have_their_own():
@@ -173,7 +174,7 @@ def test_pickled():
 def test_128_bytes_an_item(tmp_path):
     fit(learner([XentRecorder(tmp_path / 'r', features=True)], model=Wide(width=500), n=4000, bs=400), 2)
     file, = (tmp_path / 'r/_features/train').iterdir()
-    assert file.stat().st_size < 4000 * (128 + 4) + 4000
+    assert file.stat().st_size < 4000 * (128 + 4) + 16_000
 
 
 # -- the training does not change
@@ -288,3 +289,107 @@ def test_bad_settings(bad):
 def test_epochs_that_were_not_kept():
     fit(learner([rec := XentRecorder(features=True)], model=Wide()), 3)
     with pytest.raises(KeyError, match="no features of 'train' in epoch 0; kept are those of the epochs 2"): rec.record.features(epoch=0)
+
+
+# -- what is asked
+
+def record_of(rows, labels=None, training=False, split='train', writer=None):
+    "A record of these features, in one pass."
+    writer, n = writer or XentWriter(), len(rows)
+    frame = pd.DataFrame(dict(item=range(n), name=[f'{split} {i}' for i in range(n)], source=range(n)))
+    writer.set_items(split, frame, split, vocab=list('abc'))
+    cols = dict(item=np.arange(n), pred=np.arange(n) % 3, targ=np.arange(n) % 3 if labels is None else labels)
+    put(writer, 0, 0, split, cols, features=(np.arange(n), rows, dict(every=0, of=rows.shape[1], training=training)))
+    return writer.record
+
+def cloud(n, k=20, seed=0): return np.random.default_rng(seed).normal(size=(n, k)) * np.geomspace(100, .1, k)
+
+@pytest.mark.parametrize('seed', range(4))
+@pytest.mark.parametrize('n', [11, 50, 800])
+def test_among_random_items_none_are_near(n, seed):
+    "No structure, no duplicates: at most a pair by chance."
+    assert len(record_of(cloud(n, seed=seed)).duplicates()) <= 2
+
+@pytest.mark.parametrize('k', [8, 20, 120])
+def test_planted_copies_are_found(k):
+    "Of 600 items 30 are copied with little noise; few others are taken for copies."
+    rng, x = np.random.default_rng(1), cloud(630, k)
+    x[600:] = x[:30] + rng.normal(size=(30, k)) * np.geomspace(100, .1, k) * .02
+    found = record_of(x).duplicates()
+    groups = found.groupby('group')['item'].agg(tuple).map(sorted)
+    hits = sum([i, 600 + i] in groups.tolist() for i in range(30))
+    assert hits >= 28 and len(groups) <= hits + 3
+
+def test_the_same_item_many_times():
+    "More often than neighbours are looked at; and features that are all the same."
+    x = cloud(100)
+    x[40:60] = x[40]
+    found = record_of(x).duplicates()
+    first = found[found['group'] == 0]
+    assert {*range(40, 60)} <= {*first['item']} and len(found) <= 24 and found['closeness'].eq(0).sum() == 20
+    same = record_of(np.ones((30, 5))).duplicates()
+    assert len(same) == 30 and same['closeness'].eq(0).all()
+
+def test_across_train_and_valid():
+    x, v = cloud(200), cloud(80, seed=1)
+    v[5] = x[17] * 1.001
+    writer = XentWriter()
+    record_of(x, writer=writer)
+    record = record_of(v, split='valid', labels=np.zeros(80, dtype=int), writer=writer)
+    found = record.duplicates()
+    assert list(zip(found['split'], found['item'])) in ([('train', 17), ('valid', 5)], [('valid', 5), ('train', 17)])
+    assert set(found['name']) == {'train 17', 'valid 5'} and set(found['targ']) == {'c', 'a'}
+    assert not len(record.duplicates('train')) and not len(record.duplicates('valid'))
+    assert record.neighbours(17, n=1, among='valid')['item'].tolist() == [5]
+    near = record.neighbours('valid 5', split='valid', among='train')
+    assert near['item'][0] == 17 and len(near) == 10 and near['distance'].is_monotonic_increasing
+
+def test_neighbours_are_those_of_all_pairs():
+    x = cloud(300, 6)
+    record = record_of(x)
+    z = (x - x.mean(0)) / x.std(0)
+    for i in (0, 150, 299):
+        d = np.linalg.norm(z - z[i], axis=1)
+        d[i] = np.inf
+        near = record.neighbours(i, n=20)
+        assert i not in near['item'].tolist() and len(set(near['item']) & set(np.argsort(d)[:20])) >= 16
+    with pytest.raises(IndexError, match='item 300 is not in split'): record.neighbours(300)
+    with pytest.raises(KeyError, match="no item of 'train' is called 'x'"): record.neighbours('x')
+
+def test_outliers_are_far_from_all():
+    x = cloud(300)
+    x[[7, 200]] *= 30
+    far = record_of(x).outliers(5)
+    assert set(far['item'][:2]) == {7, 200} and far['distance'].is_monotonic_decreasing and len(far) == 5
+
+def test_items_without_features_are_left_out():
+    x, writer = cloud(60), XentWriter()
+    frame = pd.DataFrame(dict(item=range(70), name=[f'i{i}' for i in range(70)], source=range(70)))
+    writer.set_items('train', frame, 'mark')
+    put(writer, 0, 0, 'train', dict(item=np.arange(60), pred=np.zeros(60), targ=np.zeros(60)),
+        features=(np.arange(60), x, dict(every=0, of=20, training=False)))
+    record = writer.record
+    assert len(record.neighbours(0, n=100)) == 59 and len(record.outliers(100)) == 60
+    with pytest.raises(KeyError, match="item 65 of 'train' has no features"): record.neighbours(65)
+
+def test_too_few_items():
+    with pytest.raises(ValueError, match='10 items have features, expected more than 10'): record_of(cloud(10)).duplicates()
+
+def test_models_of_two_widths_are_not_compared():
+    writer = XentWriter()
+    record_of(cloud(50, 20), writer=writer)
+    record = record_of(cloud(50, 30), split='valid', writer=writer)
+    with pytest.raises(ValueError, match='last layers of different widths'): record.duplicates()
+
+def test_features_of_training_are_told():
+    with pytest.warns(UserWarning, match='were taken while it trained'): record_of(cloud(50), training=True).duplicates()
+
+def test_a_record_that_was_run():
+    "From the recorder to the answer: in Points item 3 stands twice."
+    train = Points(60)
+    train.x[40, :4] = train.x[3, :4]
+    learn = learner([rec := XentRecorder(features=True, eval_every=2)], train=train, model=Wide(.5))
+    fit(learn, 2)
+    found = rec.record.duplicates('train')
+    assert found['item'][:2].tolist() == [3, 40] and found['closeness'].eq(0).sum() == 2
+    assert rec.record.neighbours(3, 1)['item'][0] == 40

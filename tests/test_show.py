@@ -322,15 +322,33 @@ def test_an_eval_pass_has_the_better_map(folder):
     dls, r = masks(folder, [FlipItem(p=1.)], maps=range(6), eval_every=1)
     for ax in draw_items(r, r.top(3), dls).axes[1::2]: assert len(ax.images) == 2
 
-def test_masks_without_maps(folder):
+def test_parts_lie_over_the_picture_of_their_mask(folder):
     dls, r = masks(folder, [])
+    top = r.top(2)
+    fig = draw_items(r, top, dls)
+    assert len(fig.axes) == 4
+    for k, i in enumerate(top['item']):
+        under, over = fig.axes[2 * k + 1].images
+        np.testing.assert_array_equal(under.get_array(), np.asarray(Image.open(folder[i])))
+        np.testing.assert_allclose(over.get_alpha(), .8 * r.where(int(i))['doubt'], atol=1e-6)  # 8 × 8 pixels, a part each
+        assert fig.axes[2 * k + 1].get_title().startswith(('labelled ', 'least sure at '))
+
+def test_parts_of_a_turned_item_stand_alone(folder):
+    dls, r = masks(folder, [FlipItem(p=1.)])
+    for ax in draw_items(r, r.top(3), dls).axes[1::2]: assert len(ax.images) == 1 and '(as augmented)' in ax.get_title()
+    for ax in draw_items(r, r.top(3, split='valid'), dls, 'valid').axes[1::2]: assert len(ax.images) == 2
+    dls, r = masks(folder, [FlipItem(p=1.)], eval_every=1)
+    for ax in draw_items(r, r.top(3), dls).axes[1::2]: assert len(ax.images) == 2
+
+def test_masks_without_maps(folder):
+    dls, r = masks(folder, [], maps=False)
     fig = draw_items(r, r.top(2), dls)
     assert len(fig.axes) == 2 and fig.axes[0].get_title().startswith('labels (')
 
 def test_some_items_have_maps(folder):
     dls, r = masks(folder, [], maps=[0])
     said = [ax.get_title() for ax in draw_items(r, r.top(6), dls).axes[1::2]]
-    assert sum(o.startswith('wrong at') for o in said) == 1 and said.count('no map was kept') == 5
+    assert sum(o.startswith('wrong at') for o in said) == 1 and sum(o.startswith(('labelled', 'least sure')) for o in said) == 5
 
 
 # -- from the record alone
