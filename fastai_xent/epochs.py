@@ -267,6 +267,7 @@ def _side_by_side(epochs, found, step, lo) -> pa.Table:
     rows = epochs.rows(found, lo, lo + step, ROWS.names)
     return _merge([*(with_key(t, k) for k, t in zip(found, rows)), ALL.empty_table()])
 
+# %% ../nbs/05b_epochs.ipynb #a228f7c9
 @patch
 def _drop_packed(self: Epochs, split):
     "Remove the files whose rows are in the compact one."

@@ -59,6 +59,7 @@ def _check_utf8(path: str|Path|None):
         raise ValueError(f"{os.fsencode(str(whole))!r} is no path in UTF-8, and the files of a record could not be "
                          "read there; rename the directory, or use another path") from None
 
+# %% ../nbs/05_files.ipynb #effcc5fe
 class Place:
     "A directory, on a local disk, on any file system that fsspec knows, or in memory."
     def __init__(self,

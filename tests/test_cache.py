@@ -198,7 +198,7 @@ def test_a_registered_score(tmp_path, registered):
     put(XentWriter(path, resume=True), 1, 3, 'train', rows([0, 1, 2], seed=77))
     update_scores(record)
     np.testing.assert_array_equal(record.scores()['lowest'], want())
-    assert record.top(1, 'worst')['item'][0] == np.nanargmin(want())
+    assert record.top(1, 'lowest')['item'][0] == np.nanargmin(want())
     np.testing.assert_array_equal(record.score(Lowest()), want())
 
 @contextmanager

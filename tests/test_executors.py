@@ -17,7 +17,7 @@ import fsspec
 import numpy as np
 import pandas as pd
 import pytest
-from runs import RUN, answers, fill, frame, put, rows
+from runs import answers, frame, put, rows
 
 from fastai_xent import cache, epochs
 from fastai_xent.chunks import in_order
