@@ -20,7 +20,8 @@ from fastcore.basics import patch
 
 from .cache import Segment
 from .classes import vocab_difference
-from .dynamics import RANK_BY, get_score
+from .dynamics import RANK_BY, Label, get_score
+from .issues import LabelDoubt, Likely
 from .label_issues import LabelIssues, _n_classes, label_issues as _label_issues
 from .later import with_later
 from .record import XentRecord, is_record
@@ -266,26 +267,20 @@ def overlap(self: XentRecords,
     return _pairs(list(s), lambda a, b: len(tops[a] & tops[b]) / k)
 
 # %% ../nbs/05j_records.ipynb #e10f547c
-def _epochs(record, split) -> list:
-    "The epochs of the items that a split has now."
-    starts = record.meta['splits'][split]['starts']
-    now = lambda e: [k for start, k in starts if start <= e][-1] == starts[-1][1]
-    return [e for _, s, e in record.epochs if s == split and now(e)]
-
 @patch
-def _votes(self: XentRecords, split, wanted) -> pd.DataFrame: # Columns key, targ, pred, n (rows)
-    "How often each of the wanted items had which label and which prediction, over all runs."
-    found, keys = [], self._keys(split)
+def _likely(self: XentRecords, split, wanted) -> tuple: # Labels and likely classes, in the order of `wanted`; nan: none
+    "What each of the wanted items is labelled, and likely to be, by all runs; nothing where the labels differ."
+    keys, states, labels = self._keys(split), [], []
     for k, r in self.records.items():
-        at = keys[k].get_indexer(wanted)
-        own, epochs = at[at >= 0], _epochs(r, split)
-        if not len(own) or not epochs: continue
-        rows = r.sql("select item, targ, pred, count(*) n "
-                     "from record join own using (item) join epochs using (epoch) "
-                     f"where split = '{split}' and pred is not null group by all",
-                     own=pd.DataFrame(dict(item=own)), epochs=pd.DataFrame(dict(epoch=epochs)))
-        found.append(rows.assign(key=keys[k][rows.pop('item')]))
-    return pd.concat(found) if found else pd.DataFrame(columns=['targ', 'pred', 'n', 'key'])
+        at, seg = keys[k].get_indexer(wanted), r._segment(split)
+        if not seg.found: continue
+        state, blank = _alike(r._cache.state(LabelDoubt(), seg)), LabelDoubt().init(1)
+        states.append({o: np.where(at < 0, blank[o], v[at]) for o, v in state.items()})
+        labels.append(np.where(at < 0, np.nan, r._cache.values([Label()], seg)[0][at]))
+    if not states: return np.full((2, len(wanted)), np.nan)
+    one = np.fmin.reduce(labels) == np.fmax.reduce(labels)
+    both = np.fmax.reduce(labels), Likely().finalize(reduce(_added, states))
+    return tuple(np.where(one, o, np.nan) for o in both)
 
 @patch
 def top(self: XentRecords,
@@ -297,14 +292,10 @@ def top(self: XentRecords,
     s, one = self.scores(by, split), next(iter(self.records.values()))
     first = first_items(s.mean(axis=1).to_numpy(), by, k)
     s = s.iloc[first]
-    votes = self._votes(split, s.index)
-    targ = votes.groupby('key')['targ'].agg(lambda o: o.iloc[0] if o.nunique() == 1 else None)
-    likely = votes.groupby(['key', 'pred'])['n'].sum().groupby('key').agg(lambda o: o.idxmax()[1])
-    def names(v):
-        return pd.Series([one.class_name(o) for o in v.reindex(s.index)], dtype=object)
+    targ, likely = (one._class_names(o) for o in self._likely(split, s.index))
     means = dict(score=s.mean(axis=1).to_numpy(), runs=s.notna().sum(axis=1).to_numpy())
     df = self.items(split).iloc[first].reset_index(drop=True)
-    df = df.assign(targ=names(targ), likely=names(likely), **means)
+    df = df.assign(targ=targ, likely=likely, **means)
     with np.errstate(invalid='ignore'):
         df.insert(df.columns.get_loc('runs'), 'std', s.std(axis=1).to_numpy())
     return df

@@ -177,7 +177,7 @@ def test_folds(on):
     top = runs.top(N, 'aum', 'valid')
     assert top['name'].tolist() == [f'{i}.png' for i in own.argsort()] and top['runs'].eq(1).all() and 'item' not in top
     assert top['targ'].tolist() == [['cat', 'dog'][i % 2] for i in own.argsort()]
-    assert top['likely'].tolist() == [['dog', 'cat'][int(own[i] > 0)] for i in own.argsort()]
+    assert top['likely'].tolist() == [['cat', 'dog'][i % 2] if own[i] > 0 else 'dog' for i in own.argsort()]  # the label, unless held against it
     assert runs.top(2, 'aum')['runs'].eq(2).all() and len(runs.to_df('valid')) == N
     assert repr(runs).splitlines()[1:] == ['  train: 12 items; epochs 1, 1, 1', '  valid: 12 items; epochs 1, 1, 1']
 
@@ -273,13 +273,12 @@ def test_top_of_one_run_is_its_own():
     cols = ['item', 'name', 'source', 'targ', 'likely', 'score']
     pd.testing.assert_frame_equal(XentRecords([run]).top(N)[cols], run.top(N)[cols])
 
-def test_likely_is_a_vote_over_runs():
-    "Rows count, not runs; an item whose label differs has none."
-    one, two = np.ones((1, 3)), np.ones((3, 3))
-    a = record_of(one, pred=[1, 0, 0], targ=[0, 1, 0], vocab=['cat', 'dog'], items=items_of(3))
-    b = record_of(two, pred=[0, 0, 1], targ=[0, 0, 0], vocab=['cat', 'dog'], items=items_of(3))
+def test_likely_is_what_the_runs_hold_against_the_label():
+    "Runs count alike; an item whose label differs has neither label nor likely class."
+    a = record_of(np.array([[2., 1, -3]]), pred=[0, 1, 1], targ=[0, 1, 0], vocab=['cat', 'dog'], items=items_of(3))
+    b = record_of(np.array([[1., 1, 1]] * 3), pred=[0, 0, 0], targ=[0, 0, 0], vocab=['cat', 'dog'], items=items_of(3))
     top = XentRecords(dict(a=a, b=b)).top(3).sort_values('item')
-    assert top['likely'].tolist() == ['cat', 'cat', 'dog']
+    assert top['likely'].tolist() == ['cat', None, 'dog']
     assert top['targ'].tolist() == ['cat', None, 'cat']
 
 def test_nothing_was_seen():
