@@ -53,6 +53,7 @@ class _Walk:
             cols = {o: c.to_numpy() for o, c in zip(names, t.columns)}
             yield dict(cols, weight=row_weight(cols['lam'].astype(np.float64), cols['occurrence']))
 
+# %% ../nbs/05c_cache.ipynb #dee2fdaa
 class StateCache:
     "The running states of a record's scores."
     def __init__(self, epochs: Epochs):

@@ -123,6 +123,7 @@ class LabelDoubt(Reducer):
             res = np.logaddexp(0, x + .6 * self.lift(state))
         return np.where(state['label'] < 0, np.nan, res)
 
+# %% ../nbs/04a_issues.ipynb #ebac21af
 class Suspicion(LabelDoubt):
     """`LabelDoubt`; if no item has a label of its own, another score.
 

@@ -139,6 +139,7 @@ def _holds(group, at, lo, hi) -> bool:
     s = group.column(at).statistics
     return s is None or not s.has_min_max or (s.min < hi and s.max >= lo)
 
+# %% ../nbs/05a_parquet.ipynb #a3377a18
 @contextmanager
 def naming(
     source, # A path or an open file
@@ -218,6 +219,7 @@ def write_lists(
     pq.write_table(t, sink, compression=None if shared else 'zstd', use_dictionary=False,
                    row_group_size=max(1024, 2**25 // k))
 
+# %% ../nbs/05a_parquet.ipynb #b50bc394
 def write_maps(
     sink, # An open file
     maps: dict, # item → column → array `d…`
