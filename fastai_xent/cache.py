@@ -18,7 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .bars import Bar
-from .dynamics import (RANK_BY, SCORES, Label, Last, Reducer, Worst, _share_state, register_score,
+from .dynamics import (RANK_BY, SCORES, Label, Last, MarginLoss, Reducer, Worst, _share_state, register_score,
                                   row_weight)
 from .epochs import Epochs
 from .issues import LabelDoubt, Likely, Suspicion
@@ -28,7 +28,7 @@ from .running import BrokenScore, NoStates, States, by_key, fold
 # %% ../nbs/05c_cache.ipynb #1c8e4ff4
 register_score('label_doubt', LabelDoubt())
 register_score('worst', Worst())
-register_score(RANK_BY, Suspicion(Worst(), Last('loss')))
+register_score(RANK_BY, Suspicion(Worst(), Last('loss'), MarginLoss()))
 LABELS = (Label(), Likely()) # The label of each item, and the class that it is likelier to be
 
 @dataclass(frozen=True)

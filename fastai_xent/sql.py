@@ -17,7 +17,7 @@ _TABLES = ('record', 'items', 'classes')
 _UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.InternalException,
                duckdb.SerializationException)
 
-def sql(record,
+def sql(record, /,
     query: str, # Of the tables `record` (rows), `items` (split, segment, item, name, source), `classes` (class, name)
     names: bool = False, # Names instead of numbers for the classes in `record`?
     **frames, # Data frames of your own, by the names that `query` calls them

@@ -98,7 +98,7 @@ def advice(
     issues: pd.DataFrame|None, # As from `verdict`
 ) -> list: # Of sentences; between backticks stands code
     "What to do next."
-    if issues is None: return ["Look at the items with the largest loss first; `record.top()` gives them."]
+    if issues is None: return ["Look at the most suspect items first; `record.top()` gives them."]
     a = issues.attrs
     if not a['n_issues'] and not a['n_more'] and a['noise_rate_high'] < .05:
         return ["Nothing has to be mended; look at a few of the first items all the same."]

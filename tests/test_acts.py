@@ -164,7 +164,8 @@ def test_reweight_draws_by_weight(kind):
 def test_reweight_in_balance():
     dls = of(TfmdDL(Farther(N), bs=4, shuffle=True, num_workers=0))
     record = record_of(dls)
-    plain, balanced = reweight(dls, record).train.wgts, reweight(dls, record, balanced=True).train.wgts
+    weights = np.exp(-record.score('margin_loss'))
+    plain, balanced = (reweight(dls, record, weights, balanced=o).train.wgts for o in (False, True))
     w = 1 / (1 + np.exp(-(np.arange(N) - N / 2 + (np.arange(N) - MIDDLE) * 2.**-17)))
     np.testing.assert_allclose(plain, w / w.sum(), rtol=1e-4)
     for c in range(C): assert balanced[np.arange(N) % C == c].sum() == pytest.approx((np.arange(N) % C == c).mean())

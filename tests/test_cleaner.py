@@ -42,7 +42,7 @@ def dls():
     return res
 
 @pytest.fixture
-def cleaner(record, dls): return XentCleaner(record, dls, n=10, per_page=4, who='ann')
+def cleaner(record, dls): return XentCleaner(record, dls, n=10, per_page=4, who='ann', by='loss')
 
 def press(cleaner, do, **kw):
     "As the page sends it."
@@ -58,7 +58,7 @@ def told(cleaner) -> list: return cleaner.decisions[['item', 'decision', 'label'
 # -- what is shown
 
 def test_the_suspects_come_largest_first_a_page_at_a_time(cleaner, record):
-    assert shown(cleaner) == record.top(4)['item'].tolist() == [0, 1, 2, 3]
+    assert shown(cleaner) == record.top(4, 'loss')['item'].tolist() == [0, 1, 2, 3]
     assert cleaner.widget.state['pages'] == 3 and cleaner.widget.state['n'] == 10
     press(cleaner, 'page', page=2)
     assert shown(cleaner) == [8, 9]
@@ -117,7 +117,7 @@ def test_texts_and_pictures_from_a_record_alone(folder):  # noqa: F811
 
 def test_masks_have_no_single_label(folder):  # noqa: F811
     dls, r = masks(folder, [], maps=range(6))
-    c = XentCleaner(r, dls)
+    c = XentCleaner(r, dls, by='loss')
     assert c.widget.state['classes'] == [] and c.widget.cards[0]['given'] == '' and 'picture' in c.widget.cards[0]
     first = shown(c)
     press(c, 'decide', items=first[:1], decision='drop')
@@ -131,7 +131,7 @@ def test_an_item_that_cannot_be_read_says_so(record, dls):
             if i == 2: raise OSError('torn file')
             return super().__getitem__(i)
     dls[0].dataset.__class__ = Broken
-    c = XentCleaner(record, dls, per_page=4)
+    c = XentCleaner(record, dls, per_page=4, by='loss')
     assert 'OSError: torn file' in c.widget.cards[2]['text'] and 'picture' in c.widget.cards[1]
 
 def test_other_items_are_refused(record):
@@ -198,7 +198,7 @@ def test_choices_survive_class_split_page_and_kernel(cleaner, record, dls, tmp_p
     assert marks(cleaner) == {1: 'drop'}
     press(cleaner, 'show', split='train', label=-1, kind='todo')
     assert marks(cleaner) == {0: 'keep', 1: 'drop'}
-    later = XentCleaner(XentRecord(tmp_path/'run'), dls, n=10, per_page=4)
+    later = XentCleaner(XentRecord(tmp_path/'run'), dls, n=10, per_page=4, by='loss')
     assert {0, 1}.isdisjoint(later.items) and len(later.decisions) == 3
     press(later, 'show', split='train', label=-1, kind='done')
     assert shown(later) == [1, 0] and marks(later) == {1: 'drop (ann)', 0: 'keep (ann)'}
@@ -207,7 +207,7 @@ def test_two_hundred_items_and_the_next_ones_by_what_was_learnt(tmp_path):
     "Cats called dogs are always wrong, foxes called cats never; each is a third of the suspects."
     targ = [i % 3 for i in range(600)]
     pred = [(i + 1) % 3 for i in range(600)]
-    c = XentCleaner(record_of(tmp_path/'run', [f'{i}.txt' for i in range(600)], targ, pred=pred), n=200, per_page=25)
+    c = XentCleaner(record_of(tmp_path/'run', [f'{i}.txt' for i in range(600)], targ, pred=pred), n=200, per_page=25, by='loss')
     assert c.items.tolist() == [*range(200)]
     for page in range(8):
         press(c, 'page', page=page)
@@ -221,7 +221,7 @@ def test_two_hundred_items_and_the_next_ones_by_what_was_learnt(tmp_path):
     assert c.learnt[['given', 'likely', 'reviewed', 'wrong']].values.tolist() == [['cat', 'dog', 67, 67], ['fox', 'cat', 66, 0]]
 
 def test_nothing_is_left(record, dls):
-    c = XentCleaner(record, dls, n=40, per_page=40)
+    c = XentCleaner(record, dls, n=40, per_page=40, by='loss')
     press(c, 'decide', items=shown(c), decision='keep')
     s = press(c, 'more')
     assert s['n'] == 0 and s['pages'] == 0 and not c.widget.cards and 'Nothing is left' in s['none']
@@ -248,14 +248,14 @@ def test_a_full_disk_marks_nothing(cleaner, monkeypatch):
     assert s['bad'] and 'no space left' in s['said'] and not marks(cleaner)
 
 def test_two_people_see_each_other(cleaner, record, dls):
-    other = XentCleaner(record, dls, n=10, per_page=4, who='bob')
+    other = XentCleaner(record, dls, n=10, per_page=4, who='bob', by='loss')
     press(other, 'decide', items=[0], decision='drop')
     press(cleaner, 'show', split='train', label=-1, kind='todo')
     assert marks(cleaner) == {0: 'drop (bob)'} and press(cleaner, 'undo')['said'] == 'There is nothing to undo.'
 
 def test_an_evaluation_of_train_is_of_train(tmp_path, dls):
     r = record_of(tmp_path/'run', None, TARG, splits=('train', 'train_eval'), pred=PRED)
-    c = XentCleaner(r, dls, split='train_eval', per_page=4)
+    c = XentCleaner(r, dls, split='train_eval', per_page=4, by='loss')
     press(c, 'decide', items=[0], decision='drop')
     assert c.decisions['split'].tolist() == ['train'] and marks(c) == {0: 'drop'}
 
@@ -263,7 +263,7 @@ def test_an_evaluation_of_train_is_of_train(tmp_path, dls):
 def test_messages_from_another_thread_wait_for_that_of_the_cells(record, dls):
     "JupyterLab hands them to a thread of their own, in the middle of a training step."
     async def cell():
-        c = XentCleaner(record, dls, per_page=4)
+        c = XentCleaner(record, dls, per_page=4, by='loss')
         message = dict(do='decide', items=[0], decision='keep', number='x-1')
         thread = threading.Thread(target=c.widget._handle_custom_msg, args=(message, []))
         thread.start()
@@ -317,7 +317,7 @@ NASTY = ['<img src=x onerror=alert(1)>', '"><script>alert(2)</script>', "javascr
 RUN = """
 from fastai_xent.cleaner import XentCleaner
 from fastai_xent.record import XentRecord
-cleaner = XentCleaner(XentRecord('run'), who='ann', n=20, per_page=6)
+cleaner = XentCleaner(XentRecord('run'), who='ann', n=20, per_page=6, by='loss')
 cleaner
 """
 

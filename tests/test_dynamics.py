@@ -17,10 +17,10 @@ def streams(draw):
     for _ in range(draw(st.integers(0, 6))):
         item = np.sort(rng.integers(0, n, rng.integers(0, 2 * n + 1)))
         r = len(item)
-        e = dict(item=item, weight=rng.choice([1., 1., 1., .75, .3, 0.], r), **{o: rng.normal(0, 3, r).astype(np.float32) for o in FLOATS})
+        e = dict(item=item, weight=rng.choice([1., 1., 1., .75, .3, 0.], r), **{o: rng.normal(0, 3, r).astype(np.float32) for o in (*FLOATS, 'worst')})
         e['p_targ'] = rng.random(r).astype(np.float32)
         e['pred'], e['targ'] = rng.integers(0, 2, r).astype(float), np.ones(r)
-        for o in FLOATS: e[o][rng.random(r) < .1] = np.nan
+        for o in (*FLOATS, 'worst'): e[o][rng.random(r) < .1] = np.nan
         e['pred'][rng.random(r) < .1] = np.nan
         epochs.append(e)
     return n, epochs
@@ -38,6 +38,13 @@ def history(i, epochs, column):
 def mean(rows):
     total = sum(w for w, _ in rows)
     return sum(w * v for w, v in rows) / total if total else np.nan
+
+def by_a_third(rows):
+    "Each row moves the value a third of the way; the first is the value."
+    value = np.nan
+    for w, v in rows:
+        if w > 0: value = v if np.isnan(value) else value + (v - value) / 3
+    return value
 
 def moment(f):
     def want(i, epochs):
@@ -87,7 +94,7 @@ WANT = {'label_doubt': label_doubt, 'suspicion': label_doubt, **{o: lambda i, es
         'first_learned': event(lambda r: r.index(True) + 1 if any(r) else np.inf),
         'iteration_learned': event(lambda r: max((k + 1 for k, o in enumerate(r) if not o), default=0)),
         'early_el2n': lambda i, es: mean([(w, v) for w, v in history(i, es, 'el2n') if w > 0][:5]),
-        'last_el2n': last('el2n'), 'last_loss': last('loss'), 'last_margin': last('margin')}
+        'last_el2n': last('el2n'), 'last_loss': last('loss'), 'last_margin': last('margin'), 'worst': lambda i, es: by_a_third(history(i, es, 'worst'))}
 
 def test_every_score_has_a_truth(): assert WANT.keys() == SCORES.keys()
 

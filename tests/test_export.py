@@ -56,7 +56,7 @@ def test_export(ending, vocab, tmp_path):
     record, file = small(vocab=vocab), str(tmp_path / f'scores of mine.{ending}')
     assert record.export(file) == file
     got = read(file)
-    assert list(got) == ['item', 'name', 'source', 'targ', 'likely', *(o for o in SCORES if not np.isnan(record.score(o)).all())] and 'forgetting' in got and 'grand' not in got
+    assert list(got) == ['item', 'name', 'source', 'targ', 'likely', *(o for o in SCORES if o != 'suspicion' and not np.isnan(record.score(o)).all())] and 'forgetting' in got and 'grand' not in got
     assert got['item'].tolist() == [0, 1, 2, 3] and got['name'].tolist() == record.items()['name'].tolist() and got['source'].tolist() == [3, 1, 2, 0]
     cat, dog = vocab or (0, 1)
     assert [None if pd.isna(o) else o for o in got['targ']] == [cat, dog, cat, None] and [None if pd.isna(o) else o for o in got['likely']] == [cat, cat, cat, None]

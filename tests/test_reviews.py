@@ -19,14 +19,14 @@ LABELS = [0, 1, 2, 0, 1, 2]
 
 
 def record_of(path=None, names=NAMES, targ=LABELS, vocab=VOCAB, splits=('train',), pred=None, **kw) -> XentRecord:
-    "A record of one epoch whose items have these names, labels and predictions; the first is the most suspect."
+    "A record of one epoch whose items have these names, labels and predictions; the first has the largest loss."
     writer, n = XentWriter(path, **kw), len(targ)
     items = pd.DataFrame(dict(item=range(n), name=names, source=pd.NA))
     for split in splits:
         writer.set_items(split, items, f'{n} {names}', vocab)
-        p = np.linspace(.1, .9, n).astype(np.float32)
-        cols = dict(item=np.arange(n), loss=-np.log(p), grad_norm=p, el2n=p, p_targ=p, margin=10 * p, targ=np.array(targ))
-        writer.write(0, 0, split, dict(cols, pred=np.array(targ if pred is None else pred)))
+        p, targ, pred = np.linspace(.1, .9, n).astype(np.float32), np.array(targ), np.array(targ if pred is None else pred)
+        margin = np.where(pred == targ, 10, -10) * p
+        writer.write(0, 0, split, dict(item=np.arange(n), loss=-np.log(p), grad_norm=p, el2n=p, p_targ=p, margin=margin, targ=targ, pred=pred))
     writer.close()
     return writer.record
 
