@@ -425,7 +425,7 @@ def test_masks(visit, tmp_path):
     for epoch in range(3): writer.add(split='train', epoch=epoch, item=range(20), pred=torch.randn(20, 3, 4, 4), targ=torch.randint(0, 3, (20, 4, 4)))
     writer.close()
     page = visit(report(writer.record, tmp_path/'a.html'))
-    assert status(page) == '20 of 20 items' and 'expected one class an item' in page.inner_text('section[aria-labelledby=summary]')
+    assert status(page) == '20 of 20 items' and 'no rate is stated' in page.inner_text('section[aria-labelledby=summary]')
     page.locator('#items button.open').first.click()
     assert opened(page).locator('tbody tr').count() == 3
 
