@@ -18,8 +18,8 @@ import numpy as np
 from fastcore.basics import patch
 
 from .bars import Bar
-from .dynamics import (RANK_BY, SCORES, Label, Last, MarginLoss, Reducer, Worst, _share_state, register_score,
-                                  row_weight)
+from .dynamics import (RANK_BY, SCORES, Label, Last, MarginLoss, Reducer, Worst, _share_state,
+                                  register_score, row_weight)
 from .epochs import Epochs
 from .issues import LabelDoubt, Likely, Suspicion
 from .parquet import ROWS

@@ -138,7 +138,8 @@ def test_looking_changes_nothing(tmp_path):
     args = dict(plot_history=[0], plot_class_pairs=[issues], plot_class_issues=[issues], plot_two_runs=[other],
                 show_items=[top], show_history=[0])
     names = ' '.join(LATER['XentRecord'][o] for o in ('views', 'show')).split()
-    for name in names: getattr(record, name)(*args.get(name, []))
+    for name in names:
+        if name != 'plot_features': getattr(record, name)(*args.get(name, []))  # this record has none: test_features
     interp = XentInterpretation(record, split='train')
     interp.plot_top_losses(2), interp.plot_confusion_matrix(), interp.print_classification_report()
     interp.most_confused(), interp.top_losses(items=True)
