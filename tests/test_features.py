@@ -1,6 +1,7 @@
 "What the last layer got, item by item, against the same product in float64; and what is asked of it."
 import pickle
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -393,3 +394,19 @@ def test_a_record_that_was_run():
     found = rec.record.duplicates('train')
     assert found['item'][:2].tolist() == [3, 40] and found['closeness'].eq(0).sum() == 2
     assert rec.record.neighbours(3, 1)['item'][0] == 40
+
+
+# -- the picture
+
+def test_a_point_an_item_and_some_ringed():
+    rows = cloud(40)
+    record = record_of(rows, labels=[i % 2 for i in range(40)])
+    try:
+        ax = record.plot_features()
+        points = np.concatenate([o.get_offsets() for o in ax.collections])
+        assert len(points) == 40 and np.isfinite(points).all()
+        assert ax.get_title(loc='left').startswith('train: 40 items')
+        marked = record.plot_features(mark=[3, 7])
+        rings = marked.collections[-1].get_offsets()
+        assert len(rings) == 2 and all((points == o).all(1).any() for o in rings)
+    finally: plt.close('all')
