@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from .losses import XentLoss
 from .numerics import _plain
-from .reach import DATA, KEEPS, NotAsked, Reach, variables
+from .reach import DATA, KEEPS, NotAsked, Reach, is_known, variables
 
 # %% ../nbs/02_asking.ipynb #cc5303ed
 def _random_states(device=None) -> tuple:
@@ -42,7 +42,9 @@ _MOST_LOOKED_AT, _LONG = 2**14, 256 # objects, and elements of a list
 
 def _leads_to(x) -> list:
     if isinstance(x, (str, bytes, Tensor, np.ndarray, ModuleType)): return []
-    if isinstance(x, FunctionType): return [*variables(x).values(), x.__defaults__, x.__kwdefaults__]
+    if isinstance(x, FunctionType):
+        own = variables(x).values() if not is_known(x) else [c.cell_contents for c in x.__closure__ or ()]
+        return [*own, x.__defaults__, x.__kwdefaults__]
     if isinstance(x, functools.partial): return [x.func, x.args, x.keywords]
     if inspect.ismethod(x): return [x.__self__, x.__func__]
     if isinstance(x, dict): return list(x.values())[:_LONG]

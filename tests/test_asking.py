@@ -363,3 +363,10 @@ def test_generators_are_found_and_kept():
     with random_kept(own=found): first = draw()
     assert draw() == first
     assert generators(random.SystemRandom(), 3, None, torch.zeros(3)) == []
+
+def test_a_library_s_wrapper_leads_to_what_it_wraps():
+    "The variables around a library's function are its own; what it encloses may be the user's."
+    gen, around = torch.Generator(), dict(__name__='pandas.core', rng=torch.Generator())
+    def mine(): return gen
+    exec('def wrap(f): return lambda: (rng, f())', around)
+    assert generators(around['wrap'](mine)) == [gen]
