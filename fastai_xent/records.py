@@ -267,6 +267,20 @@ def overlap(self: XentRecords,
     return _pairs(list(s), lambda a, b: len(tops[a] & tops[b]) / k)
 
 # %% ../nbs/05j_records.ipynb #e10f547c
+def _added(a: dict, b: dict) -> dict:
+    "The states of `LabelDoubt` of two runs as that of one."
+    sums = {o: a[o] + b[o] for o in ('weight', 'doubt', 'gap', 'confidence')}
+    same, lead = a['rival'] == b['rival'], a['votes'] - b['votes']
+    return dict(sums, rival=np.where(lead < 0, b['rival'], a['rival']),
+                label=np.where(a['label'] < 0, b['label'], a['label']),
+                votes=np.where(same, a['votes'] + b['votes'], np.abs(lead)))
+
+def _alike(state: dict) -> dict:
+    "A state whose weights are 1 in the mean, so that all runs count alike."
+    seen = state['weight'] > 0
+    by = state['weight'][seen].mean() if seen.any() else 1.
+    return {k: v / by if v.dtype.kind == 'f' else v for k, v in state.items()}
+
 @patch
 def _likely(self: XentRecords, split, wanted) -> tuple: # Labels and likely classes, in the order of `wanted`; nan: none
     "What each of the wanted items is labelled, and likely to be, by all runs; nothing where the labels differ."
@@ -312,20 +326,6 @@ def to_df(self: XentRecords,
     return df
 
 # %% ../nbs/05j_records.ipynb #f137cc2d
-def _added(a: dict, b: dict) -> dict:
-    "The states of `LabelDoubt` of two runs as that of one."
-    sums = {o: a[o] + b[o] for o in ('weight', 'doubt', 'gap', 'confidence')}
-    same, lead = a['rival'] == b['rival'], a['votes'] - b['votes']
-    return dict(sums, rival=np.where(lead < 0, b['rival'], a['rival']),
-                label=np.where(a['label'] < 0, b['label'], a['label']),
-                votes=np.where(same, a['votes'] + b['votes'], np.abs(lead)))
-
-def _alike(state: dict) -> dict:
-    "A state whose weights are 1 in the mean, so that all runs count alike."
-    seen = state['weight'] > 0
-    by = state['weight'][seen].mean() if seen.any() else 1.
-    return {k: v / by if v.dtype.kind == 'f' else v for k, v in state.items()}
-
 class _Together:
     "Several runs as one record, as far as `label_issues` asks: the epochs of one after those of the other."
     def __init__(self, runs: XentRecords):
