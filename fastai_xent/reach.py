@@ -108,6 +108,7 @@ def _unknown(name, x, why='is not known'):
     what = f"{'an' if kind[0].lower() in 'aeiou' else 'a'} {kind}"
     raise NotAsked(f"it uses `{name}`, {what}, and what that may change when the loss is called {why}")
 
+# %% ../nbs/01c_reach.ipynb #5fdea7e3
 class Reach:
     "All that a loss can reach; `NotAsked` if some of it is not known."
     def __init__(self,
