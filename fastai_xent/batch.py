@@ -224,9 +224,9 @@ def _called_batch(last, loss_func, func, loss) -> Batch:
     weight = None if last.weight is None else func.weight
     batch.settings = XentSettings(axis, weight, ignore_index, eps, func.reduction)
     batch.came = last.stats if last.done is None else last.done
-    if batch.came is None and last.versions[0] != _version(last.pred):
-        raise NotRecordable("the logits were changed in place after the loss was called, by a callback perhaps; "
-                            "let it change a copy")
+    if batch.came is None and last.versions != [_version(o) for o in (last.pred, last.targ, last.weight)]:
+        raise NotRecordable("the logits, targets or weights were changed in place after the loss was called, by a "
+                            "callback perhaps; let it change a copy")
     if last.targ.is_floating_point(): _look_at_sums(batch)
     return batch
 

@@ -1,4 +1,4 @@
-"""The same function of many chunks, one after the other in this process or at once in many: results come in order, and a worker that dies costs nothing but time
+"""The same function of many chunks, here or in many processes at once; results come in order
 
 Docs: https://fastai-xent.github.io/fastai_xent/chunks.html.md"""
 

@@ -29,7 +29,9 @@ def _kept(record, split, epoch=-1) -> list: # Of (epoch, names of files), the ne
 
 def _looked(record, split, epoch=-1) -> str:
     "The split whose parts are told of the items of `split`."
-    return 'train_eval' if split == 'train' and epoch < 0 and _kept(record, 'train_eval') else split
+    if split != 'train' or epoch >= 0 or not _kept(record, 'train_eval'): return split
+    same = record._same_items(*((s, record._list(s)) for s in ('train', 'train_eval')))
+    return 'train_eval' if same else split
 
 def _rows(record, names, columns) -> pd.DataFrame:
     "The rows of an epoch; of an item that came twice the last."

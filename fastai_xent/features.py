@@ -1,4 +1,4 @@
-"""Which items are alike to the model: neighbours, near-duplicates within train and across train and valid, and items that have none of their kind
+"""Which items are alike to the model, and which are like no other
 
 Docs: https://fastai-xent.github.io/fastai_xent/features.html.md"""
 
@@ -26,11 +26,10 @@ def _cleanest(record, split) -> str:
     "The split whose features tell most of these items: for train a look in eval mode, if it had the same items."
     if split != 'train' or 'train_eval' not in record.splits: return split
     def last(split): return max(kept_lists(record, 'features', split), default=None)
-    def mark(split, epoch):
-        return record._of_split(split)['segments'][record._list_at(split, epoch)]['fingerprint']
     look, own = last('train_eval'), last('train')
     if look is None: return split
-    same = own is None or mark('train_eval', look) == mark('train', own)
+    now = record._list('train') if own is None else record._list_at('train', own)
+    same = record._same_items(('train', now), ('train_eval', record._list_at('train_eval', look)))
     return 'train_eval' if same else split
 
 def features(record,
@@ -64,9 +63,21 @@ class _Space(NamedTuple):
     at: pd.DataFrame # Columns split, item of each row
     seen: dict       # split → frame from `features`
 
+def _of_one_model(record, seen) -> dict: # split → frame from `features`
+    "Features of one epoch: a look at train that was earlier gives way to train's own."
+    epochs = {o.attrs['epoch'] for o in seen.values()}
+    if len(epochs) == 1: return seen
+    e = max(epochs)
+    if 'train' in seen and e in kept_lists(record, 'features', 'train'): seen['train'] = features(record, 'train', e)
+    told = ', '.join(f"{s} {o.attrs['epoch']}" for s, o in seen.items())
+    if len({o.attrs['epoch'] for o in seen.values()}) == 1: return seen
+    raise ValueError(f"the features are of different epochs ({told}), so of different models, and cannot be compared; "
+                     "ask for one split, or record with `XentRecorder(features=True, eval_at_end=True)`")
+
 def _space(record, *splits) -> _Space:
     "The items of these splits that have features."
-    seen = {s: features(record, s).dropna() for s in splits}
+    seen = _of_one_model(record, {s: features(record, s) for s in splits})
+    seen = {s: o.dropna() for s, o in seen.items()}
     widths = {(o.attrs.get('of'), o.shape[1]) for o in seen.values()}
     if len(widths) > 1:
         raise ValueError(f"the features of {' and '.join(splits)} are of models with last layers of different widths, "

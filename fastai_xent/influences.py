@@ -24,13 +24,13 @@ def _epochs(record, splits) -> list:
                                     if record._list_at(split, e) == record._list(split)}
     return sorted(set.intersection(*(there(s, kind) for s in splits for kind in ('features', 'probs'))))
 
-def _gradients(record, split, epoch) -> tuple: # Features `n k`; p − y, `n c`; facts; 0 where an item has none
+def _gradients(record, split, epoch) -> tuple: # Features `n k`; p − y, `n c`; which have both, `n`; facts. 0 where an item has none
     "The two factors of each item's gradient in the last layer."
     x, p = features(record, split, epoch), record.probs(split, epoch)
     targ, = record._cache.values(LABELS[:1], record._segment(split))
     seen = ~(np.isnan(targ) | np.isnan(p[:, 0]) | x.isna().any(axis=1).to_numpy())
     p[np.flatnonzero(seen), targ[seen].astype(int)] -= 1
-    return np.where(seen[:, None], x.to_numpy(), 0), np.where(seen[:, None], p, 0), x.attrs
+    return np.where(seen[:, None], x.to_numpy(), 0), np.where(seen[:, None], p, 0), seen, x.attrs
 
 def influences(record,
     i: int|str, # Index in the split's dataset, or the item's name as text
@@ -43,11 +43,15 @@ def influences(record,
     if not epochs:
         raise KeyError(f"no epoch has features and probabilities of {split!r} and {of!r}, expected one at least; "
                        f"ask for them before training, with `{_HOW}`")
-    total = 0
+    total, known = 0, False
     for e in epochs:
-        h, g, facts = _gradients(record, of, e)
-        h_i, g_i = (o[i] for o in (_gradients(record, split, e) if split != of else (h, g))[:2])
+        h, g, seen, facts = _gradients(record, of, e)
+        h_i, g_i, seen_i = (o[i] for o in (_gradients(record, split, e) if split != of else (h, g, seen))[:3])
+        known |= bool(seen_i)
         total = total + facts['lr'] * (g @ g_i) * (h @ h_i + facts['bias'])
+    if not known:
+        raise KeyError(f"item {i} of {split!r} has no features, probabilities and label in any of the epochs "
+                       f"{', '.join(map(str, epochs))}")
     first = np.argsort(-np.abs(total), kind='stable')[:n]
     x = features(record, of, epochs[-1]).iloc[first]
     res = named(record, of, x).assign(influence=total[first]).reset_index()

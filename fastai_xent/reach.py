@@ -12,7 +12,6 @@ import builtins
 import dis
 import functools
 import inspect
-import sys
 from collections import deque
 from contextlib import contextmanager
 from types import (BuiltinFunctionType, CodeType, FunctionType, MethodDescriptorType, MethodType, ModuleType,
@@ -89,7 +88,7 @@ _VALUES = (type(None), bool, int, float, complex, str, bytes, range, slice, type
 
 def _root(module: str|None) -> str: return (module or '').partition('.')[0]
 
-_LIBRARIES = _KNOWN | sys.stdlib_module_names | set(
+_LIBRARIES = _KNOWN | set( # no names that a user's own file might have
     'pandas pyarrow PIL matplotlib scipy sklearn numba duckdb fsspec IPython spacy tqdm'.split())
 
 def is_known(

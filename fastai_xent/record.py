@@ -202,9 +202,13 @@ def _look_after(self: XentRecord, split, k, found, executor) -> Segment|None:
     "The look at the items of train that followed the last of these epochs."
     if split != 'train' or 'train_eval' not in self.splits or not found: return None
     look = self._segment('train_eval', executor=executor)
-    prints = [self._of_split(s)['segments'][n]['fingerprint'] for s, n in ((split, k), (look.split, look.k))]
     ends = {max(epoch for _, _, epoch in o) for o in (found, look.found or found)}
-    return look if look.found and prints[0] == prints[1] and len(ends) == 1 else None
+    return look if look.found and self._same_items((split, k), (look.split, look.k)) and len(ends) == 1 else None
+
+@patch
+def _same_items(self: XentRecord, *lists) -> bool: # Of (split, number of a list)
+    "Do these lists have the same items?"
+    return len({self._of_split(s)['segments'][k]['fingerprint'] for s, k in lists}) == 1
 
 # %% ../nbs/05g_record.ipynb #ca897238
 def _frame(t: pa.Table) -> pd.DataFrame:

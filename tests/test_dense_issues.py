@@ -355,3 +355,14 @@ def test_mixed_items_have_no_parts():
     r = fit_recorded(mask_loaders(), [CutMix()]).record
     assert all('/valid/' in o for o in r._place.files('_parts')) and r.to_df('train')['worst'].isna().all() and r.to_df('valid')['worst'].notna().all()
     with pytest.raises(KeyError, match='was mixed with another'): r.where(0)
+
+
+def test_a_look_at_other_items_is_not_shown():
+    "After the dataset has changed, an earlier look at train is of other masks."
+    zs, y, *_ = planted()
+    with XentWriter(items=dict(train=[f'a{i}' for i in range(len(y))], train_eval=[f'a{i}' for i in range(len(y))])) as w:
+        for split in ('train', 'train_eval'): w.add(split=split, epoch=0, item=torch.arange(len(y)), pred=zs[0], targ=y)
+    assert w.record.where(1)['split'] == 'train_eval'
+    w.items = dict(train=[f'b{i}' for i in range(len(y))])
+    with w: w.add(split='train', epoch=1, item=torch.arange(len(y)), pred=zs[1].flip(0), targ=y.flip(0))
+    assert (w.record.where(1)['split'], w.record.where(1)['epoch']) == ('train', 1)

@@ -15,6 +15,7 @@ from helpers import CpuAutocast, Net, Points, ended, learner, same_bits, warned
 from runs import put
 from torch import nn
 
+from fastai_xent.features import _space
 from fastai_xent.linear import head_in_loss
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.record import XentRecord
@@ -410,3 +411,25 @@ def test_a_point_an_item_and_some_ringed():
         rings = marked.collections[-1].get_offsets()
         assert len(rings) == 2 and all((points == o).all(1).any() for o in rings)
     finally: plt.close('all')
+
+
+# -- of one model, of the same items
+
+def two_looks(train_epoch, look_epoch, valid_epoch):
+    "Train, a look at it and valid, each with features of one epoch."
+    writer, rows = XentWriter(), cloud(30)
+    for split, e in dict(train=train_epoch, train_eval=look_epoch, valid=valid_epoch).items():
+        if e is None: continue
+        writer.set_items(split, pd.DataFrame(dict(item=range(30), name=None, source=range(30))), 'v' if split == 'valid' else 't', vocab=list('abc'))
+        put(writer, 0, e, split, dict(item=np.arange(30), pred=np.arange(30) % 3, targ=np.arange(30) % 3),
+            features=(np.arange(30), rows, dict(every=0, of=20, training=False)))
+    return writer.record
+
+@pytest.mark.parametrize('look, of', [(2, 'train_eval'), (1, 'train')])
+def test_a_look_at_an_earlier_model_is_not_compared_with_valid(look, of):
+    record = two_looks(2, look, 2)
+    assert _space(record, 'train', 'valid').seen['train'].attrs['split'] == of
+    assert _space(record, 'train').seen['train'].attrs['split'] == 'train_eval'
+
+def test_features_of_different_models_are_refused():
+    with pytest.raises(ValueError, match=r'different epochs \(train 1, valid 2\)'): two_looks(1, None, 2).duplicates()
