@@ -24,7 +24,7 @@ def _epochs(record, splits) -> list:
                                     if record._list_at(split, e) == record._list(split)}
     return sorted(set.intersection(*(there(s, kind) for s in splits for kind in ('features', 'probs'))))
 
-def _gradients(record, split, epoch) -> tuple: # Features `n k`; p − y, `n c`; which have both, `n`; facts. 0 where an item has none
+def _gradients(record, split, epoch) -> tuple: # Features `n k`; p − y, `n c`; which are known, `n`; facts
     "The two factors of each item's gradient in the last layer."
     x, p = features(record, split, epoch), record.probs(split, epoch)
     targ, = record._cache.values(LABELS[:1], record._segment(split))
