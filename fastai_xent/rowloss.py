@@ -16,10 +16,10 @@ from fastai.losses import BaseLoss
 from torch import Tensor, nn
 
 from .asking import Asked, _compiled_from
-from .cpu_kernels import fused_stats
 from .linear import LinearXentLossFlat
 from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats
+from .smoothing import fused_stats
 
 # %% ../nbs/02a_rowloss.ipynb #bfa8ae4d
 class XentSettings(NamedTuple):
