@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
 from fastai.losses import CrossEntropyLossFlat
@@ -84,6 +85,15 @@ def test_operations_of_a_batch(loss_func, most):
         with Operations() as seen: learn.fit(EPOCHS)
         n.append(seen.n)
     assert (n[1] - n[0]) / (EPOCHS * (BATCHES + 2)) <= most
+
+def test_operations_of_a_mixed_batch():
+    "Its statistics are computed for many batches at once, as those of others."
+    n = []
+    for cbs in ([MixUp()], [MixUp(), XentRecorder()]):
+        learn = learner(*cbs)
+        with Operations() as seen: learn.fit(EPOCHS)
+        n.append(seen.n)
+    assert (n[1] - n[0]) / (EPOCHS * (BATCHES + 2)) <= 40
 
 def test_no_compiler_for_small_batches():
     code = "import test_cost, sys; test_cost.learner(test_cost.XentRecorder()).fit(1); assert not {'numba', 'llvmlite'} & {*sys.modules}"
