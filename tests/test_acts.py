@@ -667,6 +667,7 @@ def loaders_of(item, kind, loader):
     dls.vocab = list('abc')
     return dls
 
+@pytest.mark.grid
 @pytest.mark.parametrize('loader', ['torch', 'fastai'])
 @pytest.mark.parametrize('item', ITEMS)
 @pytest.mark.parametrize('kind', KINDS)

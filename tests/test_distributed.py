@@ -239,6 +239,7 @@ def launch(launcher, folder, epochs, dies=-1, how='new'):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(path)}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('launcher', LAUNCHERS)
 def test_started_by_a_launcher(launcher, tmp_path):
     done = launch(launcher, tmp_path, EPOCHS)
@@ -247,6 +248,7 @@ def test_started_by_a_launcher(launcher, tmp_path):
     check(record.to_df())
     assert {o.stem.rsplit('-', 1)[1] for o in (tmp_path / 'r/rows').rglob('*.parquet')} == {'0', '1'}
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != 'posix', reason='no SIGKILL')
 def test_a_rank_is_killed_and_the_training_goes_on(tmp_path):
     "Rank 1 dies in the third epoch: two are whole. The next start goes on after them."

@@ -74,10 +74,12 @@ def interrupted(cbs, **kw):
     learn.fit(1)
     return ended(learn), came
 
+@pytest.mark.grid
+@pytest.mark.parametrize('third', range(3))
 @pytest.mark.parametrize('order', [5, 45, 100])
 @pytest.mark.parametrize('ex', CANCELS)
-def test_cancel(ex, order):
-    for k, (phase, split) in enumerate(PHASES):
+def test_cancel(ex, order, third):
+    for k, (phase, split) in list(enumerate(PHASES))[third::3]:
         kw = dict(ex=ex, phase=phase, order=order, split=split, epoch=(k + order) % 2, batch=k // 2 % 2)
         truth, recorder = Truth(), XentRecorder()
         try:
@@ -323,6 +325,7 @@ class Nested(Callback):
         try: LOOKS[self.what](self.learn)
         finally: self.busy = False
 
+@pytest.mark.grid
 @pytest.mark.parametrize('order', [5, 45, 100])
 @pytest.mark.parametrize('what', ['validate', 'get_preds', 'get_preds_train', 'get_preds_dl'])
 @pytest.mark.parametrize('event', ['after_epoch', 'after_batch', 'after_train', 'before_validate', 'before_epoch'])
@@ -385,6 +388,7 @@ BREAK = {
     'items_frame': (items, 'items_frame'), 'class_names': (recorder, 'class_names'), 'tap_rows': (recorder, 'tap_rows'), 'n_epochs': (XentRecord, 'n_epochs'),
 }
 
+@pytest.mark.grid
 @pytest.mark.parametrize('where', ['memory', 'disk'])
 @pytest.mark.parametrize('ex', [Odd('something odd'), Odd(), OSError(28, 'No space left on device')], ids=['message', 'without', 'disk full'])
 @pytest.mark.parametrize('name', BREAK)

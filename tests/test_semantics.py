@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import fastai_xent.losses as losses
@@ -581,7 +582,8 @@ class Double(Points):
         super().__init__(*args, **kw)
         self.x = self.x.double()
 
-@pytest.mark.parametrize('name, Loss', [(k, o) for k in ENGINES for o in (XentLossFlat, CrossEntropyLossFlat) if o is XentLossFlat or 'logits' not in k])   # fastai cannot show a loss in half precision
+COMPILED = 'aot_eager',  # compiling takes seconds; 'eager' says most of it
+@pytest.mark.parametrize('name, Loss', [pytest.param(k, o, marks=[pytest.mark.slow] * (k in COMPILED)) for k in ENGINES for o in (XentLossFlat, CrossEntropyLossFlat) if o is XentLossFlat or 'logits' not in k])   # fastai cannot show a loss in half precision
 def test_engines(name, Loss):
     e = ENGINES[name]
     kw = e.get('kw', dict(weight=W, label_smoothing=.1))           # torch has no weighted loss in half precision
@@ -827,6 +829,12 @@ def test_export(tmp_path):
         assert 'xent_recorder' in told[path][1]
     assert imported and not files[0][2].exists()
 
+def test_export_names_nothing_of_ours_without_us(tmp_path):
+    path, _, _ = exported('memory', tmp_path, CrossEntropyLossFlat(), keep=False)
+    with zipfile.ZipFile(path) as z: names, = [o for o in z.namelist() if o.endswith('data.pkl')]
+    with zipfile.ZipFile(path) as z: assert b'fastai_xent' not in z.read(names)
+
+@pytest.mark.slow
 def test_export_without_us(tmp_path):
     "Once the recorder is removed, and with fastai's loss, nothing of ours is left in the file: it loads where this package is not installed."
     path, preds, _ = exported('memory', tmp_path, CrossEntropyLossFlat(), keep=False)

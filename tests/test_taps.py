@@ -67,6 +67,7 @@ LOADERS = dict(tfmd=lambda n, skip, **kw: TfmdDL(Coded(n, skip), **kw), base=lam
     **kw: DataLoader(Coded(n, skip), **kw), weighted=weighted, partial=partial, sorted=sorted_dl,
                table=table, prebatched=prebatched, fewer=fewer)
 
+@pytest.mark.grid
 @pytest.mark.parametrize('skip', SKIPS)
 @pytest.mark.parametrize('workers', [0, 2, 3])
 @pytest.mark.parametrize('kind', LOADERS)
@@ -517,7 +518,7 @@ def test_tsai(kw, word):
 
 # -- other ways to start a worker
 
-@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+@pytest.mark.parametrize('method', [pytest.param('spawn', marks=pytest.mark.slow), 'forkserver'])
 def test_start_methods(method, tmp_path):
     code = f"""
 import sys, torch
