@@ -48,7 +48,7 @@ def _by_epoch(record, seg, n_classes) -> dict: # epoch → three numbers
 
 # %% ../nbs/05d_label_issues.ipynb #235ae3aa
 def _n_classes(record) -> int:
-    if record.n_classes: return record.n_classes
+    if record._n_classes: return record._n_classes
     targ = record._epochs.read(record._epochs.found(), ['targ'])['targ']
     return 1 + int(targ.to_pandas().max())
 

@@ -250,7 +250,7 @@ def _before_fit(self: XentRecorder):
     self._begin()
     self._take_over()
     self._keep_in_step()
-    self._life.fit, self._life.epoch = self.record.n_fits, self.record.n_epochs
+    self._life.fit, self._life.epoch = self.record._n_fits, self.record.n_epochs
     self._look_at_loaders()
 
 @patch

@@ -143,7 +143,7 @@ def check(df, fits=1):
 def test_two_ranks_write_one_record_and_resume_it(folder):
     record = XentRecord(folder / 'plain')
     check(record.to_df(), fits=2)
-    assert record.n_fits == 2
+    assert record._n_fits == 2
     assert {Path(o).stem.rsplit('-', 1)[1] for o in (folder / 'plain/rows').rglob('*.parquet')} == {'0', '1'}
     assert (record.to_df('train')['occurrence'] == -1).sum() == 2 * EPOCHS      # 22 rows for 21 items, in each epoch
     assert (record.seen().rows == 2 * EPOCHS).all()

@@ -120,7 +120,7 @@ def test_home(tmp_path, monkeypatch):
     assert record.path == tmp_path / 'runs/a' and XentRecord('~/runs/a').n_epochs == XentRecord(Path('~/runs/a')).n_epochs == 3
     assert list(XentRecords('~/runs/*').records) == list(XentRecords(['~/runs/a']).records) == ['a']
     assert list(XentRecords(Path('~/runs/*')).records) == ['a']
-    record.export('~/out/scores.csv')
+    record.to_file('~/out/scores.csv')
     assert (tmp_path / 'out/scores.csv').exists() and not (tmp_path / '~').exists()
     XentWriter('~/runs/a', overwrite=True)
     assert not (tmp_path / 'runs/a/_record.json').exists()

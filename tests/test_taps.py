@@ -683,7 +683,7 @@ def test_no_traces_after_an_interrupted_fit(phase, workers):
 
 def check_again(learn):
     saw, recorder = Saw(), learn.xent_recorder
-    fits = recorder.record.n_fits
+    fits = recorder.record._n_fits
     learn.add_cb(saw)
     learn.fit(2)
     learn.remove_cb(saw)

@@ -106,7 +106,7 @@ def test_disk_full(k, what, tmp_path, monkeypatch):
     with warned() as said: learn.fit(1)
     assert not said, said
     check_whole(XentRecord(path), truth)
-    last = XentRecord(path).n_fits - 1
+    last = XentRecord(path)._n_fits - 1
     assert [k for k in XentRecord(path).epochs if k[0] == last] == [(last, s, XentRecord(path).n_epochs - 1) for s in ('train', 'valid')]
 
 def check_whole(record, truth):
