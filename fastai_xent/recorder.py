@@ -115,7 +115,7 @@ class XentRecorder(Callback):
 # %% ../nbs/06c_recorder.ipynb #c2ac28af
 @patch
 def __getstate__(self: XentRecorder):
-    "Settings and the path of the record are pickled; a record in memory and a running fit are not."
+    "Settings and path are pickled; a record in memory and a running fit are not."
     writer = XentWriter() if self._writer.path is None else self._writer
     writer.wait()
     return {**{k: v for k, v in vars(self).items() if k not in ('_life', '_same')}, '_writer': writer}
@@ -127,7 +127,7 @@ def __setstate__(self: XentRecorder, state):
 
 @patch
 def __deepcopy__(self: XentRecorder, memo):
-    "A copied Learner gets its own recorder; a recorder copied alone leaves the Learner behind."
+    "A copied Learner gets its own; a recorder copied alone leaves the Learner."
     res = memo[id(self)] = type(self).__new__(type(self))
     res.__setstate__({k: deepcopy(v, memo) for k, v in self.__getstate__().items() if k != 'learn'})
     res.learn = memo.get(id(self.learn))
