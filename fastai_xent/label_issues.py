@@ -8,6 +8,8 @@ Docs: https://fastai-xent.github.io/fastai_xent/label_issues.html.md"""
 __all__ = ['LabelIssues', 'label_issues']
 
 # %% ../nbs/05d_label_issues.ipynb #0c1696c2
+import re
+import textwrap
 import warnings
 from concurrent.futures import Executor
 from functools import partial
@@ -48,7 +50,7 @@ def _by_epoch(record, seg, n_classes) -> dict: # epoch → three numbers
 
 # %% ../nbs/05d_label_issues.ipynb #235ae3aa
 def _n_classes(record) -> int:
-    if record.n_classes: return record.n_classes
+    if record._n_classes: return record._n_classes
     targ = record._epochs.read(record._epochs.found(), ['targ'])['targ']
     return 1 + int(targ.to_pandas().max())
 
@@ -134,8 +136,14 @@ class LabelIssues(pd.DataFrame):
     "All items, the most suspect first. It is a frame, and prints its verdict above itself."
     @property
     def _constructor(self): return pd.DataFrame
-    def __repr__(self): return f"{self.attrs.get('verdict', '')}\n{super().__repr__()}"
-    def _repr_html_(self): return f"<p>{escape(self.attrs.get('verdict', ''))}</p>{super()._repr_html_()}"
+    def __repr__(self): return f"{textwrap.fill(self._verdict, 80, break_on_hyphens=False)}\n{self._full!r}"
+    def _repr_html_(self):
+        told = re.sub('`(.+?)`', r'<code>\1</code>', escape(self._verdict))
+        return f'<p>{told}</p>{self._full._repr_html_()}'
+    @property
+    def _verdict(self) -> str: return self.attrs.get('verdict', '')
+    @property
+    def _full(self) -> pd.DataFrame: return pd.DataFrame(self).dropna(axis=1, how='all') # names, if there are any
     def to_review(self,
         n: int = 50, # How many items
         seed: int = 0,

@@ -115,7 +115,7 @@ class XentRecorder(Callback):
 # %% ../nbs/06c_recorder.ipynb #c2ac28af
 @patch
 def __getstate__(self: XentRecorder):
-    "Settings and the path of the record are pickled; a record in memory and a running fit are not."
+    "Settings and path are pickled; a record in memory and a running fit are not."
     writer = XentWriter() if self._writer.path is None else self._writer
     writer.wait()
     return {**{k: v for k, v in vars(self).items() if k not in ('_life', '_same')}, '_writer': writer}
@@ -127,7 +127,7 @@ def __setstate__(self: XentRecorder, state):
 
 @patch
 def __deepcopy__(self: XentRecorder, memo):
-    "A copied Learner gets its own recorder; a recorder copied alone leaves the Learner behind."
+    "A copied Learner gets its own; a recorder copied alone leaves the Learner."
     res = memo[id(self)] = type(self).__new__(type(self))
     res.__setstate__({k: deepcopy(v, memo) for k, v in self.__getstate__().items() if k != 'learn'})
     res.learn = memo.get(id(self.learn))
@@ -250,7 +250,7 @@ def _before_fit(self: XentRecorder):
     self._begin()
     self._take_over()
     self._keep_in_step()
-    self._life.fit, self._life.epoch = self.record.n_fits, self.record.n_epochs
+    self._life.fit, self._life.epoch = self.record._n_fits, self.record.n_epochs
     self._look_at_loaders()
 
 @patch

@@ -40,6 +40,7 @@ SHAPES = {'rows': ((37, 11), 1), 'one row': ((1, 5), 1), 'one class': ((9, 1), 1
 VIEWS = {'plain': lambda z: z, 'reversed strides': lambda z: z.permute(*range(z.ndim)[::-1]).contiguous().permute(*range(z.ndim)[::-1]),
          'every other': lambda z: z.repeat_interleave(2, z.ndim - 1)[..., ::2]}
 
+@pytest.mark.grid
 @pytest.mark.parametrize('weighted', [False, 1, 0], ids=['unweighted', 'weighted', 'some negative'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('view', VIEWS)
@@ -134,6 +135,7 @@ for shape in ((70, 300), (64, 10), (3, 5000)):
 print(digest.hexdigest())
 """
 
+@pytest.mark.slow
 def test_who_compiles_and_who_loads_what_was_compiled_get_the_same_bits(tmp_path):
     env = {**os.environ, 'NUMBA_CACHE_DIR': str(tmp_path)}
     first, then = (subprocess.run([sys.executable, '-W', 'ignore', '-c', TWICE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300) for _ in range(2))

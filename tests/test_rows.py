@@ -103,6 +103,7 @@ WITHOUT_WAITING = {
     'weights': lambda axis: XentLossFlat(torch.ones(5, device='cuda'), axis=axis), 'stock weights': lambda axis: nn.CrossEntropyLoss(torch.ones(5, device='cuda')),
     'nll': lambda axis: nn.NLLLoss(), 'sum': lambda axis: nn.CrossEntropyLoss(reduction='sum')}
 
+@pytest.mark.grid
 @pytest.mark.parametrize('soft', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', [(8, 5), (8, 5, 4)])

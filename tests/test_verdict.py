@@ -1,6 +1,7 @@
 "The bounds of a verdict, the decisions of a person, the words; planted truth, and one small training whose bounds hold it."
 import json
 import pickle
+import re
 import warnings
 
 import numpy as np
@@ -222,7 +223,10 @@ def test_what_a_decision_may_look_like(noisy):
 def test_the_frame_says_its_verdict_and_stays_a_frame(noisy):
     issues = noisy[0].xent_recorder.record.label_issues()
     verdict = issues.attrs['verdict']
-    assert isinstance(issues, pd.DataFrame) and repr(issues).startswith(verdict) and verdict in issues._repr_html_()
+    assert isinstance(issues, pd.DataFrame) and ' '.join(repr(issues).split()).startswith(verdict)
+    assert verdict in re.sub('</?code>', '`', issues._repr_html_()) and max(map(len, repr(issues).splitlines())) <= 80
+    nameless = type(issues)(issues.assign(name=None, source=pd.NA))
+    for shown in (repr(nameless), nameless._repr_html_()): assert 'NA' not in shown and 'p_wrong' in shown and 'source' not in shown
     assert verdict.startswith('Wrong labels among 1,437: about') and 'flagged; of these, between' in verdict
     for other in (issues[issues['is_issue']], issues.head(3), issues.drop(columns='source'), issues.sort_values('item')):
         assert type(other) is pd.DataFrame and verdict not in repr(other)
