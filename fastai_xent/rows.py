@@ -178,12 +178,19 @@ def _wait(self: RowBuffer, b, to):
     "Keep a copy of the logits."
     s, n = b.settings, to.stop - to.start
     like = b.pred.shape[1], b.pred.dtype, b.pred.device, b.targ.dtype, s.ignore_index, s.label_smoothing
-    goes_on = (like, _version(s.weight), to.start) == self.last and s.weight is self.settings.weight
+    goes_on = (like, to.start) == self.last and self._has_weight(s.weight)
     if not goes_on or self.late + n > len(self.z): self._flush()
     if not goes_on or n > len(self.z): self._begin(b)
     now = slice(self.late, self.late + n)
     self.z[now], self.y[now] = b.pred, b.targ
-    self.late, self.last = now.stop, (like, _version(s.weight), to.stop)
+    self.late, self.last = now.stop, (like, to.stop)
+
+@patch
+def _has_weight(self: RowBuffer, w) -> bool:
+    "Are these the class weights of the rows that wait? A device's are not read, since that would be to wait for it."
+    if w is None or self.weight is None: return w is self.weight
+    if not (w.is_cpu and self.weight.is_cpu): return w is self.settings.weight and _version(w) == self.version
+    return w.dtype is self.weight.dtype and torch.equal(w, self.weight)
 
 @patch
 def _begin(self: RowBuffer, b):
@@ -191,7 +198,7 @@ def _begin(self: RowBuffer, b):
     most, w = _HOST if b.pred.is_cpu else _DEVICE, b.settings.weight
     n = max(b.n, min(most // b.n_classes, self.capacity))
     self.z, self.y = b.pred.new_empty(n, b.n_classes), b.targ.new_empty(n, *b.targ.shape[1:])
-    self.settings, self.weight = b.settings, None if w is None else w.clone()
+    self.settings, self.weight, self.version = b.settings, None if w is None else w.detach().clone(), _version(w)
 
 @patch
 def _flush(self: RowBuffer):
@@ -203,7 +210,7 @@ def _flush(self: RowBuffer):
     except IndexError as e:                               # no class, and a loss that does not mind
         raise NotRecordable(str(e)) from None
     targ = y.argmax(1) if y.is_floating_point() else y
-    self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[2] - n, self.last[2]))
+    self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[1] - n, self.last[1]))
 
 # %% ../nbs/02d_rows.ipynb #e57eed8f
 @patch
