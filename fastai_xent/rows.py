@@ -176,9 +176,8 @@ def _stats(self: RowBuffer, b) -> XentStats:
 def _wait(self: RowBuffer, b, to):
     "Keep a copy of the logits."
     s, n, z, y = b.settings, to.stop - to.start, b.pred, b.targ
-    like = (z.shape[1], z.dtype, z.device, y.dtype, b.mix is None,
-            s.ignore_index, s.label_smoothing, _versions(s.weight))
-    goes_on = (to.start, like) == self.last and s.weight is self.settings.weight
+    like = z.shape[1], z.dtype, z.device, y.dtype, b.mix is None, s.ignore_index, s.label_smoothing
+    goes_on = (to.start, like) == self.last and self._has_weight(s.weight)
     if not goes_on or self.late + n > self.most:
         self._flush()
         if not goes_on or n > self.most: self._begin(b)
@@ -188,12 +187,19 @@ def _wait(self: RowBuffer, b, to):
     self.late, self.last = now.stop, (to.stop, like)
 
 @patch
+def _has_weight(self: RowBuffer, w) -> bool:
+    "Are these the class weights of the rows that wait? A device's are not read, since that would be to wait for it."
+    if w is None or self.weight is None: return w is self.weight
+    if not (w.is_cpu and self.weight.is_cpu): return w is self.settings.weight and _versions(w) == self.version
+    return w.dtype is self.weight.dtype and torch.equal(w, self.weight)
+
+@patch
 def _begin(self: RowBuffer, b):
     "Make room for the logits of batches like this one."
     most, w = _HOST if b.pred.is_cpu else _DEVICE, b.settings.weight
     n = self.most = max(b.n, min(most // b.n_classes, self.capacity))
     self.z, self.y = b.pred.new_empty(n, b.n_classes), b.targ.new_empty(n, *b.targ.shape[1:])
-    self.settings, self.weight = b.settings, None if w is None else w.clone()
+    self.settings, self.weight, self.version = b.settings, None if w is None else w.detach().clone(), _versions(w)
     self.other, self.lam = (None, None) if b.mix is None else (torch.empty_like(self.y), b.mix[1].new_empty(n))
 
 @patch
@@ -208,6 +214,7 @@ def _flush(self: RowBuffer):
         raise NotRecordable(str(e)) from None
     targ = y.argmax(1) if y.is_floating_point() else y
     self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[0] - n, self.last[0]))
+
 
 # %% ../nbs/02d_rows.ipynb #e57eed8f
 @patch

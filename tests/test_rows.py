@@ -64,6 +64,23 @@ def test_columns_are_right_whatever_the_guess(loss_func, capacity):
     assert_close(torch.tensor(cols['twice']), 2 * z[:, 0])
     assert cols['whole'].tolist() == y.tolist() and {v.dtype for v in cols.values()} == {np.dtype(np.float32), np.dtype(np.int32)}
 
+def doubled(w, k): w[k] *= 2
+def doubled_unseen(w, k): w.data[k] *= 2
+def doubled_by_numpy(w, k): w.numpy()[k] *= 2
+@pytest.mark.parametrize('loss', [XentLoss, nn.CrossEntropyLoss])
+@pytest.mark.parametrize('change', [doubled, doubled_unseen, doubled_by_numpy])
+def test_weights_that_are_changed_in_place(loss, change):
+    "Each batch has those that it was trained with, also where torch does not count the edit."
+    gen = torch.Generator().manual_seed(0)
+    loss_func, rows, want = loss(weight=torch.tensor([1., 2., 3.])), RowBuffer(40), []
+    for i in range(5):
+        z, y = torch.randn(8, 3, generator=gen), torch.randint(0, 3, (8,), generator=gen)
+        loss_func(z, y)
+        rows.add(i, Batch(z, y, loss_func, 1), i)
+        want.append(F.cross_entropy(z, y, loss_func.weight, reduction='none'))
+        change(loss_func.weight, i % 3)
+    assert_close(torch.tensor(rows.cols()['loss']), torch.cat(want), rtol=1e-5, atol=1e-6)
+
 def test_rows_are_counted_across_the_class_axis():
     z, y, loss_func = torch.zeros(4, 1), torch.zeros(1, dtype=torch.long), XentLoss(axis=0)
     loss_func(z, y)
