@@ -98,7 +98,7 @@ def columns(self: Pass) -> dict: # Column → array; empty if no batch came
 @patch
 def kept(self: Pass,
     cols: dict, # From `columns`
-) -> dict: # 'maps', 'probs', 'features' and 'parts', as `XentWriter.write` takes them
+) -> dict: # 'maps', 'probs', 'features', 'inputs' and 'parts', as `XentWriter.write` takes them
     "What the keepers have kept."
     kept = {o.name: o.done(cols) for o in self.keepers}
     if self.parts is not None: kept['parts'] = self.parts.done(cols['item'], cols['padding'])

@@ -203,7 +203,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     "The rows were written before; the training goes on; what is told is the error."
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     plain = ended(trained(seeded()))
-    monkeypatch.setattr(XentWriter, '_write_features', full)
+    monkeypatch.setattr(XentWriter, '_write_newest', full)
     learn = seeded(rec := XentRecorder(tmp_path / 'r', features=True))
     assert 'No space left on device' in fit(learn, 2, said=1)[0]
     same_bits(plain.end, ended(learn).end)
