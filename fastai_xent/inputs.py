@@ -7,7 +7,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/inputs.html.md"""
 # %% auto #0
 __all__ = ['CRESTS', 'strengths', 'tokens', 'kind_of', 'input_sketch', 'KeptInputs']
 
-# %% ../nbs/02f_inputs.ipynb #9b2f2c85
+# %% ../nbs/02f_inputs.ipynb #b7ee887e
 import math
 from functools import lru_cache
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from .numerics import _plain
 from .sketch import SEED, WIDTH, Stack, in_halves, projection, sketch
 
-# %% ../nbs/02f_inputs.ipynb #df67f3cb
+# %% ../nbs/02f_inputs.ipynb #75421342
 CRESTS = 8 # Of the finest wave, across the picture
 
 @lru_cache(maxsize=16)
@@ -38,7 +38,7 @@ def strengths(
     a = torch.hypot(cc - ss, cs + sc)                     # n v u
     return torch.cat([a[:, :, CRESTS:].flatten(1), a[:, 1:, :CRESTS].flatten(1)], 1)
 
-# %% ../nbs/02f_inputs.ipynb #a89103ce
+# %% ../nbs/02f_inputs.ipynb #d7b4b9f3
 _ROWS = 2**13
 
 @lru_cache(maxsize=4)
@@ -63,11 +63,11 @@ def tokens(
     x = x.long()
     own = (~(_filling(x) | _filling(x.flip(1)).flip(1))).float()
     rows = torch.cat([_row(x), _row(x[:, :-1] * 1_000_003 + x[:, 1:] + 1)], 1)
-    counts = torch.cat([own, own[:, :-1] * own[:, 1:]], 1)
+    counts = torch.cat([own, .5 * own[:, :-1] * own[:, 1:]], 1)
     signs = _signs(x.device)
     return torch.nn.functional.embedding_bag(rows, signs, mode='sum', per_sample_weights=counts)
 
-# %% ../nbs/02f_inputs.ipynb #d83f44a1
+# %% ../nbs/02f_inputs.ipynb #e66d29fd
 def kind_of(
     x, # The input of a batch
     n: int, # Of its items
