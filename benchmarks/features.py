@@ -160,7 +160,7 @@ def rivals(record):
     from sklearn.ensemble import IsolationForest
     from sklearn.neighbors import LocalOutlierFactor
     x, n = record.features(), record.meta['splits']['train']['segments'][-1]['n']
-    far = record.outliers(n).set_index('item')['distance'].reindex(range(n)).to_numpy()
+    far = record.outliers(n).set_index('item')['strange'].reindex(range(n)).to_numpy()
     x = x.to_numpy()
     return {'record.outliers': far, 'cleanlab OutOfDistribution': -OutOfDistribution().fit_score(features=x, verbose=False),
             'sklearn LocalOutlierFactor': -LocalOutlierFactor(20).fit(x).negative_outlier_factor_,

@@ -137,12 +137,12 @@ class _Pairs(NamedTuple):
     s: np.ndarray      # Their distance, in units of that to the tenth neighbour; ascending
     dimension: float   # In how many directions the items vary
 
-def _nearest(rows: np.ndarray) -> tuple: # Distances `n 10`, places `n 10`
+def _nearest(rows: np.ndarray, metric: str = 'euclidean') -> tuple: # Distances `n 10`, places `n 10`
     "The ten nearest other rows of each row: all are compared, some at a time."
     if len(rows) <= _K:
         raise ValueError(f"{len(rows)} items have features, expected more than {_K}: how near is near is told by the "
                          "others")
-    return NearestNeighbors(n_neighbors=_K, algorithm='brute').fit(rows).kneighbors()
+    return NearestNeighbors(n_neighbors=_K, algorithm='brute', metric=metric).fit(rows).kneighbors()
 
 def _near_pairs(rows: np.ndarray, chance: float) -> _Pairs:
     "The pairs that are nearer than all but a share `chance` of them would be by chance."
@@ -173,15 +173,13 @@ def _inputs(record, split, seen) -> pd.DataFrame|None: # As from `features`
     res.attrs.update(facts, split=at)
     return res
 
-def _spaces(record, splits) -> dict: # 'features', 'input' → `_Space`; one at least
+def _spaces(record, splits, features_too: bool = False) -> dict: # 'features', 'input' → `_Space`; one at least
     "The spaces in which the items of these splits can be compared."
-    have = all(kept_lists(record, 'features', _cleanest(record, s)) for s in splits)
+    have = features_too or all(kept_lists(record, 'features', _cleanest(record, s)) for s in splits)
     own = _space(record, *splits) if have else None
-    def items(s):
-        if own is None: return s, record._list(s)
-        where = own.seen[s].attrs
-        return where['split'], record._list_at(where['split'], where['epoch'])
-    shown = {s: _inputs(record, s, items(s)) for s in splits}
+    at = {s: (s, -1) if own is None else [own.seen[s].attrs[o] for o in ('split', 'epoch')] for s in splits}
+    lists = {s: (o, record._list(s) if e < 0 else record._list_at(o, e)) for s, (o, e) in at.items()}
+    shown = {s: _inputs(record, s, lists[s]) for s in splits}
     comparable = all(o is not None for o in shown.values()) and len({o.attrs['kind'] for o in shown.values()}) == 1
     found = dict(features=own, input=_in_one_space(shown) if comparable else None)
     found = {by: o for by, o in found.items() if o is not None}
@@ -231,16 +229,25 @@ def duplicates(record,
     return res[['group', 'split', 'item', 'name', 'targ', 'likely', 'closeness', 'by']]
 
 # %% ../nbs/07c_features.ipynb #bd609f44
+def _shares(distance) -> np.ndarray: # From 0 to 1
+    "Of each item the share of items with a smaller distance."
+    return pd.Series(distance).rank().to_numpy() / len(distance)
+
 def outliers(record,
     k: int = 20, # Number of items
     split: str = 'train',
-) -> pd.DataFrame: # Columns split, item, name, targ, likely, distance (to the tenth neighbour)
-    "The items that are farthest from all others, the farthest first."
-    space = _space(record, split)
-    _tell_of_training(space.seen)
-    d = _nearest(space.rows)[0][:, -1]
-    first = np.argsort(-d, kind='stable')[:k]
-    return _told(record, space, first).assign(distance=d[first])
+) -> pd.DataFrame: # Columns split, item, name, targ, likely, distance (by the features), strange (0 to 1)
+    "The items that are least like any others, the strangest first."
+    space = _spaces(record, [split], features_too=True)
+    own, shown = space['features'], space.get('input')
+    _tell_of_training(own.seen)
+    d = _nearest(own.seen[split].to_numpy(), metric='cosine')[0].mean(1)
+    share = _shares(d)
+    if shown is not None and shown.seen[split].attrs['kind'] == 'picture':
+        looks = pd.Series(_shares(_nearest(shown.rows)[0].mean(1)), index=shown.at['item'])
+        share = np.nanmean([share, looks.reindex(own.at['item']).to_numpy()], axis=0)
+    first = np.argsort(-share, kind='stable')[:k]
+    return _told(record, own, first).assign(distance=d[first], strange=share[first])
 
 # %% ../nbs/07c_features.ipynb #5438bd47
 def feature_map(

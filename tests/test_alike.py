@@ -14,13 +14,13 @@ from fastai_xent.alike import alike_html
 from fastai_xent.report import report
 from fastai_xent.writer import XentWriter
 
-def run(names=None, n=60, leaks=((7, 4), (9, 6)), torn=((20, 21),), training=False, vocab=('cat', 'dog'), k=8):
+def run(names=None, n=60, leaks=((7, 4), (9, 6)), torn=((20, 21),), training=False, vocab=('cat', 'dog'), k=30):
     "Random features; of each of `leaks` valid has a copy, each of `torn` is twice in train with two labels; item 50 is far from all."
     rng, writer = np.random.default_rng(0), XentWriter()
-    x = dict(train=rng.normal(size=(n, k)), valid=rng.normal(size=(30, k)))
+    x = dict(train=rng.normal(size=(n, k)) + 3, valid=rng.normal(size=(30, k)) + 3)
     for a, b in leaks: x['valid'][b] = x['train'][a]
     for a, b in torn: x['train'][b] = x['train'][a]
-    x['train'][50] *= 30
+    x['train'][50] *= -1
     for split, rows in x.items():
         m = len(rows)
         called = names if split == 'train' and names else [f'{split} {i}' for i in range(m)]
