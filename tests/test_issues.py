@@ -77,8 +77,9 @@ def plain(n, epochs):
         gaps = [p * np.exp(-m) - p for _, _, m, p, _ in rows]
         mean = sum(r[1] * g for r, g in zip(rows, gaps)) / sum(r[1] for r in rows)
         var = sum(r[1] * (g - mean)**2 for r, g in zip(rows, gaps)) / sum(r[1] for r in rows)
+        undecided = 1 - sum(r[1] * g * g for r, g in zip(rows, gaps)) / sum(r[1] for r in rows)
         for (i, w, m, p, k), g in zip(rows, gaps):
-            w = w * (var**2 + 1e-12)
+            w = w * (var * (var + .05 / (.05 + undecided)) + 1e-12)
             total[i] += w * np.log1p(np.exp(-m)) * (1 + g) / 2
             weight[i] += w
             if g <= 0: continue
@@ -125,6 +126,17 @@ def test_epochs_by_heart_and_epochs_of_ignorance_count_little():
     unknowing, doubting, by_heart = (epoch_weight(gap_sums(np.array(o), np.ones(4))) for o in ([0., .01, 0, 0], [-.9, -.8, -.9, .9], [-1, -1, -.99, -1]))
     assert doubting > 1000 * max(unknowing, by_heart)
     assert epoch_weight(gap_sums(np.zeros(0), np.zeros(0))) == 0
+
+
+def test_of_few_wrong_labels_the_decided_epochs_say_most():
+    "An undecided first epoch doubts hard items, nine later ones the five wrong labels in a thousand."
+    rng, n = np.random.default_rng(0), 1000
+    wrong = np.arange(n) < 5
+    def epoch(margin): return dict(item=np.arange(n), weight=np.ones(n), margin=margin, p_targ=1 / (1 + np.exp(-margin)), pred=(margin < 0).astype(float), targ=np.zeros(n))
+    epochs = [epoch(rng.normal(0, 1, n))] + [epoch(np.where(wrong, -3, 4) + rng.normal(0, 1, n)) for _ in range(9)]
+    first, *later = (epoch_weight(gap_sums(gap_confidence(e['margin'], e['p_targ'])[0], e['weight'])) for e in epochs)
+    assert sum(later) > first
+    assert set(np.argsort(-LabelDoubt().finalize(run(n, epochs)))[:5]) == set(range(5))
 
 
 # -- probabilities
