@@ -306,6 +306,23 @@ def test_masks_have_no_label_to_doubt():
     assert record.top(6)['item'].tolist() == [*range(6)][::-1] and not {'suspicion', 'label_doubt'} & {*record.scores()}
     with pytest.raises(ValueError, match='expected one class an item'): record.label_issues()
 
+def test_of_probabilities_the_likeliest_class_is_the_label_that_is_doubted():
+    "Targets of which a tenth puts most on another class, learnt by heart."
+    x, y = load_digits(return_X_y=True)
+    x, y, rng = torch.tensor(x[:640] / 8 - 1, dtype=torch.float32), y[:640], np.random.default_rng(0)
+    wrong = rng.random(len(y)) < .1
+    label = np.where(wrong, (y + rng.integers(1, 10, len(y))) % 10, y)
+    soft = torch.tensor(.3 * rng.dirichlet(np.full(10, .3), len(y)) + .7 * np.eye(10)[label], dtype=torch.float32)
+    set_seed(0)
+    dls = DataLoaders(*(TfmdDL(Rows(x, soft), bs=64, shuffle=o, num_workers=0) for o in (True, False)))
+    model = nn.Sequential(nn.Linear(64, 200), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, 10))
+    learn = quiet(Learner(dls, model, loss_func=XentLossFlat(), cbs=XentRecorder()))
+    learn.fit_one_cycle(20, 5e-3)
+    record = learn.xent_recorder.record
+    first = lambda by: wrong[np.argsort(-record.score(by))[:wrong.sum()]].mean()
+    np.testing.assert_array_equal(record.score(), record.score('label_doubt'))
+    assert first('label_doubt') > .9 and first('label_doubt') >= first('loss') > first('last_loss')
+
 def test_repeated_and_mixed_rows_count_by_their_share():
     e = dict(item=np.array([0, 0, 1]), weight=np.array([.5, 1., 1.]), margin=np.array([-2., 1, 2]), p_targ=np.array([.1, .6, .8]), pred=np.array([1., 0, 0]), targ=np.zeros(3))
     score, _ = plain(2, [e])

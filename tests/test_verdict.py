@@ -162,14 +162,14 @@ def test_a_hundred_decisions_tell_rate_and_precision(shift, slope):
         rev = Reviewed(p, seen, wrong[seen])
         more = rev.p()
         more[seen] = np.nan
-        seen = np.r_[seen, draw(more, rev.p(-1.64) >= .5, 50, seed)]
+        seen = np.r_[seen, draw(more, more >= .5, 50, seed)]
         rev = Reviewed(p, seen, wrong[seen])
-        issue = rev.p(-1.64) >= .5
+        issue = rev.p(-3.5) >= .5                         # as `label_issues` flags
         rate, low, high = rev.share(np.ones(len(p), dtype=bool))
         rates.append(abs(rate - wrong.mean()))
         held.append(low <= wrong.mean() <= high)
         if issue.any(): precisions.append(abs(rev.share(issue)[0] - wrong[issue].mean()))
-    assert sum(held) >= 18 and np.mean(rates) < .045 and np.mean([0., *precisions]) < .045
+    assert sum(held) >= 18 and np.mean(rates) < .05 and np.mean([0., *precisions]) < .045
 
 @given(st.integers(0, 2**32 - 1), st.integers(0, 60))
 def test_decided_items_are_known_and_the_order_stays(seed, k):
