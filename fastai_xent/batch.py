@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cpu_kernels import FusedPass
 from .linear import Features
-from .losses import XentLoss, _version
+from .losses import XentLoss
 from .numerics import XentStats, _plain, _rows
 from .rowloss import XentSettings, own_loss, xent_settings
 
@@ -224,7 +224,7 @@ def _called_batch(last, loss_func, func, loss) -> Batch:
     weight = None if last.weight is None else func.weight
     batch.settings = XentSettings(axis, weight, ignore_index, eps, func.reduction)
     batch.came = last.stats if last.done is None else last.done
-    if batch.came is None and last.versions != [_version(o) for o in (last.pred, last.targ, last.weight)]:
+    if batch.came is None and last.versions != last.edits():
         raise NotRecordable("the logits, targets or weights were changed in place after the loss was called, by a "
                             "callback perhaps; let it change a copy")
     if last.targ.is_floating_point(): _look_at_sums(batch)

@@ -22,7 +22,7 @@ from fastai.losses import BaseLoss
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .backward import FusedLoss, _rows_loss, _version
+from .backward import FusedLoss, _rows_loss, _versions
 from .cpu_kernels import fused_pass, in_memory, is_large, traced
 from .numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
@@ -52,16 +52,16 @@ class _Call:
         self.pred, self.targ, self.weight, self.settings = pred, targ, weight, settings
         self.stats, self.done, self.versions = stats, None, None
 
-    def _given(self): return self.pred, self.targ, self.weight
+    def edits(self) -> list:
+        "How often the arguments were edited until now."
+        return _versions(self.pred, self.targ, self.weight)
 
-    def watch(self):
-        "Note how often the arguments were edited until now."
-        self.versions = [_version(o) for o in self._given()]
+    def watch(self): self.versions = self.edits()
 
     def check(self):
         "Refuse to speak of arguments that were edited since."
-        for name, x, then in zip(('logits', 'targets', 'weights'), self._given(), self.versions):
-            if _version(x) == then: continue
+        for name, now, then in zip(('logits', 'targets', 'weights'), self.edits(), self.versions):
+            if now == then: continue
             raise RuntimeError(f"the {name} were changed in place after the loss was called; "
                                "ask for `stats` before, or set `keep_stats=True`")
 

@@ -18,9 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 from torch import nn
@@ -190,8 +188,7 @@ def __call__(self: XentRecorder, event_name):
     if event_name == 'before_fit': name_weights(self.learn)
     life, in_batch = self._life, event_name in _IN_BATCH
     if in_batch and (life.now is None or (event_name == 'before_backward' and not life.strange)): return
-    if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')):
-        return
+    if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')): return
     start = time.perf_counter()
     try:
         if self.run and (not in_batch or self._hears_batch): getattr(self, f'_{event_name}')()
@@ -260,8 +257,7 @@ def _before_fit(self: XentRecorder):
 def _count_only_one(self: XentRecorder):
     others = [cb for cb in self.learn.cbs if isinstance(cb, XentRecorder)]
     if others[0] is self: return
-    raise OtherItems("this Learner has another XentRecorder already, and one is enough; "
-                     "remove this one with `learn.remove_cb`")
+    raise OtherItems("this Learner has another XentRecorder already; remove this one with `learn.remove_cb`")
 
 @patch
 def _begin(self: XentRecorder):
@@ -351,12 +347,8 @@ def _open(self: XentRecorder, split):
     if dl is None:
         raise OtherItems("this recorder was given to another Learner since; give each Learner one of its own")
     life.now = self._listen(split, dl)
-    mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run and split == 'train']
     life.strange = split == 'train' and may_change_loss(self.learn.cbs)
-    if mixers: life.now.mixed_by(mixers[0])
-    if len(mixers) < 2: return
-    raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: "
-                        "what they make of them is not known")
+    if split == 'train': life.now.mixed_by(self.learn.cbs)
 
 @patch
 def _listen(self: XentRecorder, split, dl) -> Pass:
@@ -425,22 +417,13 @@ def _write(self: XentRecorder, now: Pass, epoch: int):
     if not cols: return
     self._keep_in_step()
     self._same.meet(now.split, cols, epoch, class_names(self.learn.dls, self._same.meta['classes']))
-    self._tell_of_grand(now.split, cols)
+    if why := now.why_no_grand(cols): self._tell(why)
     self._life.wrote = True
     alone = num_distrib() <= 1  # one of several sees its own rows only: scores wait until they are asked for
     self._writer.write(
         self._life.fit, epoch, now.split, cols, rank=rank_distrib(), **now.kept(cols), fold=alone)
     show_rows(self.learn.cbs, now.split, epoch, cols, self._tell)
     self._keep_doubt(now, epoch)
-
-@patch
-def _tell_of_grand(self: XentRecorder, split, cols):
-    "A word on rows that have no grand."
-    if 'grand' not in cols or cols['grad_norm'] is None: return
-    missing = np.isnan(cols['grand']) & ~np.isnan(cols['grad_norm'])
-    if not missing.any(): return
-    self._tell(f"has no grand for {missing.sum():,} of {len(missing):,} rows of {split!r}: the logits that the loss "
-               "got are not what the last layer gave for these rows, once and a row an item")
 
 @patch
 def _keep_doubt(self: XentRecorder, now, epoch):

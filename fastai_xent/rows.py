@@ -13,10 +13,10 @@ import torch
 from fastcore.basics import patch
 
 from .asking import Asked, _add_up_to_one
+from .backward import _versions
 from .batch import Batch, NotRecordable, check_sums
 from .cpu_kernels import FusedPass, is_large
 from .ledger import Balance, Ledger
-from .losses import _version
 from .numerics import XentStats, xent_stats
 from .rowloss import row_stats
 
@@ -176,20 +176,21 @@ def _stats(self: RowBuffer, b) -> XentStats:
 @patch
 def _wait(self: RowBuffer, b, to):
     "Keep a copy of the logits."
-    s, n = b.settings, to.stop - to.start
-    like = b.pred.shape[1], b.pred.dtype, b.pred.device, b.targ.dtype, s.ignore_index, s.label_smoothing
-    goes_on = (like, _version(s.weight), to.start) == self.last and s.weight is self.settings.weight
-    if not goes_on or self.late + n > len(self.z): self._flush()
-    if not goes_on or n > len(self.z): self._begin(b)
+    s, n, z, y = b.settings, to.stop - to.start, b.pred, b.targ
+    like = z.shape[1], z.dtype, z.device, y.dtype, s.ignore_index, s.label_smoothing, _versions(s.weight)
+    goes_on = (to.start, like) == self.last and s.weight is self.settings.weight
+    if not goes_on or self.late + n > self.most:
+        self._flush()
+        if not goes_on or n > self.most: self._begin(b)
     now = slice(self.late, self.late + n)
-    self.z[now], self.y[now] = b.pred, b.targ
-    self.late, self.last = now.stop, (like, _version(s.weight), to.stop)
+    self.z[now], self.y[now] = z, y
+    self.late, self.last = now.stop, (to.stop, like)
 
 @patch
 def _begin(self: RowBuffer, b):
     "Make room for the logits of batches like this one."
     most, w = _HOST if b.pred.is_cpu else _DEVICE, b.settings.weight
-    n = max(b.n, min(most // b.n_classes, self.capacity))
+    n = self.most = max(b.n, min(most // b.n_classes, self.capacity))
     self.z, self.y = b.pred.new_empty(n, b.n_classes), b.targ.new_empty(n, *b.targ.shape[1:])
     self.settings, self.weight = b.settings, None if w is None else w.clone()
 
@@ -203,7 +204,7 @@ def _flush(self: RowBuffer):
     except IndexError as e:                               # no class, and a loss that does not mind
         raise NotRecordable(str(e)) from None
     targ = y.argmax(1) if y.is_floating_point() else y
-    self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[2] - n, self.last[2]))
+    self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[0] - n, self.last[0]))
 
 # %% ../nbs/02d_rows.ipynb #e57eed8f
 @patch
