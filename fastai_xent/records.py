@@ -321,8 +321,8 @@ class _Together:
     "Several runs as one record, as far as `label_issues` asks: the epochs of one after those of the other."
     def __init__(self, runs: XentRecords):
         self.runs, self.one = runs.records, next(iter(runs.records.values()))
-        self.splits, self.items, self.class_name = runs.splits, self.one.items, self.one.class_name
-        self.n_classes, self._class_names = _n_classes(self.one), self.one._class_names
+        self.splits, self.items, self._class_name = runs.splits, self.one.items, self.one._class_name
+        self._n_classes, self._class_names = _n_classes(self.one), self.one._class_names
         self._cache = self._epochs = self
 
     def _segment(self, split, segment=-1, executor=None) -> Segment:
@@ -344,7 +344,7 @@ class _Together:
         for k, values in zip([*self.runs][1:], others):
             other = np.flatnonzero(~np.isnan(values) & ~np.isnan(one) & (values != one))
             if not len(other): continue
-            i, name = other[0], self.class_name
+            i, name = other[0], self._class_name
             raise ValueError(f"{len(other):,} of {seg.n:,} items of {seg.split!r} have other labels in run {k!r} than "
                              f"in run {next(iter(self.runs))!r}, the first is item {i}: {_told(name(values[i]))} and "
                              f"{_told(name(one[i]))}; take runs that were trained on the same labels")
