@@ -178,7 +178,7 @@ def _remarks(stays, score, named, drops, balanced, targ, class_name) -> list:
 def prune(
     dls, # DataLoaders
     record: XentRecord, # Of a training with these `dls`
-    *,
+    *unnamed, # None: the name says whether items go or stay
     keep=None, # A share, to keep those that the score puts first; or the items, as for `items_named`
     drop=None, # A share, to drop those that the score puts first; or the items
     n_keep: int|None = None, # The number to keep of those that the score puts first
@@ -188,6 +188,9 @@ def prune(
     key_fn=None, # The recorder's `key_fn`, if it had one
 ) -> DataLoaders: # Its `xent_changes` say what was dropped
     "`dls` with fewer training items."
+    if unnamed:
+        raise TypeError(f"prune got a {type(unnamed[0]).__name__} without a name; say whether these items go or stay: "
+                        "`drop=` or `keep=` for items or a share, `n_drop=` or `n_keep=` for a number")
     how, what = _one_of(keep=keep, drop=drop, n_keep=n_keep, n_drop=n_drop)
     _check_choice(how, what, balanced)
     _check_loader(dls.train)

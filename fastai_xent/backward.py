@@ -74,4 +74,4 @@ def _again(pred, up, call, versions) -> Tensor:
     if reduction == 'none': up = up.unsqueeze(axis)
     divisor = done.divisor if reduction == 'mean' else None
     y = y.masked_fill(ignored, 0)
-    return _derivable_grad(pred, y, ignored, up, weight, axis=axis, divisor=divisor)
+    return _derivable_grad(pred, y, ignored, up, weight, done.label_smoothing, axis, divisor)

@@ -87,7 +87,7 @@ class Batch:
     def n_classes(self) -> int:
         return self.pred.shape[self.axis] if self.stats is None else self.loss_func.n_classes
     @cached_property
-    def settings(self) -> XentSettings|None: return xent_settings(self.loss_func)
+    def settings(self) -> XentSettings|None: return xent_settings(self.loss_func, self.mix is not None)
     @cached_property
     def came(self) -> FusedPass|XentStats|None:
         "The statistics that came with the loss, if they did."
@@ -205,7 +205,7 @@ def read_batch(
     last = None if own is None else _last_call(own, pred, targ)
     if last is not None and last.pred.ndim > 1: return _called_batch(last, loss_func, own, loss)
     if isinstance(pred, Features): return _features_batch(pred, targ, loss_func, loss, mix_tap)
-    pred, settings = _plain(pred).detach(), xent_settings(loss_func)
+    pred, settings = _plain(pred).detach(), xent_settings(loss_func, mix_tap is not None)
     axis = _class_axis(pred, loss_func, settings)
     if getattr(loss_func, 'floatify', False) and settings is not None: targ = targ.float()
     batch = Batch(pred, _fitting(targ, pred, axis, loss_func, settings), loss_func, axis, loss=loss)

@@ -46,6 +46,7 @@ class Layout:
     sent: str = '_sent.json'
     reviews: str = '_reviews/{number}.jsonl'
     features: str = '_features/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
+    inputs: str = '_inputs/{split}/fit-{fit}-epoch-{epoch:03d}-part-{rank}.pq'
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."
@@ -94,7 +95,7 @@ class Epochs:
             if m: yield name, m
 
     def parts(self,
-        kind: str = 'rows', # Or 'maps', 'probs', 'features' or 'parts'
+        kind: str = 'rows', # Or 'maps', 'probs', 'features', 'inputs' or 'parts'
         names: list|None = None, # Of all files, if known
     ) -> dict: # (fit, split, epoch) → names of files, by rank
         "The files that hold one epoch each."

@@ -61,7 +61,7 @@ class _Space(NamedTuple):
     "Items of some splits in one space."
     rows: np.ndarray # `n k`, whitened
     at: pd.DataFrame # Columns split, item of each row
-    seen: dict       # split → frame from `features`
+    seen: dict       # split → frame from `features`, or of inputs
 
 def _of_one_model(record, seen) -> dict: # split → frame from `features`
     "Features of one epoch: a look at train that was earlier gives way to train's own."
@@ -77,11 +77,14 @@ def _of_one_model(record, seen) -> dict: # split → frame from `features`
 def _space(record, *splits) -> _Space:
     "The items of these splits that have features."
     seen = _of_one_model(record, {s: features(record, s) for s in splits})
-    seen = {s: o.dropna() for s, o in seen.items()}
     widths = {(o.attrs.get('of'), o.shape[1]) for o in seen.values()}
-    if len(widths) > 1:
-        raise ValueError(f"the features of {' and '.join(splits)} are of models with last layers of different widths, "
-                         "and cannot be compared")
+    if len(widths) == 1: return _in_one_space(seen)
+    raise ValueError(f"the features of {' and '.join(splits)} are of models with last layers of different widths, "
+                     "and cannot be compared")
+
+def _in_one_space(seen: dict) -> _Space: # From split → frame of an item a row
+    "The items that have numbers."
+    seen = {s: o.dropna() for s, o in seen.items()}
     at = pd.concat([pd.DataFrame(dict(split=s, item=o.index)) for s, o in seen.items()], ignore_index=True)
     return _Space(_whitened(np.concatenate([o.to_numpy() for o in seen.values()])), at, seen)
 
@@ -134,12 +137,12 @@ class _Pairs(NamedTuple):
     s: np.ndarray      # Their distance, in units of that to the tenth neighbour; ascending
     dimension: float   # In how many directions the items vary
 
-def _nearest(rows: np.ndarray) -> tuple: # Distances `n 10`, places `n 10`
+def _nearest(rows: np.ndarray, metric: str = 'euclidean') -> tuple: # Distances `n 10`, places `n 10`
     "The ten nearest other rows of each row: all are compared, some at a time."
     if len(rows) <= _K:
         raise ValueError(f"{len(rows)} items have features, expected more than {_K}: how near is near is told by the "
                          "others")
-    return NearestNeighbors(n_neighbors=_K, algorithm='brute').fit(rows).kneighbors()
+    return NearestNeighbors(n_neighbors=_K, algorithm='brute', metric=metric).fit(rows).kneighbors()
 
 def _near_pairs(rows: np.ndarray, chance: float) -> _Pairs:
     "The pairs that are nearer than all but a share `chance` of them would be by chance."
@@ -159,6 +162,29 @@ def _near_pairs(rows: np.ndarray, chance: float) -> _Pairs:
     first = order[:within[-1] + 1 if len(within) else 0]
     return _Pairs(tree.row[first], tree.col[first], s[:len(first)], m)
 
+# %% ../nbs/07c_features.ipynb #12cdc65a
+def _inputs(record, split, seen) -> pd.DataFrame|None: # As from `features`
+    "What was kept of the inputs of a split's items, if it was: of train in a look without augmentation."
+    at = 'train_eval' if split == 'train' else split
+    if at not in record.splits or not kept_lists(record, 'inputs', at): return None
+    x, facts = read_lists(record, 'inputs', at, -1, 'inputs', 'XentRecorder(features=True, eval_at_end=True)')
+    if not record._same_items(seen, (at, record._list_at(at, facts['epoch']))): return None
+    res = pd.DataFrame(x)
+    res.attrs.update(facts, split=at)
+    return res
+
+def _spaces(record, splits, features_too: bool = False) -> dict: # 'features', 'input' → `_Space`; one at least
+    "The spaces in which the items of these splits can be compared."
+    have = features_too or all(kept_lists(record, 'features', _cleanest(record, s)) for s in splits)
+    own = _space(record, *splits) if have else None
+    at = {s: (s, -1) if own is None else [own.seen[s].attrs[o] for o in ('split', 'epoch')] for s in splits}
+    lists = {s: (o, record._list(s) if e < 0 else record._list_at(o, e)) for s, (o, e) in at.items()}
+    shown = {s: _inputs(record, s, lists[s]) for s in splits}
+    comparable = all(o is not None for o in shown.values()) and len({o.attrs['kind'] for o in shown.values()}) == 1
+    found = dict(features=own, input=_in_one_space(shown) if comparable else None)
+    found = {by: o for by, o in found.items() if o is not None}
+    return found or dict(features=_space(record, *splits))     # raises, and says how to have them
+
 # %% ../nbs/07c_features.ipynb #885e378d
 def _tell_of_training(seen):
     "Features that were taken while the model trained are worse."
@@ -167,37 +193,61 @@ def _tell_of_training(seen):
                   "batch to batch, with dropout: many pairs are missed. `XentRecorder(features=True, eval_every=…)` "
                   "takes them in eval mode", stacklevel=3)
 
+def _ends(record, space: _Space, by: str, chance: float) -> tuple: # A row for each end of each pair; facts
+    "The items of near pairs, each beside the other of its pair."
+    p = _near_pairs(space.rows, chance)
+    ends = _told(record, space, np.r_[p.a, p.b]).assign(closeness=np.r_[p.s, p.s], by=by)
+    for o in ('split', 'item'): ends[f'other_{o}'] = space.at[o].to_numpy()[np.r_[p.b, p.a]]
+    return ends, dict(dimension=p.dimension, threshold=p.s.max(initial=0), pairs=len(p.a))
+
+def _groups(ends: pd.DataFrame) -> np.ndarray: # Of each row, the number of its group
+    "Items that a chain of pairs holds together."
+    a, b = (pd.MultiIndex.from_frame(ends[[f'{o}split', f'{o}item']].set_axis(['split', 'item'], axis=1))
+            for o in ('', 'other_'))
+    nodes = a.unique()
+    a, b = nodes.get_indexer(a), nodes.get_indexer(b)
+    near = coo_matrix((np.ones(len(a)), (a, b)), shape=(len(nodes), len(nodes)))
+    return connected_components(near, directed=False)[1][a]
+
 def duplicates(record,
     split: str|None = None, # 'train' or another; None: train and valid, and across them
     chance: float = .1, # Which share of the pairs may be near by chance?
-) -> pd.DataFrame: # Columns group, split, item, name, targ, likely, closeness; the closest groups first
-    "Groups of items that are nearer to each other than chance would have it."
+) -> pd.DataFrame: # Columns group, split, item, name, targ, likely, closeness, by; the closest groups first
+    "Groups of items that are nearer to each other than chance would have it, to the model or by what they show."
     splits = [o for o in ('train', 'valid') if o in record.splits] if split is None else [split]
-    space = _space(record, *splits)
-    _tell_of_training(space.seen)
-    p = _near_pairs(space.rows, chance)
-    n = len(space.rows)
-    _, group = connected_components(coo_matrix((np.ones(len(p.a)), (p.a, p.b)), shape=(n, n)), directed=False)
-    closest = pd.Series(np.r_[p.s, p.s], index=np.r_[p.a, p.b]).groupby(level=0).min()
-    at = closest.index.to_numpy()
-    res = _told(record, space, at).assign(group=group[at], closeness=closest.to_numpy())
-    first = res.groupby('group')['closeness'].transform('min')
-    res = res.assign(first=first).sort_values(['first', 'group', 'closeness'], kind='stable', ignore_index=True)
+    spaces = _spaces(record, splits)
+    if 'features' in spaces: _tell_of_training(spaces['features'].seen)
+    ends, facts = zip(*(_ends(record, o, by, chance) for by, o in spaces.items()))
+    ends = pd.concat(ends, ignore_index=True)
+    ends['group'] = _groups(ends)
+    ends['by'] = ends.groupby(['split', 'item'])['by'].transform(lambda o: ' and '.join(dict.fromkeys(o)))
+    ends['first'] = ends.groupby('group')['closeness'].transform('min')
+    res = ends.sort_values(['first', 'group', 'closeness'], kind='stable')
+    res = res.drop_duplicates(['split', 'item'], ignore_index=True)
     res['group'] = pd.factorize(res['group'])[0]
-    res.attrs.update(dimension=p.dimension, threshold=p.s.max(initial=0), pairs=len(p.a))
-    return res[['group', 'split', 'item', 'name', 'targ', 'likely', 'closeness']]
+    res.attrs.update(zip(spaces, facts))
+    return res[['group', 'split', 'item', 'name', 'targ', 'likely', 'closeness', 'by']]
 
 # %% ../nbs/07c_features.ipynb #bd609f44
+def _shares(distance) -> np.ndarray: # From 0 to 1
+    "Of each item the share of items with a smaller distance."
+    return pd.Series(distance).rank().to_numpy() / len(distance)
+
 def outliers(record,
     k: int = 20, # Number of items
     split: str = 'train',
-) -> pd.DataFrame: # Columns split, item, name, targ, likely, distance (to the tenth neighbour)
-    "The items that are farthest from all others, the farthest first."
-    space = _space(record, split)
-    _tell_of_training(space.seen)
-    d = _nearest(space.rows)[0][:, -1]
-    first = np.argsort(-d, kind='stable')[:k]
-    return _told(record, space, first).assign(distance=d[first])
+) -> pd.DataFrame: # Columns split, item, name, targ, likely, distance (by the features), strange (0 to 1)
+    "The items that are least like any others, the strangest first."
+    space = _spaces(record, [split], features_too=True)
+    own, shown = space['features'], space.get('input')
+    _tell_of_training(own.seen)
+    d = _nearest(own.seen[split].to_numpy(), metric='cosine')[0].mean(1)
+    share = _shares(d)
+    if shown is not None and shown.seen[split].attrs['kind'] == 'picture':
+        looks = pd.Series(_shares(_nearest(shown.rows)[0].mean(1)), index=shown.at['item'])
+        share = np.nanmean([share, looks.reindex(own.at['item']).to_numpy()], axis=0)
+    first = np.argsort(-share, kind='stable')[:k]
+    return _told(record, own, first).assign(distance=d[first], strange=share[first])
 
 # %% ../nbs/07c_features.ipynb #5438bd47
 def feature_map(

@@ -97,26 +97,44 @@ _DECISIONS = dict(keep=0., drop=1., relabel=1., unsure=np.nan)
 
 def _places(frame, items) -> np.ndarray:
     "Which items the rows of `frame` mean."
-    if 'item' in frame: at = pd.to_numeric(frame['item']).to_numpy(np.int64)
+    if 'item' in frame: at = pd.to_numeric(frame['item'], errors='coerce').to_numpy(np.float64, na_value=np.nan)
     elif 'name' in frame: at = pd.Index(items['name']).get_indexer_for(frame['name'])
     else: raise KeyError(f"`reviewed` has no column 'item' or 'name'; it has {', '.join(map(str, frame))}")
-    unknown = (at < 0) | (at >= len(items)) if len(at) == len(frame) else np.ones(1, dtype=bool)
+    unknown = ~np.isin(at, np.arange(len(items))) if len(at) == len(frame) else np.ones(1, dtype=bool)
     if unknown.any() or len(np.unique(at)) < len(at):
         raise ValueError("`reviewed` must name each item once; some of its rows name no item of this list, "
                          "or the same one twice")
-    return at
+    return at.astype(np.int64)
+
+_ANSWERS = {'true': 1., 'false': 0., '1': 1., '0': 0., '1.0': 1., '0.0': 0., '': np.nan}
+
+def _answers(wrong: pd.Series) -> np.ndarray:
+    "What stands in the column `wrong`, as numbers."
+    said = wrong.map(lambda o: np.nan if pd.isna(o) else _ANSWERS.get(str(o).strip().lower(), o))
+    other = said[~said.isin([0., 1.]) & said.notna()]
+    if len(other):
+        raise ValueError(f"{other.tolist()[0]!r} in the column `wrong` of `reviewed` is no answer, expected True (the label "
+                         "is wrong), False (it is right), or nothing (nobody has looked)")
+    said = said.to_numpy(np.float64)
+    if np.isnan(said).any() and np.nanmin(said, initial=1) > 0 and (said == 1).any():
+        warnings.warn(f"in `reviewed` {np.isnan(said).sum():,} rows have nothing in `wrong`, and none has False: what is "
+                      "empty counts as not looked at. Write False where the label is right", stacklevel=5)
+    return said
 
 def _found_wrong(frame) -> np.ndarray: # 1: wrong, 0: right, nan: not decided
     "What was decided."
     if 'decision' not in frame and 'wrong' not in frame:
         raise KeyError("`reviewed` has no column 'decision' (keep, drop, relabel or unsure) or 'wrong' (a boolean); "
                        f"it has {', '.join(map(str, frame))}")
-    if 'decision' not in frame: return frame['wrong'].astype(float).to_numpy(np.float64, na_value=np.nan)
+    if 'decision' not in frame: return _answers(frame['wrong'])
     other = set(frame['decision'].dropna()) - {*_DECISIONS}
     if other: raise ValueError(f"{min(map(str, other))!r} is no decision, expected one of {', '.join(_DECISIONS)}")
     wrong = frame['decision'].map(_DECISIONS).to_numpy(np.float64)
-    kept = (frame['label'] == frame['targ']).to_numpy() if 'label' in frame else False
+    kept = _same_label(frame['label'], frame['targ']) if 'label' in frame else False
     return np.where((frame['decision'] == 'relabel') & kept, 0., wrong)
+
+def _same_label(a, b) -> np.ndarray: # A number may have become text, or text a number, on its way through a file
+    return ((a == b) | (a.astype(str) == b.astype(str))).to_numpy()
 
 def _decided(frame, df, split) -> tuple: # Places, are they wrong?, the right classes where somebody said
     "The decisions of a person about the rows of `df`."

@@ -116,7 +116,7 @@ def why_no_grand(self: Pass,
 @patch
 def kept(self: Pass,
     cols: dict, # From `columns`
-) -> dict: # 'maps', 'probs', 'features' and 'parts', as `XentWriter.write` takes them
+) -> dict: # 'maps', 'probs', 'features', 'inputs' and 'parts', as `XentWriter.write` takes them
     "What the keepers have kept."
     kept = {o.name: o.done(cols) for o in self.keepers}
     if self.parts is not None: kept['parts'] = self.parts.done(cols['item'], cols['padding'])

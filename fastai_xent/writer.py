@@ -75,7 +75,7 @@ class XentWriter:
         self._jobs = []                                   # writing, with its number of rows
         self._folds = []                                  # bringing scores up to date
         self._next_fold = {}                              # when those of a split may be brought up to date again
-        self._passing = {}                                # whose features go when those of a later epoch are there
+        self._passing = {}                                # which lists go when those of a later epoch are there
 
     def __getstate__(self):
         self._said = None                                 # from here on there is a copy
@@ -239,6 +239,7 @@ def write(self: XentWriter,
     probs: tuple|None = None, # Items `r` and probabilities of the classes `r c`
     parts: pa.Table|None = None, # As from `dense.Parts`
     features: tuple|None = None, # Items `r`, numbers `r k`, and facts, as from `KeptFeatures`
+    inputs: tuple|None = None, # The same, as from `KeptInputs`
     rank: int = 0, # Rank of the process in a distributed training
     fold: bool = True, # Bring the running scores up to date now and then?
 ) -> None:
@@ -249,7 +250,8 @@ def write(self: XentWriter,
     if maps: jobs.append((self._write_maps, key, maps, rank))
     if parts is not None: jobs.append((self._write_parts, key, parts, rank))
     if probs: jobs.append((self._write_lists, 'probs', key, rank, *probs))
-    if features: jobs.append((self._write_features, key, rank, *features))
+    if features: jobs.append((self._write_newest, 'features', key, rank, *features))
+    if inputs: jobs.append((self._write_newest, 'inputs', key, rank, *inputs))
     self.settle(room=n)
     if self._pool is None: self._pool = ThreadPoolExecutor(1, thread_name_prefix='xent-writer')
     if self._lock is None: jobs.insert(0, (self._take_lock,))
@@ -295,16 +297,16 @@ def _write_parts(self: XentWriter, key, parts, rank):
 @patch
 def _write_lists(self: XentWriter, kind, key, rank, item, lists, facts=None):
     "Keep a list of numbers an item."
-    name, shared = self._file(kind, key, rank), kind == 'features'
+    name, shared = self._file(kind, key, rank), kind != 'probs'
     self._record._place.write(name, lambda f: write_lists(f, item, lists, kind, facts, shared))
 
 @patch
-def _write_features(self: XentWriter, key, rank, item, lists, facts):
+def _write_newest(self: XentWriter, kind, key, rank, item, lists, facts):
     "Those of an earlier epoch go once the new ones are there, unless they are to stay."
-    self._write_lists('features', key, rank, item, lists, facts)
-    old = self._passing.pop(key[1], None)
-    if old is not None and old != key: self._record._place.remove(self._file('features', old, rank))
-    if not facts['every'] or (key[2] + 1) % facts['every']: self._passing[key[1]] = key
+    self._write_lists(kind, key, rank, item, lists, facts)
+    old = self._passing.pop((kind, key[1]), None)
+    if old is not None and old != key: self._record._place.remove(self._file(kind, old, rank))
+    if not facts['every'] or (key[2] + 1) % facts['every']: self._passing[kind, key[1]] = key
 
 # %% ../nbs/05i_writer.ipynb #5bf3cbfb
 _SHARE = .005 # of the time, that the running scores of a split may take while it trains

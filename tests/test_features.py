@@ -203,7 +203,7 @@ def test_a_full_disk(tmp_path, monkeypatch):
     "The rows were written before; the training goes on; what is told is the error."
     def full(*args, **kw): raise OSError(28, 'No space left on device')
     plain = ended(trained(seeded()))
-    monkeypatch.setattr(XentWriter, '_write_features', full)
+    monkeypatch.setattr(XentWriter, '_write_newest', full)
     learn = seeded(rec := XentRecorder(tmp_path / 'r', features=True))
     assert 'No space left on device' in fit(learn, 2, said=1)[0]
     same_bits(plain.end, ended(learn).end)
@@ -360,9 +360,13 @@ def test_neighbours_are_those_of_all_pairs():
 
 def test_outliers_are_far_from_all():
     x = cloud(300)
-    x[[7, 200]] *= 30
+    x[[7, 200], -3:] = [[300, 0, 0], [0, 300, 0]]         # far out in directions that others hardly use
     far = record_of(x).outliers(5)
     assert set(far['item'][:2]) == {7, 200} and far['distance'].is_monotonic_decreasing and len(far) == 5
+    n = x / np.linalg.norm(x, axis=1, keepdims=True)
+    apart = np.sort(1 - n @ n.T, axis=1)[:, 1:11].mean(1)
+    np.testing.assert_allclose(far['distance'], apart[far['item']], atol=.03)
+    assert far['strange'].is_monotonic_decreasing and far['strange'][0] == 1
 
 def test_items_without_features_are_left_out():
     x, writer = cloud(60), XentWriter()

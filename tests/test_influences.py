@@ -73,3 +73,20 @@ def test_items_and_splits_that_are_not_there():
     record, _ = fitted(Narrow(), epochs=1)
     with pytest.raises(IndexError, match='item 18 is not in split'): record.influences(18)
     with pytest.raises(KeyError, match="no split 'test'"): record.influences(0, split='test')
+
+class Unseen(Narrow):
+    "The logits of item 5 are changed on the way, so what the last layer got of it is not known."
+    def forward(self, x):
+        z = super().forward(x)
+        return torch.where(x[:, -1:].round() == 5, z / 2, z)
+
+def test_an_item_without_features_is_refused():
+    "A sum over no epoch is no influence of zero."
+    learn = learner(model=Unseen(), cbs=[rec := XentRecorder(features='every', keep_probs=True)])
+    with warned() as said: learn.fit(2)
+    assert any('has no features for 1 of' in o for o in said)
+    for split in ('train', 'valid'):
+        with pytest.raises(KeyError, match=f"item 5 of '{split}' has no features, probabilities and label in any of the epochs 0, 1"):
+            rec.record.influences(5, split)
+    others = rec.record.influences(4, n=36)
+    assert (others['influence'].abs() > 0).sum() == 35 and others.set_index('item')['influence'][5] == 0

@@ -32,9 +32,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from fastai_xent import losses
-from fastai_xent.cpu_kernels import fused_stats
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
+from fastai_xent.smoothing import fused_stats
 
 inf, nan = math.inf, math.nan
 EXACT = dict(rtol=0, atol=0)
@@ -208,7 +208,8 @@ def test_larger_batches_agree_with_torch(shape, option, reduction):
 def test_settings_alone_decide_the_way(keep_stats, monkeypatch):
     monkeypatch.setattr(losses, 'WAY', 'numba')
     targ = torch.zeros(6, dtype=torch.long)
-    for kw, y, fused in (({}, targ, True), (dict(weight=torch.ones(4)), targ, True), (dict(label_smoothing=.1), targ, False), ({}, torch.ones(6, 4) / 4, False)):
+    for kw, y, fused in (({}, targ, True), (dict(weight=torch.ones(4)), targ, True), (dict(label_smoothing=.1), targ, True),
+                          (dict(label_smoothing=.1, weight=torch.ones(4)), targ, False), ({}, torch.ones(6, 4) / 4, False)):
         names = graph(XentLoss(**kw, keep_stats=keep_stats)(torch.zeros(6, 4, requires_grad=True), y))
         assert any('FusedLoss' in o for o in names) == fused
 

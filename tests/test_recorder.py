@@ -929,3 +929,24 @@ def test_the_recorder_introduces_itself(tmp_path):
     assert repr(XentRecorder()) == 'XentRecorder()'
     shown = repr(XentRecorder(tmp_path / ('long' * 30)))
     assert shown.startswith('XentRecorder(') and len(shown) <= 80
+
+
+# -- arguments that are changed in place between the loss and the recorder
+
+class InPlace(Callback):
+    "Changes what the loss was called with, where torch would not notice: nothing goes back from valid."
+    order = 30
+    def __init__(self, what): self.what = what
+    def after_loss(self):
+        if self.training: return
+        if self.what == 'targets': self.learn.yb[0].copy_((self.learn.yb[0] + 1) % 3)
+        else: self.learn.loss_func.weight.mul_(torch.tensor([1., 3., 1.]))
+
+@pytest.mark.parametrize('what', ['targets', 'weights'])
+def test_targets_or_weights_changed_in_place_are_refused(what):
+    "The numbers would be those of other arguments than the loss had."
+    loss_func = XentLossFlat(weight=torch.tensor([1., 2., 3.]))
+    learn = learner([rec := XentRecorder(), InPlace(what)], loss_func)
+    with warned() as said: learn.fit(1)
+    assert any("records nothing of 'valid': the logits, targets or weights were changed in place after the loss was called" in o for o in said), said
+    assert 'train' in rec.record.splits and 'valid' not in rec.record.splits

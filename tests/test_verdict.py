@@ -220,6 +220,38 @@ def test_what_a_decision_may_look_like(noisy):
     for at_, words in (([1, 1], 'each item once'), ([-1, 2], 'each item once'), ([10**6, 2], 'each item once')):
         with pytest.raises(ValueError, match=words): record.label_issues(reviewed=pd.DataFrame(dict(item=at_, wrong=True)))
 
+@pytest.mark.parametrize('as_told', [lambda o: o, lambda o: [str(x) for x in o], lambda o: [int(x) for x in o], lambda o: [str(int(x)) for x in o],
+                                     lambda o: [float(x) for x in o], lambda o: pd.array(o, dtype='boolean'), lambda o: [str(x).lower() + ' ' for x in o]])
+def test_answers_as_a_file_may_give_them(noisy, as_told):
+    record, at = noisy[0].xent_recorder.record, [3, 1, 4, 15, 92, 65]
+    told = [bool(o) for o in noisy[1][at]] + [True, False]
+    frame = pd.DataFrame(dict(item=[*at, 35, 89], wrong=told))
+    want = record.label_issues(reviewed=frame)['p_wrong']
+    np.testing.assert_array_equal(record.label_issues(reviewed=frame.assign(wrong=as_told(told)))['p_wrong'], want)
+
+@pytest.mark.parametrize('wrong, came', [([2, 0], '2'), ([.5, 0], '0.5'), ([-1, 1], '-1'), (['yes', 'no'], "'yes'"), (['x', None], "'x'")])
+def test_what_is_no_answer_is_refused(noisy, wrong, came):
+    with pytest.raises(ValueError, match=f'{came}(.0)? in the column `wrong`.*expected True'):
+        noisy[0].xent_recorder.record.label_issues(reviewed=pd.DataFrame(dict(item=[1, 2], wrong=wrong)))
+
+@pytest.mark.parametrize('item', [[1.5, 2], [np.nan, 2], ['a', '2'], [None, 2], [np.inf, 2]])
+def test_no_item_is_guessed(noisy, item):
+    "Half an item is none."
+    with pytest.raises(ValueError, match='must name each item once'):
+        noisy[0].xent_recorder.record.label_issues(reviewed=pd.DataFrame(dict(item=item, wrong=[True, False])))
+
+def test_rows_without_an_answer_are_not_right(noisy):
+    "Somebody who marks the wrong ones alone is told."
+    record = noisy[0].xent_recorder.record
+    with pytest.warns(UserWarning, match='1 rows have nothing in `wrong`, and none has False'):
+        record.label_issues(reviewed=pd.DataFrame(dict(item=[1, 2], wrong=[True, None])))
+
+def test_a_label_that_a_file_has_made_text_of(noisy):
+    "To relabel an item with its own label is to keep it."
+    record, targ = noisy[0].xent_recorder.record, noisy[0].dls.train.dataset.y
+    by = lambda label: record.label_issues(reviewed=pd.DataFrame(dict(item=[1, 2], decision='relabel', label=label)))['p_wrong']
+    np.testing.assert_array_equal(by([str(int(targ[1])), str(int(targ[2]))]), by([int(targ[1]), int(targ[2])]))
+
 def test_the_frame_says_its_verdict_and_stays_a_frame(noisy):
     issues = noisy[0].xent_recorder.record.label_issues()
     verdict = issues.attrs['verdict']
