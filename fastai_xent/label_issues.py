@@ -23,7 +23,8 @@ from .bars import Bar
 from .chunks import in_order
 from .dynamics import Label, row_weight
 from .issues import LabelDoubt, Likely, gap_confidence, noise_rate, p_wrong, plateau
-from .verdict import Reviewed, Ruler, chances, draw, precision_interval, rate_interval, reached, ruler, told
+from .verdict import (Reviewed, Ruler, chances, draw, overclaim, precision_interval, rate_interval, reached,
+                                 ruler, told)
 
 # %% ../nbs/05d_label_issues.ipynb #4569010d
 _READ = ['lam', 'occurrence', 'targ', 'margin', 'p_targ']
@@ -72,16 +73,18 @@ def _rates(record, seg, state, n_classes) -> dict: # noise_rate and its bounds, 
         if seg.split == 'train': excess = _excess(record, seg, valid, r, n_classes)
     rate, low, high = rate_interval(r, disagreement, excess)
     return dict(noise_rate=rate, noise_rate_low=low, noise_rate_high=high, excess_over_valid=excess,
-                reached=reached(r) if r.n else 0., n_valid=r.n)
+                reached=reached(r) if r.n else 0., n_valid=r.n, overclaim=_overclaim(r if r.n else it))
 
 def _excess(record, seg, valid, r, n_classes) -> float:
     "How far the noise rate of train lies above that of valid."
     return noise_rate((r.level, r.sd), *(_by_epoch(record, o, n_classes) for o in (seg, valid)))[2]
 
-def _told_rate(rate) -> dict:
-    "A rate that is known."
+def _overclaim(r: Ruler) -> float: return overclaim(r.disagreement, r.n_classes) if r.n else 0.
+
+def _told_rate(rate, r: Ruler) -> dict:
+    "A rate that is known; `r` is of the split's own rows."
     bounds = dict.fromkeys(('noise_rate', 'noise_rate_low', 'noise_rate_high'), float(rate))
-    return dict(bounds, excess_over_valid=0., reached=1., n_valid=0)
+    return dict(bounds, excess_over_valid=0., reached=1., n_valid=0, overclaim=_overclaim(r))
 
 def _checked(seg, noise_rate):
     "Raise if there is no basis for a verdict."
@@ -168,11 +171,9 @@ class LabelIssues(pd.DataFrame):
     ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance` of each to be drawn
         "Items for a person to look at: say in `wrong` which labels are, and ask `label_issues(reviewed=…)` again."
         p = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])).to_numpy(np.float64)
-        times = 30
-        if not self.attrs['reviewed']:                    # it is not well known yet what will be flagged
-            times, p = 9, p_wrong(self['score'].to_numpy(), _base(self.attrs))
-        asked = np.sort(draw(p, p >= .5, n, seed, times))
-        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, p >= .5, n, times)).iloc[asked]
+        if not self.attrs['reviewed']: p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
+        asked = np.sort(draw(p, p >= .5, n, seed))
+        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, p >= .5, n)).iloc[asked]
         return rows.reset_index(drop=True)
 
 def _base(found) -> float:
@@ -184,7 +185,7 @@ def _verdict(score, found, threshold, cautious) -> tuple: # p_wrong, is_issue, p
     "What the rates say of each item."
     low, p, high = (p_wrong(score, min(found[f'noise_rate{o}'], .95)) for o in ('_low', '', '_high'))
     issue = (low if cautious else p) >= threshold
-    return p, issue, precision_interval(*(o[issue] for o in (low, p, high)))
+    return p, issue, precision_interval(*(o[issue] for o in (low, p, high)), found['overclaim'])
 
 def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # The same; the rates are changed
     "What the rates say, after a person has looked."
@@ -222,7 +223,7 @@ def label_issues(record,
     likely = np.nan_to_num(Likely().finalize(state), nan=-1).astype(int)
     df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))
     if noise_rate is None: found = _rates(record, seg, state, _n_classes(record))
-    else: found = _told_rate(noise_rate)
+    else: found = _told_rate(noise_rate, _ruler(state, _n_classes(record)))
     found['reviewed'] = []
     score = LabelDoubt().finalize(state)
     if reviewed is None: p, issue, precision = _verdict(score, found, threshold, cautious)

@@ -19,6 +19,7 @@ from fastai.torch_core import set_seed
 from helpers import CpuAutocast, Net, Points, learner, quiet, same_bits, state, warned
 from torch import nn
 
+from fastai_xent.cache import StateCache
 from fastai_xent.issues import LabelDoubt
 from fastai_xent.look import _attributes_kept, in_order
 from fastai_xent.losses import XentLossFlat
@@ -304,6 +305,21 @@ def test_each_fit_ends_with_a_look():
     both = XentRecorder(eval_every=1, eval_at_end=True)
     learner([both]).fit(2)
     assert looks(both) == [0, 1]
+
+def test_the_last_of_several_looks_is_read_once(tmp_path, monkeypatch):
+    "And anew when another look has come."
+    rec, read = XentRecorder(tmp_path / 'r', eval_every=1), []
+    learn = learner([rec])
+    learn.fit(2)
+    own = StateCache._own
+    monkeypatch.setattr(StateCache, '_own', lambda self, r, seg: read.append([k[2] for k in seg.found]) or own(self, r, seg))
+    record = XentRecord(tmp_path / 'r')
+    first = record.score()
+    np.testing.assert_array_equal([record.score(), record.scores()['label_doubt']], [first, first])
+    assert read == [[1]]
+    learn.fit(1)
+    assert not np.array_equal(record.score(), first) and read == [[1], [2]]
+    np.testing.assert_array_equal(record.score(), XentRecord(tmp_path / 'r').score())
 
 def joined(record):
     "The doubts by hand: of all epochs of train, and of the last look."
