@@ -69,7 +69,7 @@ def fresh(record):
     "The same epochs in memory, without states."
     writer = XentWriter()
     for split, d in record.meta['splits'].items():
-        for start, k in d['starts']: writer.set_items(split, record.items(split, k), d['segments'][k]['fingerprint'], record.vocab, start, record.n_classes)
+        for start, k in d['starts']: writer.set_items(split, record.items(split, k), d['segments'][k]['fingerprint'], record.vocab, start, record._n_classes)
     for fit, split, epoch in record.epochs:
         df = record.to_df(split, epoch).drop(columns=['fit', 'epoch', 'split'])
         padding = (df.pop('occurrence') < 0).to_numpy()

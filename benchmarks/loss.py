@@ -150,6 +150,11 @@ def small():
         k, what = ROWS // n, f'XentLossFlat recorded, {n}×{c}, {ROWS // n} batches'
         compare(what, 'CrossEntropyLossFlat', many(Recorded(XentLossFlat(), z, y), k), many(stock(CrossEntropyLossFlat(), z, y), k), f'≤ {goal}')
         compare(what, 'F.cross_entropy', many(Recorded(XentLossFlat(), z, y), k), many(stock(F.cross_entropy, z, y), k), '≤ 1.3')
+    for n, c in [(256, 1000), (2048, 1000)]:
+        z, y = problem(n, c)
+        k = ROWS // n
+        compare(f'XentLossFlat(label_smoothing=.1) recorded, {n}×{c}, {k} batches', 'CrossEntropyLossFlat(label_smoothing=.1)',
+                many(Recorded(XentLossFlat(label_smoothing=.1), z, y), k), many(stock(CrossEntropyLossFlat(label_smoothing=.1), z, y), k))
     z, y = problem(64, 10)
     soft, k = y.new_zeros(64, 10).float().scatter_(1, y[:, None], 1), ROWS // 64
     compare(f'the same with label smoothing, 64×10, {k} batches', 'CrossEntropyLossFlat', many(Recorded(XentLossFlat(label_smoothing=.1), z, y), k),

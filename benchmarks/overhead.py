@@ -3,7 +3,7 @@
 Fits with and without take turns in a drawn order, in one process, on one thread; the figures are ratios of medians. "off / off" is the same fit
 twice: what differs there is the machine.
 `--instructions` counts instead, which no neighbour disturbs: the instructions of 200 training batches, with their passes over valid
-and the writer's thread, by valgrind's callgrind. Each figure takes two processes, some fifty times as slow as they are alone.
+and the writer's thread, by valgrind's cachegrind. Each figure takes two processes, some fifty times as slow as they are alone.
 Data: `XENT_DATA` (default ../shared/data); Fashion-MNIST from Debian's package dataset-fashion-mnist, MNIST's test set in its place."""
 import gzip
 import os
@@ -143,7 +143,7 @@ def epochs_of(name, epochs):
 
 def counted(name, epochs) -> int:
     "Instructions of a process that trains so long, all threads."
-    cmd = ['valgrind', '--tool=callgrind', '--callgrind-out-file=/dev/null', sys.executable, __file__, '--epochs', name, str(epochs)]
+    cmd = ['valgrind', '--tool=cachegrind', '--cache-sim=no', '--cachegrind-out-file=/dev/null', sys.executable, __file__, '--epochs', name, str(epochs)]
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '0'}
     said = subprocess.run(cmd, check=True, capture_output=True, text=True, env=env).stderr
     return int(re.search(r'I +refs: +([\d,]+)', said)[1].replace(',', ''))

@@ -6,7 +6,6 @@ Their rows lie in XENT_CACHE (default: xent_trainings among the temporary files)
 Noise: `sym`, any other class; `pair`, the next class; `class`, each class with a rate and likely targets of its own; `confusable`, drawn
 from the softened predictions of a weak model of other items, so that it sits on hard items, as human mistakes do.
 Data: `XENT_DATA` (default ../shared/data), and Debian's package dataset-fashion-mnist; what is missing is skipped."""
-import json
 import os
 import sys
 import tempfile
@@ -21,11 +20,9 @@ warnings.filterwarnings('ignore', category=FutureWarning)
 
 import numpy as np  # noqa: E402
 import torch  # noqa: E402
-from noise import adult, bag, digits, fashion, mlp, trec  # noqa: E402
-from overhead import DATA, cnn  # noqa: E402
+from noise import adult, bag, confused, digits, fashion, mlp, mnist, mnist_wrong, trec, weak_logits  # noqa: E402
+from overhead import cnn  # noqa: E402
 from sklearn.datasets import load_breast_cancer, load_wine, make_classification  # noqa: E402
-from sklearn.linear_model import LogisticRegression  # noqa: E402
-from sklearn.naive_bayes import MultinomialNB  # noqa: E402
 from torch import nn  # noqa: E402
 
 CACHE = Path(os.environ.get('XENT_CACHE', f'{tempfile.gettempdir()}/xent_trainings'))
@@ -48,16 +45,6 @@ def table():
     x, y = make_classification(4000, 24, n_informative=10, n_redundant=6, n_classes=7, n_clusters_per_class=2, class_sep=1.6, flip_y=0,
                                weights=[.25, .2, .15, .15, .1, .1, .05], random_state=0)
     return scaled(x), y
-
-def mnist():
-    "MNIST's test images with the labels they have, and what five people each thought of the hundred most suspect."
-    if not (DATA / 'mnist_t10k.npz').exists(): return print(f"skipped: {DATA / 'mnist_t10k.npz'} is missing")
-    with np.load(DATA / 'mnist_t10k.npz') as f: x, y = f['x'], f['y']
-    return torch.tensor(x[:, None] / 255., dtype=torch.float32), y.astype(np.int64)
-
-def mnist_wrong() -> np.ndarray: # Places of the images for whose label fewer than three of five people voted
-    votes = json.loads((DATA / 'mnist_label_errors.json').read_text())
-    return np.array([o['id'] for o in votes if o['mturk']['given'] < 3])
 
 class Shifted(nn.Module):
     "Images moved by up to `by` pixels while the model trains."
@@ -91,35 +78,6 @@ def data(name): return SETS[name][0]()
 
 
 # -- noise
-
-def features(x):
-    "What the weak model looks at: numbers as they are, words by their presence."
-    if x.dtype != torch.long: return x.flatten(1).numpy()
-    seen = np.zeros((len(x), int(x.max()) + 1), dtype=np.float32)
-    np.put_along_axis(seen, x.numpy(), 1, 1)
-    return seen[:, 1:]
-
-def weak_logits(x, y, other, c):
-    "What a weak model of the items `other` makes of all items: naive Bayes of words, logistic regression of numbers."
-    f = features(x)
-    model = MultinomialNB() if x.dtype == torch.long else LogisticRegression(C=.1, max_iter=200)
-    model.fit(f[other], y[other])
-    z = np.full((len(y), c), -8.)
-    z[:, model.classes_] = np.log(model.predict_proba(f) + 1e-6)
-    return z
-
-def confused(z, y, share, rng):
-    "Labels drawn from softened predictions, in which the true class is raised until `share` of the labels are wrong."
-    def p(raise_by):
-        a = z / 1.5
-        a[np.arange(len(y)), y] += raise_by
-        a = np.exp(a - a.max(1, keepdims=True))
-        return a / a.sum(1, keepdims=True)
-    lo, hi = -30., 30.
-    for _ in range(60):
-        mid = (lo + hi) / 2
-        lo, hi = (mid, hi) if 1 - p(mid)[np.arange(len(y)), y].mean() > share else (lo, mid)
-    return (p(lo).cumsum(1) > rng.random((len(y), 1))).argmax(1)
 
 def noisy(y, c, kind, share, rng, z=None):
     if not share: return y.copy()

@@ -84,7 +84,7 @@ _COLUMNS = dict(what=object, old=object, new=object, weight=float, score=float, 
 
 def _class_names(record, classes) -> list: # None where there is no class
     "What classes are called."
-    known = {c: record.class_name(c) if c >= 0 else None for c in {*classes}}
+    known = {c: record._class_name(c) if c >= 0 else None for c in {*classes}}
     return [known[c] for c in classes]
 
 def _changes(record, at, **cols) -> pd.DataFrame: # Columns item, name, source, and `_COLUMNS`
@@ -199,7 +199,7 @@ def prune(
     stays, score, named = _choose(record, how, what, by, targ if balanced else np.zeros_like(targ))
     if not stays.any():
         raise ValueError(f"no training item would be left: {'all are' if drops else 'none is'} {named}")
-    said = _remarks(stays, score, named, drops, balanced, targ, record.class_name)
+    said = _remarks(stays, score, named, drops, balanced, targ, record._class_name)
     for o in said: warnings.warn(f"prune: {o}", stacklevel=2)
     at, out = np.flatnonzero(stays), np.flatnonzero(~stays)
     changes = _changes(record, out, what='drop', weight=0., score=None if score is None else score[out],
@@ -281,7 +281,7 @@ def reweight(
     if unseen:
         warnings.warn(f"reweight: {unseen} of {n} training items have no score, and the weight of one "
                       "whose label is surely right", stacklevel=2)
-    new = _balance(w * old, targets(record), record.class_name) if balanced else w * old
+    new = _balance(w * old, targets(record), record._class_name) if balanced else w * old
     new, old = new / new.mean(), old / old.mean()
     if np.allclose(new, old):
         warnings.warn("reweight: no item is drawn more often or less often than before", stacklevel=2)
@@ -332,7 +332,7 @@ def _check_trained(ds, record, classes, field):
             seen.update(class_of(o, names) for o in labels_of(ds, [i], field))
             if c in seen: break
         if seen - {None} and c not in seen:
-            raise ValueError(f"items that were trained as class {record.class_name(c)!r} (number {c}) have the "
+            raise ValueError(f"items that were trained as class {record._class_name(c)!r} (number {c}) have the "
                              f"label {max(seen - {None})} in the dataset: something after it changes labels, or "
                              "they were changed since; relabel where the labels are made")
 

@@ -18,9 +18,9 @@ from .cpu_kernels import FusedPass
 from .numerics import _derivable_grad, _may_reuse
 
 # %% ../nbs/00e_backward.ipynb #bcd649b5
-def _version(x: Tensor|None) -> int|None:
-    "Counts the edits of `x`; None where torch does not count."
-    return None if x is None or x.is_inference() else x._version
+def _versions(*xs: Tensor|None) -> list:
+    "How often each was edited; None where torch does not count."
+    return [None if x is None or x.is_inference() else x._version for x in xs]
 
 def _rows_loss(done: FusedPass, y: Tensor) -> Tensor:
     "The loss of each row, 0 where ignored."
@@ -41,7 +41,7 @@ class FusedLoss(torch.autograd.Function):
         loss, grad = done.loss, done.grad
         done.loss = done.grad = None         # from here on they belong to autograd
         ctx.save_for_backward(pred, grad)    # to save takes a while, so the rest is watched instead
-        ctx.call, ctx.versions = call, (_version(y), _version(call[1]))
+        ctx.call, ctx.versions = call, _versions(y, call[1])
         return _rows_loss(done, y) if loss is None else loss
 
     @staticmethod
@@ -67,11 +67,11 @@ def _handed_over(grad, up, y, weight, axis, ignore_index, reduction, done) -> Te
 def _again(pred, up, call, versions) -> Tensor:
     "The gradient times `up`, by operations that have a derivative."
     y, weight, axis, ignore_index, reduction, done = call
-    if versions != (_version(y), _version(weight)):
+    if versions != _versions(y, weight):
         raise RuntimeError("the targets or weights were changed in place after the loss was called: "
                            "the gradient has no derivative any more")
     ignored = y == ignore_index
     if reduction == 'none': up = up.unsqueeze(axis)
     divisor = done.divisor if reduction == 'mean' else None
     y = y.masked_fill(ignored, 0)
-    return _derivable_grad(pred, y, ignored, up, weight, axis=axis, divisor=divisor)
+    return _derivable_grad(pred, y, ignored, up, weight, done.label_smoothing, axis, divisor)

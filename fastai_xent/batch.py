@@ -19,7 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 from .cpu_kernels import FusedPass
 from .linear import Features
-from .losses import XentLoss, _version
+from .losses import XentLoss
 from .numerics import XentStats, _plain, _rows
 from .rowloss import XentSettings, own_loss, xent_settings
 
@@ -87,7 +87,7 @@ class Batch:
     def n_classes(self) -> int:
         return self.pred.shape[self.axis] if self.stats is None else self.loss_func.n_classes
     @cached_property
-    def settings(self) -> XentSettings|None: return xent_settings(self.loss_func)
+    def settings(self) -> XentSettings|None: return xent_settings(self.loss_func, self.mix is not None)
     @cached_property
     def came(self) -> FusedPass|XentStats|None:
         "The statistics that came with the loss, if they did."
@@ -205,7 +205,7 @@ def read_batch(
     last = None if own is None else _last_call(own, pred, targ)
     if last is not None and last.pred.ndim > 1: return _called_batch(last, loss_func, own, loss)
     if isinstance(pred, Features): return _features_batch(pred, targ, loss_func, loss, mix_tap)
-    pred, settings = _plain(pred).detach(), xent_settings(loss_func)
+    pred, settings = _plain(pred).detach(), xent_settings(loss_func, mix_tap is not None)
     axis = _class_axis(pred, loss_func, settings)
     if getattr(loss_func, 'floatify', False) and settings is not None: targ = targ.float()
     batch = Batch(pred, _fitting(targ, pred, axis, loss_func, settings), loss_func, axis, loss=loss)
@@ -224,7 +224,7 @@ def _called_batch(last, loss_func, func, loss) -> Batch:
     weight = None if last.weight is None else func.weight
     batch.settings = XentSettings(axis, weight, ignore_index, eps, func.reduction)
     batch.came = last.stats if last.done is None else last.done
-    if batch.came is None and last.versions != [_version(o) for o in (last.pred, last.targ, last.weight)]:
+    if batch.came is None and last.versions != last.edits():
         raise NotRecordable("the logits, targets or weights were changed in place after the loss was called, by a "
                             "callback perhaps; let it change a copy")
     if last.targ.is_floating_point(): _look_at_sums(batch)

@@ -59,6 +59,7 @@ class StateCache:
     def __init__(self, epochs: Epochs):
         self.epochs, self.place = epochs, epochs.place
         self.unwritten, self.broken = {}, {}              # states that cannot be written; scores that fail
+        self.looked = {}                                  # the last look at a list of items, and what it says
 
     def wanted(self) -> dict: # key → `Reducer`
         "The states that are kept: those of all registered scores that can be computed."
@@ -128,8 +129,16 @@ def _with_look(self: StateCache, states: dict, seg, anew) -> dict:
     r, look = LabelDoubt(), seg.look
     if look is None or r.key not in states: return states
     last = replace(look, found=dict([*look.found.items()][-1:]))
-    seen = self._states_of([r], look, anew)[r.key] if last == look else self._own(r, last)
+    seen = self._states_of([r], look, anew)[r.key] if last == look else self._of_last(r, last, anew)
     return {**states, r.key: r.with_look(states[r.key], seen)}
+
+@patch
+def _of_last(self: StateCache, r, last, anew) -> dict:
+    "The state of one look among several, which is read once."
+    where, marks = (last.split, last.k), self._marks(last)
+    if anew or self.looked.get(where, (None,))[0] != marks:
+        self.looked[where] = marks, dict(self._own(r, last))
+    return self.looked[where][1]
 
 @patch
 def _own(self: StateCache, r, seg):

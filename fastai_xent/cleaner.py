@@ -59,7 +59,7 @@ class Suspects:
 
     def rows(self, items: np.ndarray) -> pd.DataFrame: # Columns item, name, source, targ, likely, score
         "What a person should know of these items."
-        names = lambda cs: pd.Series([self.record.class_name(c) if c >= 0 else None for c in cs], dtype=object)
+        names = lambda cs: pd.Series([self.record._class_name(c) if c >= 0 else None for c in cs], dtype=object)
         df = self.record._items_at(self.split, self.record._list(self.split), items)
         return df.assign(targ=names(self.given[items]), likely=names(self.likely[items]), score=self.shown[items])
 
@@ -180,7 +180,7 @@ class XentCleaner:
     @property
     def learnt(self) -> pd.DataFrame: # Columns given, likely, reviewed, wrong, share, pull
         "How often labels were found wrong, for each pair of classes."
-        name = self.record.class_name
+        name = self.record._class_name
         return self._pairs().assign(given=lambda d: d['given'].map(name), likely=lambda d: d['likely'].map(name))
 
     def __repr__(self):

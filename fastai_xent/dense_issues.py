@@ -69,7 +69,7 @@ def where(
                    "or was recorded with `maps=False`")
 
 def _told_row(record, row) -> dict:
-    shape, name = tuple(map(int, row['shape'])), record.class_name
+    shape, name = tuple(map(int, row['shape'])), record._class_name
     pred = None if row['pred'] < 0 else row['pred']
     return dict(doubt=as_doubts(row['parts']).reshape(sides(shape)), shape=shape, checksum=int(row['checksum']),
                 place=tuple(map(int, np.unravel_index(row['place'], shape))),

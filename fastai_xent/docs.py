@@ -37,5 +37,6 @@ def document(
     for o in things:
         if inspect.isclass(o): document(*_of_class(o))
         elif not inspect.isfunction(o): continue
+        o.__annotations__.pop('self', None)               # fastcore's `@patch` needed it; in `help` it is in the way
         text = described(o)
         if text and text not in (o.__doc__ or ''): o.__doc__ = f"{inspect.getdoc(o) or ''}\n\n{text}".strip()

@@ -41,7 +41,7 @@ class XentInterpretation:
     ):
         self.record, self.dls, self.split, self.key_fn = record, dls, split, key_fn
         self.fit, _, self.epoch = self._key = _pass_of(record, split, epoch, fit)
-        self.vocab = list(vocab or record.vocab or range(record.n_classes or 0))
+        self.vocab = list(vocab or record.vocab or range(record._n_classes or 0))
 
     @classmethod
     def from_learner(cls,

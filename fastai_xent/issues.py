@@ -37,9 +37,11 @@ def gap_sums(
 def epoch_weight(
     sums: np.ndarray, # `gap_sums` of all rows of an epoch
 ) -> float: # Never 0 if there are rows, so that a run without any spread has a plain mean
-    "How much an epoch says about labels: the squared variance of the gap."
+    "How much an epoch says about labels: the variance of the gap, squared where the model is undecided."
     total, gaps, squares = sums
-    return float(max(squares / total - (gaps / total)**2, 0)**2 + 1e-12) if total else 0.
+    if not total: return 0.
+    variance, undecided = max(squares / total - (gaps / total)**2, 0), max(1 - squares / total, 0)
+    return float(variance * (variance + .05 / (.05 + undecided)) + 1e-12)
 
 # %% ../nbs/04a_issues.ipynb #27ad3ac3
 def _surest(held, confidence, share=.2) -> np.ndarray:
@@ -73,7 +75,7 @@ class LabelDoubt(Reducer):
     """Mean over epochs of softplus(−margin)·(1 + gap)/2, in nats. For label errors.
 
     An epoch counts by its spread of gaps; pairs of classes that are often confused raise it."""
-    columns, key = ('margin', 'p_targ', 'pred', 'targ'), 'LabelDoubt'
+    columns, key = ('margin', 'p_targ', 'pred', 'targ'), 'LabelDoubt_2' # 2: states of the first weights lie on disks
     def init(self, n):
         sums = {o: np.zeros(n, dtype=np.float32) for o in ('weight', 'doubt', 'gap', 'confidence', 'votes')}
         classes = {o: np.full(n, -1, dtype=np.int32) for o in ('rival', 'label')}
@@ -100,13 +102,19 @@ class LabelDoubt(Reducer):
             left = state['votes'][i] + np.where(state['rival'][i] == c, v, -v)
             state['rival'][i] = np.where(left < 0, c, state['rival'][i])
             state['votes'][i] = np.abs(left)
+    def joined(self, a, b) -> dict: # Like `a`
+        "The state after the epochs of two states of the same items."
+        sums = {o: a[o] + b[o] for o in ('weight', 'doubt', 'gap', 'confidence')}
+        same, lead = a['rival'] == b['rival'], a['votes'] - b['votes']
+        return dict(sums, rival=np.where(lead < 0, b['rival'], a['rival']),
+                    label=np.where(a['label'] < 0, b['label'], a['label']),
+                    votes=np.where(same, a['votes'] + b['votes'], np.abs(lead)))
+    def scaled(self, state, by) -> dict: # Like `state`
+        "The state of epochs that count `by` times as much."
+        return {k: v * np.float32(by) if v.dtype.kind == 'f' else v for k, v in state.items()}
     def with_look(self, state, look, times=4.) -> dict: # Like `state`
         "A state in which a look after the last epoch counts as `times` epochs."
-        sums = {o: state[o] + times * look[o] for o in ('weight', 'doubt', 'gap', 'confidence')}
-        a, b = (np.where(o['rival'] < 0, 0, o['votes']) * t for o, t in ((state, 1), (look, times)))
-        rival = np.where(a >= b, state['rival'], look['rival'])
-        votes = np.where(state['rival'] == look['rival'], a + b, np.abs(a - b))
-        return dict(state, rival=rival, votes=votes, **sums)
+        return self.joined(state, self.scaled(look, times))
     def mean(self, state, name) -> np.ndarray: # nan for items that were never seen
         "The weighted mean of `name`: 'doubt', 'gap' or 'confidence'."
         w = state['weight'].astype(np.float64)

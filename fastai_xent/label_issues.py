@@ -8,6 +8,8 @@ Docs: https://fastai-xent.github.io/fastai_xent/label_issues.html.md"""
 __all__ = ['LabelIssues', 'label_issues']
 
 # %% ../nbs/05d_label_issues.ipynb #0c1696c2
+import re
+import textwrap
 import warnings
 from concurrent.futures import Executor
 from functools import partial
@@ -21,7 +23,8 @@ from .bars import Bar
 from .chunks import in_order
 from .dynamics import Label, row_weight
 from .issues import LabelDoubt, Likely, gap_confidence, noise_rate, p_wrong, plateau
-from .verdict import Reviewed, Ruler, chances, draw, precision_interval, rate_interval, reached, ruler, told
+from .verdict import (Reviewed, Ruler, chances, draw, overclaim, precision_interval, rate_interval, reached,
+                                 ruler, told)
 
 # %% ../nbs/05d_label_issues.ipynb #4569010d
 _READ = ['lam', 'occurrence', 'targ', 'margin', 'p_targ']
@@ -48,7 +51,7 @@ def _by_epoch(record, seg, n_classes) -> dict: # epoch → three numbers
 
 # %% ../nbs/05d_label_issues.ipynb #235ae3aa
 def _n_classes(record) -> int:
-    if record.n_classes: return record.n_classes
+    if record._n_classes: return record._n_classes
     targ = record._epochs.read(record._epochs.found(), ['targ'])['targ']
     return 1 + int(targ.to_pandas().max())
 
@@ -70,16 +73,18 @@ def _rates(record, seg, state, n_classes) -> dict: # noise_rate and its bounds, 
         if seg.split == 'train': excess = _excess(record, seg, valid, r, n_classes)
     rate, low, high = rate_interval(r, disagreement, excess)
     return dict(noise_rate=rate, noise_rate_low=low, noise_rate_high=high, excess_over_valid=excess,
-                reached=reached(r) if r.n else 0., n_valid=r.n)
+                reached=reached(r) if r.n else 0., n_valid=r.n, overclaim=_overclaim(r if r.n else it))
 
 def _excess(record, seg, valid, r, n_classes) -> float:
     "How far the noise rate of train lies above that of valid."
     return noise_rate((r.level, r.sd), *(_by_epoch(record, o, n_classes) for o in (seg, valid)))[2]
 
-def _told_rate(rate) -> dict:
-    "A rate that is known."
+def _overclaim(r: Ruler) -> float: return overclaim(r.disagreement, r.n_classes) if r.n else 0.
+
+def _told_rate(rate, r: Ruler) -> dict:
+    "A rate that is known; `r` is of the split's own rows."
     bounds = dict.fromkeys(('noise_rate', 'noise_rate_low', 'noise_rate_high'), float(rate))
-    return dict(bounds, excess_over_valid=0., reached=1., n_valid=0)
+    return dict(bounds, excess_over_valid=0., reached=1., n_valid=0, overclaim=_overclaim(r))
 
 def _checked(seg, noise_rate):
     "Raise if there is no basis for a verdict."
@@ -95,26 +100,44 @@ _DECISIONS = dict(keep=0., drop=1., relabel=1., unsure=np.nan)
 
 def _places(frame, items) -> np.ndarray:
     "Which items the rows of `frame` mean."
-    if 'item' in frame: at = pd.to_numeric(frame['item']).to_numpy(np.int64)
+    if 'item' in frame: at = pd.to_numeric(frame['item'], errors='coerce').to_numpy(np.float64, na_value=np.nan)
     elif 'name' in frame: at = pd.Index(items['name']).get_indexer_for(frame['name'])
     else: raise KeyError(f"`reviewed` has no column 'item' or 'name'; it has {', '.join(map(str, frame))}")
-    unknown = (at < 0) | (at >= len(items)) if len(at) == len(frame) else np.ones(1, dtype=bool)
+    unknown = ~np.isin(at, np.arange(len(items))) if len(at) == len(frame) else np.ones(1, dtype=bool)
     if unknown.any() or len(np.unique(at)) < len(at):
         raise ValueError("`reviewed` must name each item once; some of its rows name no item of this list, "
                          "or the same one twice")
-    return at
+    return at.astype(np.int64)
+
+_ANSWERS = {'true': 1., 'false': 0., '1': 1., '0': 0., '1.0': 1., '0.0': 0., '': np.nan}
+
+def _answers(wrong: pd.Series) -> np.ndarray:
+    "What stands in the column `wrong`, as numbers."
+    said = wrong.map(lambda o: np.nan if pd.isna(o) else _ANSWERS.get(str(o).strip().lower(), o))
+    other = said[~said.isin([0., 1.]) & said.notna()]
+    if len(other):
+        raise ValueError(f"{other.tolist()[0]!r} in the column `wrong` of `reviewed` is no answer, expected True (the label "
+                         "is wrong), False (it is right), or nothing (nobody has looked)")
+    said = said.to_numpy(np.float64)
+    if np.isnan(said).any() and np.nanmin(said, initial=1) > 0 and (said == 1).any():
+        warnings.warn(f"in `reviewed` {np.isnan(said).sum():,} rows have nothing in `wrong`, and none has False: what is "
+                      "empty counts as not looked at. Write False where the label is right", stacklevel=5)
+    return said
 
 def _found_wrong(frame) -> np.ndarray: # 1: wrong, 0: right, nan: not decided
     "What was decided."
     if 'decision' not in frame and 'wrong' not in frame:
         raise KeyError("`reviewed` has no column 'decision' (keep, drop, relabel or unsure) or 'wrong' (a boolean); "
                        f"it has {', '.join(map(str, frame))}")
-    if 'decision' not in frame: return frame['wrong'].astype(float).to_numpy(np.float64, na_value=np.nan)
+    if 'decision' not in frame: return _answers(frame['wrong'])
     other = set(frame['decision'].dropna()) - {*_DECISIONS}
     if other: raise ValueError(f"{min(map(str, other))!r} is no decision, expected one of {', '.join(_DECISIONS)}")
     wrong = frame['decision'].map(_DECISIONS).to_numpy(np.float64)
-    kept = (frame['label'] == frame['targ']).to_numpy() if 'label' in frame else False
+    kept = _same_label(frame['label'], frame['targ']) if 'label' in frame else False
     return np.where((frame['decision'] == 'relabel') & kept, 0., wrong)
+
+def _same_label(a, b) -> np.ndarray: # A number may have become text, or text a number, on its way through a file
+    return ((a == b) | (a.astype(str) == b.astype(str))).to_numpy()
 
 def _decided(frame, df, split) -> tuple: # Places, are they wrong?, the right classes where somebody said
     "The decisions of a person about the rows of `df`."
@@ -134,19 +157,23 @@ class LabelIssues(pd.DataFrame):
     "All items, the most suspect first. It is a frame, and prints its verdict above itself."
     @property
     def _constructor(self): return pd.DataFrame
-    def __repr__(self): return f"{self.attrs.get('verdict', '')}\n{super().__repr__()}"
-    def _repr_html_(self): return f"<p>{escape(self.attrs.get('verdict', ''))}</p>{super()._repr_html_()}"
+    def __repr__(self): return f"{textwrap.fill(self._verdict, 80, break_on_hyphens=False)}\n{self._full!r}"
+    def _repr_html_(self):
+        told = re.sub('`(.+?)`', r'<code>\1</code>', escape(self._verdict))
+        return f'<p>{told}</p>{self._full._repr_html_()}'
+    @property
+    def _verdict(self) -> str: return self.attrs.get('verdict', '')
+    @property
+    def _full(self) -> pd.DataFrame: return pd.DataFrame(self).dropna(axis=1, how='all') # names, if there are any
     def to_review(self,
         n: int = 50, # How many items
         seed: int = 0,
     ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance` of each to be drawn
         "Items for a person to look at: say in `wrong` which labels are, and ask `label_issues(reviewed=…)` again."
         p = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])).to_numpy(np.float64)
-        times = 30
-        if not self.attrs['reviewed']:                    # it is not well known yet what will be flagged
-            times, p = 9, p_wrong(self['score'].to_numpy(), _base(self.attrs))
-        asked = np.sort(draw(p, p >= .5, n, seed, times))
-        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, p >= .5, n, times)).iloc[asked]
+        if not self.attrs['reviewed']: p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
+        asked = np.sort(draw(p, p >= .5, n, seed))
+        rows = pd.DataFrame(self).assign(wrong=None, chance=chances(p, p >= .5, n)).iloc[asked]
         return rows.reset_index(drop=True)
 
 def _base(found) -> float:
@@ -158,7 +185,7 @@ def _verdict(score, found, threshold, cautious) -> tuple: # p_wrong, is_issue, p
     "What the rates say of each item."
     low, p, high = (p_wrong(score, min(found[f'noise_rate{o}'], .95)) for o in ('_low', '', '_high'))
     issue = (low if cautious else p) >= threshold
-    return p, issue, precision_interval(*(o[issue] for o in (low, p, high)))
+    return p, issue, precision_interval(*(o[issue] for o in (low, p, high)), found['overclaim'])
 
 def _verdict_reviewed(score, found, decided, threshold, cautious) -> tuple: # The same; the rates are changed
     "What the rates say, after a person has looked."
@@ -196,7 +223,7 @@ def label_issues(record,
     likely = np.nan_to_num(Likely().finalize(state), nan=-1).astype(int)
     df = record.items(split, seg.k).assign(targ=name(targ), likely=name(likely))
     if noise_rate is None: found = _rates(record, seg, state, _n_classes(record))
-    else: found = _told_rate(noise_rate)
+    else: found = _told_rate(noise_rate, _ruler(state, _n_classes(record)))
     found['reviewed'] = []
     score = LabelDoubt().finalize(state)
     if reviewed is None: p, issue, precision = _verdict(score, found, threshold, cautious)

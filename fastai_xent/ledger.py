@@ -67,6 +67,7 @@ def divisor(
     if reduction == 'sum': return 1.
     soft = batch.mix is not None or batch.targ.is_floating_point()
     if reduction == 'none' or s is None or soft: return float(_positions(batch))
+    if s.over_all: return float(_positions(batch))
     if s.weight is None: return math.nan
     if type(batch.came) is FusedPass: return batch.came.divisor
     y = batch.targ.long()
@@ -153,7 +154,8 @@ class Ledger:
         self.at.append(k)
         self.losses.add(loss.mean() if loss.ndim else loss)
         self.divisors.add(by)
-        whole = asked is not None or (batch.mix is not None and batch.dense)
+        s, mixed = batch.settings, batch.mix is not None
+        whole = asked is not None or (mixed and batch.dense) or (s is not None and s.over_all)
         self.all.append(_positions(batch) if whole else 0)
         self.types.add(loss.dtype)
         if asked is not None: self.types.add(batch.pred.dtype)

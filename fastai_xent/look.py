@@ -8,40 +8,86 @@ Docs: https://fastai-xent.github.io/fastai_xent/look.html.md"""
 __all__ = ['untouched', 'hearers', 'in_order', 'LookFailed', 'look']
 
 # %% ../nbs/06b_look.ipynb #d4448fe7
+from collections import deque
 from contextlib import contextmanager, nullcontext
 from copy import copy
 
+import numpy as np
 import torch
 from fastai.callback.core import Callback, CancelEpochException, CancelFitException
 from fastai.learner import Recorder
 from fastcore.foundation import L
-from torch import nn
+from torch import Tensor, nn
 
-from .asking import generators, random_kept
+from .asking import _same_value, generators, random_kept
 from .items import NoItemIdentity
 from .passes import Pass
 from .batch import NotRecordable, read_batch
+from .reach import _LIBRARIES
 
 # %% ../nbs/06b_look.ipynb #e337ae75
+_MOST_THINGS, _LONG = 2**16, 256  # things that are looked at, and elements of a list
+_MOST_NUMBERS = 2**22              # in tensors and arrays that are kept
+
+def _home(x) -> str: return type(x).__module__.split('.')[0]
+
+def _inside(x, home: str) -> list:
+    "What a container holds; or an object of the user's, if its class is at home where that of its holder is."
+    if isinstance(x, dict): return list(x.values())[:_LONG]
+    if isinstance(x, (list, tuple, set, deque)): return list(x)[:_LONG]
+    own = home not in _LIBRARIES and _home(x) == home and not isinstance(x, (type, Tensor, nn.Module))
+    return [vars(x)] if own and hasattr(x, '__dict__') else []
+
+def _holders(objects) -> list:
+    "What these objects keep their state in: their attributes, and lists, dicts, arrays and the like that they lead to."
+    todo = deque((vars(o), _home(o)) for o in objects if hasattr(o, '__dict__'))
+    most, seen = len(todo) + _MOST_THINGS, {}
+    while todo and len(seen) < most:
+        x, home = todo.popleft()
+        if isinstance(x, L): x = x.items
+        if id(x) in seen: continue
+        seen[id(x)] = x
+        todo.extend((o, home) for o in _inside(x, home))
+    return [x for x in seen.values() if isinstance(x, (list, dict, set, deque, np.ndarray, Tensor))]
+
+def _size(x) -> int:
+    "How many numbers must be copied to keep `x`; more than there may be, if that cannot be done."
+    if isinstance(x, np.ndarray):
+        return x.size if x.dtype.kind in 'biufc' and x.flags.writeable else _MOST_NUMBERS + 1
+    if not isinstance(x, Tensor): return 0
+    plain = x.layout is torch.strided and x.device.type != 'meta' and not x.is_inference()
+    return x.numel() if plain and not isinstance(x, nn.Parameter) else _MOST_NUMBERS + 1
+
+def _copied(holders) -> list: # Of what is copied, and its copy
+    res, room = [], _MOST_NUMBERS
+    for x in holders:
+        n = _size(x)
+        if n > room: continue
+        room -= n
+        res.append((x, x.detach().clone() if isinstance(x, Tensor) else copy(x)))
+    return res
+
 def _refill(holder, then):
     "Give a list, dict or set the content of `then`, if it has another one."
     flat = lambda o: [*o.keys(), *o.values()] if isinstance(o, dict) else [*o]
     a, b = flat(holder), flat(then)
     if len(a) == len(b) and all(x is y for x, y in zip(a, b)): return
     holder.clear()
-    (holder.extend if isinstance(holder, list) else holder.update)(then)
+    (holder.update if isinstance(holder, (dict, set)) else holder.extend)(then)
+
+def _put_back(x, then):
+    "Give `x` what it held then."
+    if not isinstance(x, (np.ndarray, Tensor)): _refill(x, then)
+    elif x.shape == then.shape and not _same_value(x, then):
+        with torch.no_grad(): x[...] = then
 
 @contextmanager
 def _attributes_kept(objects):
     "Leave the attributes of these objects as they were, and what they hold."
-    holders = {}
-    for own in (vars(o) for o in objects if hasattr(o, '__dict__')):
-        for v in (own, *own.values()):
-            v = v.items if isinstance(v, L) else v
-            if isinstance(v, (list, dict, set)): holders.setdefault(id(v), (v, copy(v)))
+    then = _copied(_holders(objects))
     try: yield
     finally:
-        for holder, then in holders.values(): _refill(holder, then)
+        for o in then: _put_back(*o)
 
 @contextmanager
 def _buffers_kept(model):
@@ -55,7 +101,7 @@ def _buffers_kept(model):
 def _touched(learn, cbs) -> list:
     "The objects that a pass may change."
     loss = learn.loss_func
-    parts = [o for o in (loss, getattr(loss, 'func', None)) if o is not None]
+    parts = [o for o in (loss, getattr(loss, 'func', None), getattr(learn, 'opt', None)) if o is not None]
     modules = [m for o in (learn.model, *parts) if isinstance(o, nn.Module) for m in o.modules()]
     return [learn, *cbs, *parts, *modules]
 

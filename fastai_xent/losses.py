@@ -22,23 +22,24 @@ from fastai.losses import BaseLoss
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .backward import FusedLoss, _rows_loss, _version
+from .backward import FusedLoss, _rows_loss, _versions
 from .cpu_kernels import fused_pass, in_memory, is_large, traced
 from .numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
     _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _wide, _wide_dtype, xent_stats)
+from .smoothing import smoothable, smoothed_pass
 from .weights import _some, in_order, named_weights
 
 # %% ../nbs/01_losses.ipynb #9f527e19
 WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; 'numba'; or 'triton'
 
-def _way(pred: Tensor, probs: bool, label_smoothing: float) -> str:
-    "Who computes this batch?"
+def _way(pred: Tensor, probs: bool, plain: bool = True) -> str:
+    "Who computes this batch? `plain`: are labels not smoothed, or rows such as `smoothed_pass` takes?"
     if probs or WAY == 'torch' or traced(pred): return 'torch'
     if WAY == 'triton' or pred.is_cuda:
         from fastai_xent import gpu_kernels
         return 'triton' if gpu_kernels.usable(pred, WAY == 'triton') else 'torch'
-    if label_smoothing or not in_memory(pred): return 'torch'
+    if not plain or not in_memory(pred): return 'torch'
     return 'fused' if WAY == 'numba' or is_large(pred) else 'torch'
 
 # %% ../nbs/01_losses.ipynb #89ebc440
@@ -52,16 +53,16 @@ class _Call:
         self.pred, self.targ, self.weight, self.settings = pred, targ, weight, settings
         self.stats, self.done, self.versions = stats, None, None
 
-    def _given(self): return self.pred, self.targ, self.weight
+    def edits(self) -> list:
+        "How often the arguments were edited until now."
+        return _versions(self.pred, self.targ, self.weight)
 
-    def watch(self):
-        "Note how often the arguments were edited until now."
-        self.versions = [_version(o) for o in self._given()]
+    def watch(self): self.versions = self.edits()
 
     def check(self):
         "Refuse to speak of arguments that were edited since."
-        for name, x, then in zip(('logits', 'targets', 'weights'), self._given(), self.versions):
-            if _version(x) == then: continue
+        for name, now, then in zip(('logits', 'targets', 'weights'), self.edits(), self.versions):
+            if now == then: continue
             raise RuntimeError(f"the {name} were changed in place after the loss was called; "
                                "ask for `stats` before, or set `keep_stats=True`")
 
@@ -121,11 +122,13 @@ def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
 # %% ../nbs/01_losses.ipynb #02ff020c
 def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     "Loss and statistics by `fused_pass`; None if there is no compiler."
-    ignore_index, _, axis = call.settings
+    ignore_index, eps, axis = call.settings
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
     z = call.pred
     if z.dtype is not torch.float32 and z.dtype is not torch.float64: z = z.float()
-    done = call.done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
+    if eps: done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad)
+    else: done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
+    call.done = done
     if done is None: return None
     if needs_grad:
         return FusedLoss.apply(pred, (y, call.weight, axis, ignore_index, reduction, done))
@@ -253,7 +256,8 @@ def forward(self: XentLoss,
     if probs and not self._told: self._check_probs(targ.detach(), axis)
     settings = self.ignore_index, eps, axis
     call = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, settings)
-    way, loss = _way(pred, probs, eps), None
+    plain = not eps or smoothable(pred, weight, axis)
+    way, loss = _way(pred, probs, plain), None
     if way == 'fused': loss = _by_fused(pred, y, call, reduction)
     elif way == 'triton': loss = _by_triton(pred, y, call, reduction, self._late)
     if loss is None: loss = _by_torch(pred, y, call, reduction, self._late)

@@ -12,6 +12,7 @@ __all__ = ['Pass', 'KeptMaps', 'most_bytes', 'KeptProbs', 'show_rows', 'name_wei
 import numpy as np
 import torch
 from fastai.callback.fp16 import NonNativeMixedPrecision
+from fastai.callback.mixup import MixHandler
 from fastai.callback.rnn import RNNRegularizer
 from fastcore.basics import patch
 from fastprogress.fastprogress import progress_bar
@@ -20,7 +21,7 @@ from .dense import Parts
 from .head import HeadTap
 from .taps import tap_rows
 from .numerics import XentStats
-from .batch import Batch, MixTap
+from .batch import Batch, MixTap, NotRecordable
 from .rowloss import row_stats
 from .rows import RowBuffer
 from .sketch import Stack
@@ -43,9 +44,15 @@ class Pass:
         self.rows = RowBuffer(len(dl) * bs, self.parts)
         self.head = None if layer is None else HeadTap(layer).install()
 
-    def mixed_by(self, cb) -> None:
-        "Look on while callback `cb` mixes the rows of each batch."
-        self.mix = MixTap(cb).install()
+    def mixed_by(self,
+        cbs, # Callbacks of a Learner
+    ) -> None:
+        "Look on while one of them mixes the rows of each batch."
+        mixers = [cb for cb in cbs if isinstance(cb, MixHandler) and cb.run]
+        if mixers: self.mix = MixTap(mixers[0]).install()
+        if len(mixers) < 2: return
+        raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: "
+                            "what they make of them is not known")
 
     def before_batch(self) -> None:
         "A batch begins. The order of the walk is fixed when its first batch is here."
@@ -94,6 +101,17 @@ def columns(self: Pass) -> dict: # Column → array; empty if no batch came
     asked = not np.isnan(cols['loss']).all() or np.isnan(cols['margin']).all()
     if not asked: cols['loss'] = cols['grad_norm'] = None
     return cols
+
+@patch
+def why_no_grand(self: Pass,
+    cols: dict, # From `columns`
+) -> str: # Empty if all rows have what they should
+    "Of how many rows is there no gradient in the last layer, and why?"
+    if 'grand' not in cols or cols['grad_norm'] is None: return ''
+    missing = np.isnan(cols['grand']) & ~np.isnan(cols['grad_norm'])
+    if not missing.any(): return ''
+    return (f"has no grand for {missing.sum():,} of {len(missing):,} rows of {self.split!r}: the logits that the loss "
+            "got are not what the last layer gave for these rows, once and a row an item")
 
 @patch
 def kept(self: Pass,

@@ -37,7 +37,8 @@ _NOW = dict( # what is called otherwise, here or in fastai
     new='XentWriter(path)', add='XentWriter.write', set_items='XentWriter.set_items', keys='record.epochs',
     add_maps='XentWriter.write(…, maps=)', add_probs='XentWriter.write(…, probs=)', top_losses='record.top',
     plot_top_losses='record.show_top', plot_confusion_matrix='XentInterpretation(record).plot_confusion_matrix',
-    most_confused='XentInterpretation(record).most_confused')
+    most_confused='XentInterpretation(record).most_confused', n_fits='len({o.fit for o in record.epochs})',
+    class_name='record.vocab[c]', n_classes='len(record.vocab)', export='record.to_file')
 
 def _missing(name):
     moved = f"; it is {_NOW[name]}" if name in _NOW else ''
@@ -93,7 +94,7 @@ class XentRecord(metaclass=_Renamed):
 
     __repr__, _repr_html_ = shown.told, shown.drawn
     label_issues, sql = _label_issues.label_issues, _sql.sql
-    probs, export = _export.probs, _export.export
+    probs, to_file = _export.probs, _export.to_file
     to_cleanlab, to_cartography, to_spotlight = _export.to_cleanlab, _export.to_cartography, _export.to_spotlight
 
     def __getstate__(self):
@@ -111,7 +112,7 @@ def path(self: XentRecord) -> str|Path|None: return self._place.path
 @patch(as_prop=True)
 def vocab(self: XentRecord) -> list|None: return self.meta['vocab']
 @patch(as_prop=True)
-def n_classes(self: XentRecord) -> int|None:
+def _n_classes(self: XentRecord) -> int|None:
     "The number of classes, as far as it is known."
     return self.meta['classes'] or (len(self.vocab) if self.vocab else None)
 @patch(as_prop=True)
@@ -125,7 +126,7 @@ def n_epochs(self: XentRecord) -> int:
     "One more than the last epoch's number."
     return 1 + max((epoch for _, _, epoch in self._epochs.found()), default=-1)
 @patch(as_prop=True)
-def n_fits(self: XentRecord) -> int:
+def _n_fits(self: XentRecord) -> int:
     "One more than the last fit's number."
     return 1 + max((fit for fit, _, _ in self._epochs.found()), default=-1)
 
@@ -247,7 +248,7 @@ def _items_at(self: XentRecord, split, k, at: np.ndarray) -> pd.DataFrame:
         return _frame(t.combine_chunks().take(at - shift[which]))
 
 @patch
-def class_name(self: XentRecord, c) -> str|int|None:
+def _class_name(self: XentRecord, c) -> str|int|None:
     "What class `c` is called; its number if the record has no names; None if there is no class."
     if c is None or pd.isna(c): return None
     return self.vocab[int(c)] if self.vocab else int(c)
@@ -256,7 +257,7 @@ def class_name(self: XentRecord, c) -> str|int|None:
 def _class_names(self: XentRecord, c: np.ndarray) -> pd.Series:
     "What these classes are called; None where there is none (nan)."
     names, at = np.unique(c, return_inverse=True)
-    return pd.Series(np.array([self.class_name(o) for o in names] + [None], dtype=object)[at], dtype=object)
+    return pd.Series(np.array([self._class_name(o) for o in names] + [None], dtype=object)[at], dtype=object)
 
 # %% ../nbs/05g_record.ipynb #44c1a26c
 @patch

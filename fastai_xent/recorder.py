@@ -18,9 +18,7 @@ from copy import deepcopy
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 from fastai.callback.core import Callback
-from fastai.callback.mixup import MixHandler
 from fastai.torch_core import num_distrib, rank_distrib
 from fastcore.basics import patch
 from torch import nn
@@ -119,7 +117,7 @@ class XentRecorder(Callback):
 # %% ../nbs/06c_recorder.ipynb #c2ac28af
 @patch
 def __getstate__(self: XentRecorder):
-    "Settings and the path of the record are pickled; a record in memory and a running fit are not."
+    "Settings and path are pickled; a record in memory and a running fit are not."
     writer = XentWriter() if self._writer.path is None else self._writer
     writer.wait()
     return {**{k: v for k, v in vars(self).items() if k not in ('_life', '_same')}, '_writer': writer}
@@ -131,7 +129,7 @@ def __setstate__(self: XentRecorder, state):
 
 @patch
 def __deepcopy__(self: XentRecorder, memo):
-    "A copied Learner gets its own recorder; a recorder copied alone leaves the Learner behind."
+    "A copied Learner gets its own; a recorder copied alone leaves the Learner."
     res = memo[id(self)] = type(self).__new__(type(self))
     res.__setstate__({k: deepcopy(v, memo) for k, v in self.__getstate__().items() if k != 'learn'})
     res.learn = memo.get(id(self.learn))
@@ -192,8 +190,7 @@ def __call__(self: XentRecorder, event_name):
     if event_name == 'before_fit': name_weights(self.learn)
     life, in_batch = self._life, event_name in _IN_BATCH
     if in_batch and (life.now is None or (event_name == 'before_backward' and not life.strange)): return
-    if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')):
-        return
+    if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')): return
     start = time.perf_counter()
     try:
         if self.run and (not in_batch or self._hears_batch): getattr(self, f'_{event_name}')()
@@ -255,15 +252,14 @@ def _before_fit(self: XentRecorder):
     self._begin()
     self._take_over()
     self._keep_in_step()
-    self._life.fit, self._life.epoch = self.record.n_fits, self.record.n_epochs
+    self._life.fit, self._life.epoch = self.record._n_fits, self.record.n_epochs
     self._look_at_loaders()
 
 @patch
 def _count_only_one(self: XentRecorder):
     others = [cb for cb in self.learn.cbs if isinstance(cb, XentRecorder)]
     if others[0] is self: return
-    raise OtherItems("this Learner has another XentRecorder already, and one is enough; "
-                     "remove this one with `learn.remove_cb`")
+    raise OtherItems("this Learner has another XentRecorder already; remove this one with `learn.remove_cb`")
 
 @patch
 def _begin(self: XentRecorder):
@@ -353,12 +349,8 @@ def _open(self: XentRecorder, split):
     if dl is None:
         raise OtherItems("this recorder was given to another Learner since; give each Learner one of its own")
     life.now = self._listen(split, dl)
-    mixers = [cb for cb in self.learn.cbs if isinstance(cb, MixHandler) and cb.run and split == 'train']
     life.strange = split == 'train' and may_change_loss(self.learn.cbs)
-    if mixers: life.now.mixed_by(mixers[0])
-    if len(mixers) < 2: return
-    raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: "
-                        "what they make of them is not known")
+    if split == 'train': life.now.mixed_by(self.learn.cbs)
 
 @patch
 def _listen(self: XentRecorder, split, dl) -> Pass:
@@ -428,7 +420,7 @@ def _write(self: XentRecorder, now: Pass, epoch: int):
     if not cols: return
     self._keep_in_step()
     self._same.meet(now.split, cols, epoch, class_names(self.learn.dls, self._same.meta['classes']))
-    self._tell_of_grand(now.split, cols)
+    if why := now.why_no_grand(cols): self._tell(why)
     self._life.wrote = True
     alone = num_distrib() <= 1  # one of several sees its own rows only: scores wait until they are asked for
     kept = now.kept(cols)
@@ -436,15 +428,6 @@ def _write(self: XentRecorder, now: Pass, epoch: int):
     self._writer.write(self._life.fit, epoch, now.split, cols, rank=rank_distrib(), **kept, fold=alone)
     show_rows(self.learn.cbs, now.split, epoch, cols, self._tell)
     self._keep_doubt(now, epoch)
-
-@patch
-def _tell_of_grand(self: XentRecorder, split, cols):
-    "A word on rows that have no grand."
-    if 'grand' not in cols or cols['grad_norm'] is None: return
-    missing = np.isnan(cols['grand']) & ~np.isnan(cols['grad_norm'])
-    if not missing.any(): return
-    self._tell(f"has no grand for {missing.sum():,} of {len(missing):,} rows of {split!r}: the logits that the loss "
-               "got are not what the last layer gave for these rows, once and a row an item")
 
 @patch
 def _keep_doubt(self: XentRecorder, now, epoch):

@@ -267,19 +267,10 @@ def overlap(self: XentRecords,
     return _pairs(list(s), lambda a, b: len(tops[a] & tops[b]) / k)
 
 # %% ../nbs/05j_records.ipynb #e10f547c
-def _added(a: dict, b: dict) -> dict:
-    "The states of `LabelDoubt` of two runs as that of one."
-    sums = {o: a[o] + b[o] for o in ('weight', 'doubt', 'gap', 'confidence')}
-    same, lead = a['rival'] == b['rival'], a['votes'] - b['votes']
-    return dict(sums, rival=np.where(lead < 0, b['rival'], a['rival']),
-                label=np.where(a['label'] < 0, b['label'], a['label']),
-                votes=np.where(same, a['votes'] + b['votes'], np.abs(lead)))
-
 def _alike(state: dict) -> dict:
-    "A state whose weights are 1 in the mean, so that all runs count alike."
+    "A state of `LabelDoubt` whose weights are 1 in the mean, so that all runs count alike."
     seen = state['weight'] > 0
-    by = state['weight'][seen].mean() if seen.any() else 1.
-    return {k: v / by if v.dtype.kind == 'f' else v for k, v in state.items()}
+    return LabelDoubt().scaled(state, 1 / state['weight'][seen].mean() if seen.any() else 1.)
 
 @patch
 def _likely(self: XentRecords, split, wanted) -> tuple: # Labels and likely classes, in the order of `wanted`; nan: none
@@ -293,7 +284,7 @@ def _likely(self: XentRecords, split, wanted) -> tuple: # Labels and likely clas
         labels.append(np.where(at < 0, np.nan, r._cache.values([Label()], seg)[0][at]))
     if not states: return np.full((2, len(wanted)), np.nan)
     one = np.fmin.reduce(labels) == np.fmax.reduce(labels)
-    both = np.fmax.reduce(labels), Likely().finalize(reduce(_added, states))
+    both = np.fmax.reduce(labels), Likely().finalize(reduce(LabelDoubt().joined, states))
     return tuple(np.where(one, o, np.nan) for o in both)
 
 @patch
@@ -330,8 +321,8 @@ class _Together:
     "Several runs as one record, as far as `label_issues` asks: the epochs of one after those of the other."
     def __init__(self, runs: XentRecords):
         self.runs, self.one = runs.records, next(iter(runs.records.values()))
-        self.splits, self.items, self.class_name = runs.splits, self.one.items, self.one.class_name
-        self.n_classes, self._class_names = _n_classes(self.one), self.one._class_names
+        self.splits, self.items, self._class_name = runs.splits, self.one.items, self.one._class_name
+        self._n_classes, self._class_names = _n_classes(self.one), self.one._class_names
         self._cache = self._epochs = self
 
     def _segment(self, split, segment=-1, executor=None) -> Segment:
@@ -346,14 +337,14 @@ class _Together:
         return r._epochs.read({key: o}, columns)
     def state(self, reducer, seg) -> dict:
         own = lambda r: r._segment(seg.split, executor=seg.executor)
-        return reduce(_added, (_alike(r._cache.state(reducer, own(r))) for r in self.runs.values()))
+        return reduce(LabelDoubt().joined, (_alike(r._cache.state(reducer, own(r))) for r in self.runs.values()))
     def values(self, reducers, seg) -> list: # Labels, which all runs must share
         own = lambda r: r._segment(seg.split, executor=seg.executor)
         one, *others = labels = [r._cache.values(reducers, own(r))[0] for r in self.runs.values()]
         for k, values in zip([*self.runs][1:], others):
             other = np.flatnonzero(~np.isnan(values) & ~np.isnan(one) & (values != one))
             if not len(other): continue
-            i, name = other[0], self.class_name
+            i, name = other[0], self._class_name
             raise ValueError(f"{len(other):,} of {seg.n:,} items of {seg.split!r} have other labels in run {k!r} than "
                              f"in run {next(iter(self.runs))!r}, the first is item {i}: {_told(name(values[i]))} and "
                              f"{_told(name(one[i]))}; take runs that were trained on the same labels")

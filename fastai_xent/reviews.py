@@ -115,7 +115,7 @@ def _class(self: Reviews, label):
 @patch
 def _row(self: Reviews, item, name, given, decision, label) -> list:
     "What is saved of one item. To give it the label that it has is to keep it."
-    given = self.record.class_name(given) if given >= 0 else None
+    given = self.record._class_name(given) if given >= 0 else None
     if decision == 'relabel': label = self._class(label)
     if decision == 'relabel' and label == given: decision = 'keep'
     kept = dict(keep=given, relabel=label)
@@ -203,7 +203,7 @@ def _of_split(self: Reviews, split, df) -> np.ndarray:
 def _labels_agree(self: Reviews, split, df) -> bool:
     "Have these items the labels that they had when they were looked at, or that they were given then?"
     given = self._given(split)
-    now = (self.record.class_name(c) if c >= 0 else None for c in given[df['item'].astype(int)])
+    now = (self.record._class_name(c) if c >= 0 else None for c in given[df['item'].astype(int)])
     return all(o is None or was is None or o in (was, label) for o, was, label in zip(now, df['given'], df['label']))
 
 @patch

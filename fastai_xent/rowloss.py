@@ -12,14 +12,14 @@ import functools
 from typing import NamedTuple
 
 import torch.nn.functional as F
-from fastai.losses import BaseLoss
+from fastai.losses import BaseLoss, LabelSmoothingCrossEntropy
 from torch import Tensor, nn
 
 from .asking import Asked, _compiled_from
-from .cpu_kernels import fused_stats
 from .linear import LinearXentLossFlat
 from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats
+from .smoothing import fused_stats
 
 # %% ../nbs/02a_rowloss.ipynb #bfa8ae4d
 class XentSettings(NamedTuple):
@@ -30,12 +30,14 @@ class XentSettings(NamedTuple):
     label_smoothing: float = 0. # Share of the target that is spread evenly over the classes
     reduction: str = 'mean'     # 'mean', 'sum' or 'none'
     log_probs: bool = False     # Must predictions be log-probabilities, as for `nll_loss`?
+    over_all: bool = False      # Has a row that does not count a part in the batch's loss?
 
 _CALLS = (BaseLoss.__call__, XentLossFlat.__call__, LinearXentLossFlat.__call__)
-_FORWARDS = (nn.CrossEntropyLoss.forward, XentLoss.forward, nn.NLLLoss.forward)
+_FORWARDS = (nn.CrossEntropyLoss.forward, XentLoss.forward, nn.NLLLoss.forward, LabelSmoothingCrossEntropy.forward)
 
 def xent_settings(
     loss_func, # A Learner's loss
+    mixed: bool = False, # Are its rows mixed?
 ) -> XentSettings|None: # None if it is not a cross-entropy
     "The settings of a cross-entropy, whoever wrote it."
     func, axis = _compiled_from(loss_func), 1
@@ -43,6 +45,7 @@ def xent_settings(
         if type(func).__call__ not in _CALLS: return None
         func, axis = func.func, func.axis
     elif isinstance(func, XentLoss): axis = func.axis
+    if isinstance(func, LabelSmoothingCrossEntropy): return None if mixed else _of_smoothing(func, axis)
     if isinstance(func, nn.Module): return _of_module(func, axis)
     given = {}
     if isinstance(func, functools.partial) and not func.args:
@@ -60,8 +63,15 @@ def own_loss(
     plain = type(func) is XentLoss and XentLoss.forward is _FORWARDS[1] and 'forward' not in func.__dict__
     return func if plain else None
 
+def _of_smoothing(func, axis):
+    "fastai's label smoothing gives an ignored row the part of the loss that is the same for all labels."
+    if not _is_own(func) or func.weight is not None or not 0 <= func.eps <= 1: return None
+    return XentSettings(axis, label_smoothing=func.eps, reduction=func.reduction, over_all=True)
+
+def _is_own(func) -> bool: return getattr(func.forward, '__func__', None) in _FORWARDS
+
 def _of_module(func, axis):
-    if getattr(func.forward, '__func__', None) not in _FORWARDS: return None
+    if not _is_own(func): return None
     smoothing, log_probs = getattr(func, 'label_smoothing', 0.), isinstance(func, nn.NLLLoss)
     return XentSettings(axis, func.weight, func.ignore_index, smoothing, func.reduction, log_probs)
 
@@ -74,7 +84,7 @@ def row_stats(
     asked: Asked|None = None, # For a loss that is no cross-entropy, if it was tried before
 ) -> XentStats: # In the shape of the targets
     "The statistics of rows that were trained with `loss_func`."
-    s = xent_settings(loss_func)
+    s = xent_settings(loss_func, mix is not None)
     if s is not None:
         return fused_stats(pred, targ, s.weight, s.ignore_index, s.label_smoothing, s.axis, mix)
     asked = asked or Asked(loss_func, pred, targ)

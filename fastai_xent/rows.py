@@ -13,10 +13,10 @@ import torch
 from fastcore.basics import patch
 
 from .asking import Asked, _add_up_to_one
+from .backward import _versions
 from .batch import Batch, NotRecordable, check_sums
 from .cpu_kernels import FusedPass, is_large
 from .ledger import Balance, Ledger
-from .losses import _version
 from .numerics import XentStats, xent_stats
 from .rowloss import row_stats
 
@@ -86,7 +86,6 @@ def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Ten
     "The columns of a batch whose first row is row `at`."
     cols, plain = {}, b.mix is None and not b.targ.is_floating_point()
     if b.dense and plain and positions is not None: cols.update(positions.take(at, b.targ, stats))
-    if b.mix is not None: cols.update(lam=b.mix[1], partner=b.partner + at)
     if b.dense: stats, cols['n_pos'] = per_item(stats)
     if b.dense: targ = stats.pred
     else: targ = b.targ.argmax(b.axis) if b.targ.is_floating_point() else b.targ.clone()
@@ -94,8 +93,7 @@ def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Ten
 
 def _may_wait(b: Batch) -> bool:
     "A small batch, whose statistics nobody has."
-    plain = b.came is None and b.settings is not None and b.axis == 1 and b.mix is None and not b.dense
-    if not plain: return False
+    if b.came is not None or b.settings is None or b.axis != 1 or b.dense: return False
     return not is_large(b.pred) if b.pred.is_cpu else b.pred.numel() <= _DEVICE // 4
 
 # %% ../nbs/02d_rows.ipynb #70fa1e32
@@ -152,6 +150,7 @@ class RowBuffer:
             self.room.floats[:, to], self.room.ints[:, to] = b.came.facts, b.came.ints
             if extra: self.room.put(extra, to)
             return
+        if b.mix is not None: extra = dict(extra, lam=b.mix[1], partner=b.partner + to.start)
         if extra: self._keep({k: v.detach().clone() for k, v in extra.items()}, to)
         if _may_wait(b): self._wait(b, to)
         else: self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
@@ -176,22 +175,32 @@ def _stats(self: RowBuffer, b) -> XentStats:
 @patch
 def _wait(self: RowBuffer, b, to):
     "Keep a copy of the logits."
-    s, n = b.settings, to.stop - to.start
-    like = b.pred.shape[1], b.pred.dtype, b.pred.device, b.targ.dtype, s.ignore_index, s.label_smoothing
-    goes_on = (like, _version(s.weight), to.start) == self.last and s.weight is self.settings.weight
-    if not goes_on or self.late + n > len(self.z): self._flush()
-    if not goes_on or n > len(self.z): self._begin(b)
+    s, n, z, y = b.settings, to.stop - to.start, b.pred, b.targ
+    like = z.shape[1], z.dtype, z.device, y.dtype, b.mix is None, s.ignore_index, s.label_smoothing
+    goes_on = (to.start, like) == self.last and self._has_weight(s.weight)
+    if not goes_on or self.late + n > self.most:
+        self._flush()
+        if not goes_on or n > self.most: self._begin(b)
     now = slice(self.late, self.late + n)
-    self.z[now], self.y[now] = b.pred, b.targ
-    self.late, self.last = now.stop, (like, _version(s.weight), to.stop)
+    self.z[now], self.y[now] = z, y
+    if b.mix is not None: self.other[now], self.lam[now] = b.mix
+    self.late, self.last = now.stop, (to.stop, like)
+
+@patch
+def _has_weight(self: RowBuffer, w) -> bool:
+    "Are these the class weights of the rows that wait? A device's are not read, since that would be to wait for it."
+    if w is None or self.weight is None: return w is self.weight
+    if not (w.is_cpu and self.weight.is_cpu): return w is self.settings.weight and _versions(w) == self.version
+    return w.dtype is self.weight.dtype and torch.equal(w, self.weight)
 
 @patch
 def _begin(self: RowBuffer, b):
     "Make room for the logits of batches like this one."
     most, w = _HOST if b.pred.is_cpu else _DEVICE, b.settings.weight
-    n = max(b.n, min(most // b.n_classes, self.capacity))
+    n = self.most = max(b.n, min(most // b.n_classes, self.capacity))
     self.z, self.y = b.pred.new_empty(n, b.n_classes), b.targ.new_empty(n, *b.targ.shape[1:])
-    self.settings, self.weight = b.settings, None if w is None else w.clone()
+    self.settings, self.weight, self.version = b.settings, None if w is None else w.detach().clone(), _versions(w)
+    self.other, self.lam = (None, None) if b.mix is None else (torch.empty_like(self.y), b.mix[1].new_empty(n))
 
 @patch
 def _flush(self: RowBuffer):
@@ -199,11 +208,13 @@ def _flush(self: RowBuffer):
     n, self.late = self.late, 0
     if not n: return
     z, y, s = self.z[:n], self.y[:n].clone(), self.settings
-    try: stats = xent_stats(z, y, self.weight, s.ignore_index, s.label_smoothing)
+    mix = None if self.lam is None else (self.other[:n], self.lam[:n])
+    try: stats = xent_stats(z, y, self.weight, s.ignore_index, s.label_smoothing, mix=mix)
     except IndexError as e:                               # no class, and a loss that does not mind
         raise NotRecordable(str(e)) from None
     targ = y.argmax(1) if y.is_floating_point() else y
-    self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[2] - n, self.last[2]))
+    self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[0] - n, self.last[0]))
+
 
 # %% ../nbs/02d_rows.ipynb #e57eed8f
 @patch

@@ -125,7 +125,7 @@ def _check_names(record, items, ds, split, key_fn):
 
 def _check_labels(record, items, samples):
     for (i, targ), s in zip(_pairs(items, 'targ'), samples):
-        now = record.class_name(s.label)
+        now = record._class_name(s.label)
         if now is None or pd.isna(targ) or str(now) == str(targ): continue
         raise ValueError(f"item {i} has the label {str(targ)!r} in the record and {str(now)!r} in these DataLoaders; "
                          "give those of the run")

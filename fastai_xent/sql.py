@@ -54,7 +54,7 @@ def _view_rows(record, con, names):
 # %% ../nbs/05e_sql.ipynb #5671926e
 def _classes(record) -> pa.Table:
     "The classes and their names; a class without a name is called by its number."
-    vocab = list(record.vocab or range(record.n_classes or 0))
+    vocab = list(record.vocab or range(record._n_classes or 0))
     if len({type(o) for o in vocab}) > 1: vocab = [str(o) for o in vocab]
     names = pa.array(vocab, None if vocab else pa.string())
     return pa.table({'class': pa.array(range(len(vocab)), pa.int32()), 'name': names})

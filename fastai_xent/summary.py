@@ -35,8 +35,8 @@ def trained(
     "What was trained, and how it ended."
     sizes = [f"{record.meta['splits'][o]['segments'][-1]['n']:,} items of {o}" for o in record.splits]
     if not record.epochs: return ["Nothing was recorded yet."]
-    classes = f", {count(record.n_classes, 'class').replace('classs', 'classes')}" if record.n_classes else ''
-    fits, epochs = count(record.n_fits, 'fit'), count(len({k.epoch for k in record.epochs}), 'epoch')
+    classes = f", {count(record._n_classes, 'class').replace('classs', 'classes')}" if record._n_classes else ''
+    fits, epochs = count(record._n_fits, 'fit'), count(len({k.epoch for k in record.epochs}), 'epoch')
     ends = [_told_end(o) for o in last_epochs(record).itertuples()]
     return [f"{fits}, {epochs}: {', '.join(sizes)}{classes}.", *ends]
 

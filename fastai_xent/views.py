@@ -130,7 +130,7 @@ def item_history(
         raise ValueError(f"item {item} of {split!r} was never seen with a label of its own in this record")
     p, margin = (d[o].to_numpy(dtype=float) for o in ('p_targ', 'margin'))
     rival = np.full(len(d), np.nan) if 'n_pos' in d else p + gap_confidence(margin, p)[0]
-    names = {o: pd.array([record.class_name(c) for c in d[o]], dtype=object) for o in ('targ', 'pred')}
+    names = {o: pd.array([record._class_name(c) for c in d[o]], dtype=object) for o in ('targ', 'pred')}
     return pd.DataFrame(dict(epoch=d['epoch'].to_numpy(), p_targ=p, p_rival=rival, **names))
 
 # %% ../nbs/08_views.ipynb #bb018f91

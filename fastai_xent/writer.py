@@ -70,7 +70,7 @@ class XentWriter:
         self._name = uuid.uuid4().hex                     # to notice when somebody else writes
         self._said = None                                 # by which name the record knows that we write now
         self._pool = self._lock = self._pass = None
-        self._fit, self._step, self._closed = self._record.n_fits, 0, set()
+        self._fit, self._step, self._closed = self._record._n_fits, 0, set()
         self._in_loop = self._stopped = False
         self._jobs = []                                   # writing, with its number of rows
         self._folds = []                                  # bringing scores up to date

@@ -135,8 +135,8 @@ def test_relabel_changes_the_right_labels(kind):
         assert label == new.get(i, own[i] % C) and after[i][:-1] == before[i][:-1]
     assert contents(dls.train.dataset) == before and relabelled.valid is dls.valid
     assert audit['item'].tolist() == list(new)
-    named = [record.class_name(c) for c in (own[list(new)] % C)]
-    assert audit['old'].tolist() == named and audit['new'].tolist() == [record.class_name(c) for c in new.values()]
+    named = [record._class_name(c) for c in (own[list(new)] % C)]
+    assert audit['old'].tolist() == named and audit['new'].tolist() == [record._class_name(c) for c in new.values()]
     assert audit['why'].tolist() == ['has this label already: kept' if own[i] % C == c else 'given' for i, c in new.items()]
     np.testing.assert_array_equal(audit['name'].isna(), record.items()['name'].iloc[list(new)].isna())
     again = record_of(relabelled, 1 if kind != 'WeightedDL' else 12)
@@ -454,12 +454,12 @@ def test_all_acts_give_the_same_kind_of_result(kind):
         df = new.xent_changes
         assert type(new) is type(dls) and list(df) == CHANGES and set(df['what']) == {what} and 'xent_changes' not in vars(dls)
         pd.testing.assert_frame_equal(df[['item', 'name', 'source']], items.iloc[df['item']].reset_index(drop=True), check_dtype=False)
-        assert df['old'].tolist() == [record.class_name(c) if what == 'relabel' or seen[i] else None for i, c in zip(df['item'], own[df['item']] % C)] and df['why'].notna().all()
+        assert df['old'].tolist() == [record._class_name(c) if what == 'relabel' or seen[i] else None for i, c in zip(df['item'], own[df['item']] % C)] and df['why'].notna().all()
     df = does['drop'](dls).xent_changes
     assert len(df) == 3 and (df['weight'] == 0).all() and df['new'].tolist() == [None] * 3
     np.testing.assert_array_equal(df['score'], record.score(RANK_BY)[df['item']])
     df = does['relabel'](dls).xent_changes
-    assert df['item'].tolist() == [2, 5] and df['new'].tolist() == [record.class_name((own[i] + k) % C) for i, k in ((2, 1), (5, 2))] and df['weight'].isna().all()
+    assert df['item'].tolist() == [2, 5] and df['new'].tolist() == [record._class_name((own[i] + k) % C) for i, k in ((2, 1), (5, 2))] and df['weight'].isna().all()
     if 'reweight' in does:
         df = does['reweight'](dls).xent_changes
         w = (np.arange(N) + 1.) * (np.arange(N) + 1. if kind == 'WeightedDL' else 1)
@@ -667,6 +667,7 @@ def loaders_of(item, kind, loader):
     dls.vocab = list('abc')
     return dls
 
+@pytest.mark.grid
 @pytest.mark.parametrize('loader', ['torch', 'fastai'])
 @pytest.mark.parametrize('item', ITEMS)
 @pytest.mark.parametrize('kind', KINDS)
@@ -873,7 +874,7 @@ def test_a_frame_of_another_split_is_refused(tmp_path):
         assert len(act(train).xent_changes) >= 1
         train.to_csv(tmp_path/'t.csv', index=False)
         assert len(act(pd.read_csv(tmp_path/'t.csv')).xent_changes) >= 1
-        other = [o for o in record.vocab or range(record.n_classes)]
+        other = [o for o in record.vocab or range(record._n_classes)]
         wrong = train.assign(targ=[next(c for c in other if str(c) != str(t)) for t in train['targ']])
         wrong.attrs = {}
         with pytest.raises(ValueError, match="the frame's `targ` of item"): act(wrong)

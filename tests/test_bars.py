@@ -128,9 +128,9 @@ JOBS = {
     'noise rate': (lambda r, d: r.label_issues(),
                    {f'{o} the epochs of {s}': k for s in ('train', 'valid') for o, k in (('folding', 6), ('reading', 3))}),
     'compact': (lambda r, d: r.compact(), {'compacting train': 5, 'compacting valid': 5}),
-    'csv': (lambda r, d: r.export(d / 'a.csv'), {'folding the epochs of train': 6, 'exporting train': 3}),
-    'jsonl': (lambda r, d: r.export(d / 'a.jsonl'), {'folding the epochs of train': 6, 'exporting train': 3}),
-    'parquet': (lambda r, d: r.export(d / 'a.parquet'), {'folding the epochs of train': 6, 'exporting train': 3}),
+    'csv': (lambda r, d: r.to_file(d / 'a.csv'), {'folding the epochs of train': 6, 'exporting train': 3}),
+    'jsonl': (lambda r, d: r.to_file(d / 'a.jsonl'), {'folding the epochs of train': 6, 'exporting train': 3}),
+    'parquet': (lambda r, d: r.to_file(d / 'a.parquet'), {'folding the epochs of train': 6, 'exporting train': 3}),
     'cartography': (lambda r, d: r.to_cartography(d), {'reading the epochs of train': 3, 'exporting train': 3}),
 }
 
@@ -159,7 +159,7 @@ def test_only_new_epochs_are_counted(drawn):
                                           ('jsonl', lambda f: pd.read_json(f, lines=True))])
 def test_a_file_that_is_written_in_pieces_is_the_same_file(monkeypatch, tmp_path, ending, read):
     record = run()
-    whole, pieces = (record.export(tmp_path / f'{o}.{ending}') for o in 'ab' if not monkeypatch.setattr('fastai_xent.export._AT_ONCE', 2 if o == 'b' else 2**16))
+    whole, pieces = (record.to_file(tmp_path / f'{o}.{ending}') for o in 'ab' if not monkeypatch.setattr('fastai_xent.export._AT_ONCE', 2 if o == 'b' else 2**16))
     if ending != 'parquet': assert whole.read_bytes() == pieces.read_bytes()
     pd.testing.assert_frame_equal(read(whole), read(pieces))
     assert len(read(whole)) == 5

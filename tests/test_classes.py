@@ -175,7 +175,7 @@ def test_names_keep_their_type(vocab, names, tmp_path):
     record.set_items('train', pd.DataFrame({'item': range(2), 'name': None, 'source': None}), 'mark', got)
     back = XentRecord(tmp_path / 'r')
     assert back.meta['vocab'] == names and [type(o) for o in back.meta['vocab']] == [type(o) for o in names]
-    assert [back.class_name(k) for k in range(len(names))] == names
+    assert [back._class_name(k) for k in range(len(names))] == names
     assert ', '.join(map(str, names)) in repr(back)
     if len(set(map(str, names))) == len(names): assert [class_index(back.meta['vocab'], o, is_name=True) for o in list(vocab)] == list(range(len(names)))
 

@@ -385,6 +385,7 @@ class Lab:
     def choose(self, label, value): self.page.get_by_label(label, exact=True).select_option(label=value)
     def texts(self, selector): return self.page.eval_on_selector_all(selector, 'os => os.map(o => o.textContent)')
 
+@pytest.mark.slow
 def test_by_keyboard_in_jupyterlab(lab, tmp_path):
     "Decide, change the class, restart the kernel, go on; what is on the disk is what was pressed."
     sync_playwright = pytest.importorskip('playwright.sync_api', reason='there is no playwright').sync_playwright

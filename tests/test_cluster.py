@@ -44,6 +44,7 @@ def small(monkeypatch):
     monkeypatch.setattr(cache, 'fold', partial(cache.fold, chunk=7))
     monkeypatch.setattr(epochs, '_AT_ONCE', 16)
 
+@pytest.mark.slow
 def test_two_workers_and_an_object_store(client, store, small, tmp_path):
     "The same answers as one process gets from a disk; each worker has read."
     alone, by = long_run(tmp_path / 'r'), long_run(f'{store}/first')
@@ -76,6 +77,7 @@ class Deadly(MeanColumn):
             os.kill(os.getpid(), signal.SIGKILL)
         super().update(state, item, weight, **cols)
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != 'posix', reason='no SIGKILL')
 def test_a_killed_worker_is_survived(client, small, tmp_path):
     "dask gives its chunks to the other one."
@@ -94,6 +96,7 @@ class Fatal(MeanColumn):
         if os.getpid() != self.home: os.kill(os.getpid(), signal.SIGKILL)
         super().update(state, item, weight, **cols)
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != 'posix', reason='no SIGKILL')
 def test_when_all_workers_die_the_work_is_done_here(tmp_path):
     record = long_run(tmp_path / 'r')

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat
+from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import set_seed
 from helpers import quiet
 from torch import nn
@@ -46,8 +47,8 @@ class Counted(XentRecorder):
 
 IN_BATCH = ('before_batch', 'after_pred', 'after_loss', 'before_backward', 'after_backward', 'before_step', 'after_step', 'after_batch')
 
-@pytest.mark.parametrize('loss_func, most', [(XentLossFlat, 110), (lambda: XentLossFlat(label_smoothing=.1), 110), (CrossEntropyLossFlat, 280)],
-                         ids=['ours', 'smooth', 'stock'])
+@pytest.mark.parametrize('loss_func, most', [(XentLossFlat, 100), (lambda: XentLossFlat(label_smoothing=.1), 100), (CrossEntropyLossFlat, 260),
+                                             (LabelSmoothingCrossEntropyFlat, 264)], ids=['ours', 'smooth', 'stock', 'stock, smooth'])
 def test_calls_of_a_batch(loss_func, most):
     "Of all its events together, and with what is done for many batches at once."
     recorder = Counted()
@@ -74,8 +75,8 @@ class Operations(TorchDispatchMode):
         self.n += 1
         return func(*args, **(kwargs or {}))
 
-@pytest.mark.parametrize('loss_func, most', [(XentLossFlat, 24), (lambda: XentLossFlat(torch.ones(10)), 36), (CrossEntropyLossFlat, 25)],
-                         ids=['ours', 'weights', 'stock'])
+@pytest.mark.parametrize('loss_func, most', [(XentLossFlat, 24), (lambda: XentLossFlat(torch.ones(10)), 36), (CrossEntropyLossFlat, 25),
+                                             (LabelSmoothingCrossEntropyFlat, 27)], ids=['ours', 'weights', 'stock', 'stock, smooth'])
 def test_operations_of_a_batch(loss_func, most):
     "With recorder less without, a batch."
     n = []
@@ -84,6 +85,15 @@ def test_operations_of_a_batch(loss_func, most):
         with Operations() as seen: learn.fit(EPOCHS)
         n.append(seen.n)
     assert (n[1] - n[0]) / (EPOCHS * (BATCHES + 2)) <= most
+
+def test_operations_of_a_mixed_batch():
+    "Its statistics are computed for many batches at once, as those of others."
+    n = []
+    for cbs in ([MixUp()], [MixUp(), XentRecorder()]):
+        learn = learner(*cbs)
+        with Operations() as seen: learn.fit(EPOCHS)
+        n.append(seen.n)
+    assert (n[1] - n[0]) / (EPOCHS * (BATCHES + 2)) <= 40
 
 def test_no_compiler_for_small_batches():
     code = "import test_cost, sys; test_cost.learner(test_cost.XentRecorder()).fit(1); assert not {'numba', 'llvmlite'} & {*sys.modules}"

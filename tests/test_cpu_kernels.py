@@ -12,11 +12,12 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from fastai_xent import cpu_kernels, losses
-from fastai_xent.cpu_kernels import fused_pass, fused_stats
+from fastai_xent.cpu_kernels import fused_pass
 from fastai_xent.losses import XentLoss
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
 from fastai_xent.batch import Batch
 from fastai_xent.rows import RowBuffer
+from fastai_xent.smoothing import fused_stats
 
 ROOT = Path(__file__).parent.parent
 
@@ -39,6 +40,7 @@ SHAPES = {'rows': ((37, 11), 1), 'one row': ((1, 5), 1), 'one class': ((9, 1), 1
 VIEWS = {'plain': lambda z: z, 'reversed strides': lambda z: z.permute(*range(z.ndim)[::-1]).contiguous().permute(*range(z.ndim)[::-1]),
          'every other': lambda z: z.repeat_interleave(2, z.ndim - 1)[..., ::2]}
 
+@pytest.mark.grid
 @pytest.mark.parametrize('weighted', [False, 1, 0], ids=['unweighted', 'weighted', 'some negative'])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize('view', VIEWS)
@@ -133,6 +135,7 @@ for shape in ((70, 300), (64, 10), (3, 5000)):
 print(digest.hexdigest())
 """
 
+@pytest.mark.slow
 def test_who_compiles_and_who_loads_what_was_compiled_get_the_same_bits(tmp_path):
     env = {**os.environ, 'NUMBA_CACHE_DIR': str(tmp_path)}
     first, then = (subprocess.run([sys.executable, '-W', 'ignore', '-c', TWICE], cwd=ROOT, env=env, capture_output=True, text=True, timeout=300) for _ in range(2))
@@ -225,5 +228,5 @@ def test_half_precision_is_widened():
     func = XentLoss()
     loss = func(leaf, y)
     loss.backward()
-    assert loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16 and losses._way(z, False, 0.) == 'fused'
+    assert loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16 and losses._way(z, False) == 'fused'
     assert_close(func.stats, xent_stats(z, y), equal_nan=True, rtol=1e-5, atol=1e-6)

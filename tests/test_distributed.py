@@ -143,7 +143,7 @@ def check(df, fits=1):
 def test_two_ranks_write_one_record_and_resume_it(folder):
     record = XentRecord(folder / 'plain')
     check(record.to_df(), fits=2)
-    assert record.n_fits == 2
+    assert record._n_fits == 2
     assert {Path(o).stem.rsplit('-', 1)[1] for o in (folder / 'plain/rows').rglob('*.parquet')} == {'0', '1'}
     assert (record.to_df('train')['occurrence'] == -1).sum() == 2 * EPOCHS      # 22 rows for 21 items, in each epoch
     assert (record.seen().rows == 2 * EPOCHS).all()
@@ -239,6 +239,7 @@ def launch(launcher, folder, epochs, dies=-1, how='new'):
     env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONPATH': os.pathsep.join(path)}
     return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True)
 
+@pytest.mark.slow
 @pytest.mark.parametrize('launcher', LAUNCHERS)
 def test_started_by_a_launcher(launcher, tmp_path):
     done = launch(launcher, tmp_path, EPOCHS)
@@ -247,6 +248,7 @@ def test_started_by_a_launcher(launcher, tmp_path):
     check(record.to_df())
     assert {o.stem.rsplit('-', 1)[1] for o in (tmp_path / 'r/rows').rglob('*.parquet')} == {'0', '1'}
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.name != 'posix', reason='no SIGKILL')
 def test_a_rank_is_killed_and_the_training_goes_on(tmp_path):
     "Rank 1 dies in the third epoch: two are whole. The next start goes on after them."

@@ -58,7 +58,10 @@ POOLS = dict(
     spawn=lambda: ProcessPoolExecutor(2, multiprocessing.get_context('spawn')),
     forkserver=lambda: ProcessPoolExecutor(2, multiprocessing.get_context('forkserver')))
 
-@pytest.fixture(params=POOLS)
+SLOW = 'spawn',  # each worker imports torch and fastai anew
+def kinds(names): return [pytest.param(o, marks=pytest.mark.slow) if o in SLOW else o for o in names]
+
+@pytest.fixture(params=kinds(POOLS))
 def pool(request):
     with POOLS[request.param]() as pool: yield pool
 
@@ -186,7 +189,7 @@ class Wrong(MeanColumn):
     def key(self): return 'wrong'
     def value(self, **cols): return cols['los']
 
-@pytest.mark.parametrize('kind', ['threads', 'pickled', 'spawn'])
+@pytest.mark.parametrize('kind', kinds(['threads', 'pickled', 'spawn']))
 def test_a_score_that_fails_says_the_same(kind, small, tmp_path):
     record = long_run(tmp_path / 'r')
     with pytest.raises(BrokenScore, match="the state 'wrong' could not be folded") as alone: record.score(Wrong())

@@ -54,7 +54,7 @@ def read(file):
 def test_export(ending, vocab, tmp_path):
     "Each score as `score` gives it, to the last bit; an item that was not seen has none."
     record, file = small(vocab=vocab), str(tmp_path / f'scores of mine.{ending}')
-    assert record.export(file) == file
+    assert record.to_file(file) == file
     got = read(file)
     assert list(got) == ['item', 'name', 'source', 'targ', 'likely', *(o for o in SCORES if o != 'suspicion' and not np.isnan(record.score(o)).all())] and 'forgetting' in got and 'grand' not in got
     assert got['item'].tolist() == [0, 1, 2, 3] and got['name'].tolist() == record.items()['name'].tolist() and got['source'].tolist() == [3, 1, 2, 0]
@@ -67,33 +67,33 @@ def test_export(ending, vocab, tmp_path):
     assert record.score('forgetting').tolist()[:3] == [0, np.inf, 1] and np.isnan(record.score('forgetting')[3])
 
 def test_export_some(tmp_path):
-    got = read(small().export(str(tmp_path / 's.csv'), by='aum'))
+    got = read(small().to_file(str(tmp_path / 's.csv'), by='aum'))
     assert list(got) == ['item', 'name', 'source', 'targ', 'likely', 'aum']
-    with pytest.raises(KeyError, match="no score is called 'beauty'"): small().export(tmp_path / 's.csv', by=['beauty'])
-    with pytest.raises(KeyError, match="no split 'test'"): small().export(tmp_path / 's.csv', split='test')
+    with pytest.raises(KeyError, match="no score is called 'beauty'"): small().to_file(tmp_path / 's.csv', by=['beauty'])
+    with pytest.raises(KeyError, match="no split 'test'"): small().to_file(tmp_path / 's.csv', split='test')
 
 @pytest.mark.parametrize('name', ['scores.xlsx', 'scores', 'scores.CSV.gz', 'csv'])
 def test_export_refuses_other_endings(name, tmp_path):
-    with pytest.raises(ValueError, match=r"expected one of \.csv, \.parquet, \.jsonl"): small().export(tmp_path / name)
+    with pytest.raises(ValueError, match=r"expected one of \.csv, \.parquet, \.jsonl"): small().to_file(tmp_path / name)
     assert not list(tmp_path.iterdir())
 
 def test_export_is_all_or_nothing(tmp_path, monkeypatch):
     "If writing fails, the old file stays, and no other."
     file = tmp_path / 's.parquet'
-    small().export(file, by='aum')
+    small().to_file(file, by='aum')
     before = file.read_bytes()
     def half(table, f, **kw):
         f.write(b'PAR1')
         raise OSError(28, 'No space left on device')
     monkeypatch.setattr(export.pq, 'write_table', half)
-    with pytest.raises(OSError, match='No space left'): small().export(file)
+    with pytest.raises(OSError, match='No space left'): small().to_file(file)
     assert [o.name for o in tmp_path.iterdir()] == ['s.parquet'] and file.read_bytes() == before
 
 def test_export_elsewhere(tmp_path, monkeypatch):
-    small().export('memory://exports/s.csv', by='aum')
+    small().to_file('memory://exports/s.csv', by='aum')
     with fsspec.open('memory://exports/s.csv') as f: assert pd.read_csv(f)['aum'].notna().sum() == 3
     monkeypatch.chdir(tmp_path)
-    small().export('here.csv', by='aum')
+    small().to_file('here.csv', by='aum')
     assert Path('here.csv').exists()
 
 

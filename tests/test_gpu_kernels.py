@@ -79,6 +79,7 @@ def assert_stats(stats, exact, **tol):
 
 # -- the forward pass
 
+@pytest.mark.grid
 @pytest.mark.parametrize('limit', LIMITS.values(), ids=LIMITS)
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize('shape, axis', SHAPES.values(), ids=SHAPES)
@@ -249,6 +250,7 @@ def test_nothing_is_learned_from_a_bad_batch(reduction):
 
 # -- autograd
 
+@pytest.mark.grid
 @pytest.mark.parametrize('dtype, limit', [(torch.float32, None), (torch.float32, 4), (torch.float16, 4), (torch.bfloat16, None)])
 @pytest.mark.parametrize('options', OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])

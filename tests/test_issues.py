@@ -77,8 +77,9 @@ def plain(n, epochs):
         gaps = [p * np.exp(-m) - p for _, _, m, p, _ in rows]
         mean = sum(r[1] * g for r, g in zip(rows, gaps)) / sum(r[1] for r in rows)
         var = sum(r[1] * (g - mean)**2 for r, g in zip(rows, gaps)) / sum(r[1] for r in rows)
+        undecided = 1 - sum(r[1] * g * g for r, g in zip(rows, gaps)) / sum(r[1] for r in rows)
         for (i, w, m, p, k), g in zip(rows, gaps):
-            w = w * (var**2 + 1e-12)
+            w = w * (var * (var + .05 / (.05 + undecided)) + 1e-12)
             total[i] += w * np.log1p(np.exp(-m)) * (1 + g) / 2
             weight[i] += w
             if g <= 0: continue
@@ -125,6 +126,17 @@ def test_epochs_by_heart_and_epochs_of_ignorance_count_little():
     unknowing, doubting, by_heart = (epoch_weight(gap_sums(np.array(o), np.ones(4))) for o in ([0., .01, 0, 0], [-.9, -.8, -.9, .9], [-1, -1, -.99, -1]))
     assert doubting > 1000 * max(unknowing, by_heart)
     assert epoch_weight(gap_sums(np.zeros(0), np.zeros(0))) == 0
+
+
+def test_of_few_wrong_labels_the_decided_epochs_say_most():
+    "An undecided first epoch doubts hard items, nine later ones the five wrong labels in a thousand."
+    rng, n = np.random.default_rng(0), 1000
+    wrong = np.arange(n) < 5
+    def epoch(margin): return dict(item=np.arange(n), weight=np.ones(n), margin=margin, p_targ=1 / (1 + np.exp(-margin)), pred=(margin < 0).astype(float), targ=np.zeros(n))
+    epochs = [epoch(rng.normal(0, 1, n))] + [epoch(np.where(wrong, -3, 4) + rng.normal(0, 1, n)) for _ in range(9)]
+    first, *later = (epoch_weight(gap_sums(gap_confidence(e['margin'], e['p_targ'])[0], e['weight'])) for e in epochs)
+    assert sum(later) > first
+    assert set(np.argsort(-LabelDoubt().finalize(run(n, epochs)))[:5]) == set(range(5))
 
 
 # -- probabilities
@@ -293,6 +305,23 @@ def test_masks_have_no_label_to_doubt():
     np.testing.assert_array_equal(record.score(), record.score('last_loss'))     # what stands in
     assert record.top(6)['item'].tolist() == [*range(6)][::-1] and not {'suspicion', 'label_doubt'} & {*record.scores()}
     with pytest.raises(ValueError, match='expected one class an item'): record.label_issues()
+
+def test_of_probabilities_the_likeliest_class_is_the_label_that_is_doubted():
+    "Targets of which a tenth puts most on another class, learnt by heart."
+    x, y = load_digits(return_X_y=True)
+    x, y, rng = torch.tensor(x[:640] / 8 - 1, dtype=torch.float32), y[:640], np.random.default_rng(0)
+    wrong = rng.random(len(y)) < .1
+    label = np.where(wrong, (y + rng.integers(1, 10, len(y))) % 10, y)
+    soft = torch.tensor(.3 * rng.dirichlet(np.full(10, .3), len(y)) + .7 * np.eye(10)[label], dtype=torch.float32)
+    set_seed(0)
+    dls = DataLoaders(*(TfmdDL(Rows(x, soft), bs=64, shuffle=o, num_workers=0) for o in (True, False)))
+    model = nn.Sequential(nn.Linear(64, 200), nn.BatchNorm1d(200), nn.ReLU(), nn.Linear(200, 10))
+    learn = quiet(Learner(dls, model, loss_func=XentLossFlat(), cbs=XentRecorder()))
+    learn.fit_one_cycle(20, 5e-3)
+    record = learn.xent_recorder.record
+    first = lambda by: wrong[np.argsort(-record.score(by))[:wrong.sum()]].mean()
+    np.testing.assert_array_equal(record.score(), record.score('label_doubt'))
+    assert first('label_doubt') > .9 and first('label_doubt') >= first('loss') > first('last_loss')
 
 def test_repeated_and_mixed_rows_count_by_their_share():
     e = dict(item=np.array([0, 0, 1]), weight=np.array([.5, 1., 1.]), margin=np.array([-2., 1, 2]), p_targ=np.array([.1, .6, .8]), pred=np.array([1., 0, 0]), targ=np.zeros(3))

@@ -96,6 +96,7 @@ def assert_same(got, want, **tol):
 
 # -- value, gradients and statistics
 
+@pytest.mark.grid
 @each_reduction
 @each_option
 @pytest.mark.parametrize('chunk', [1, 3, 4, N, N + 5, None])

@@ -1,4 +1,5 @@
 "`eval_every` sees what the Learner sees, and nothing is left of it."
+import collections
 import copy
 
 import numpy as np
@@ -18,8 +19,9 @@ from fastai.torch_core import set_seed
 from helpers import CpuAutocast, Net, Points, learner, quiet, same_bits, state, warned
 from torch import nn
 
+from fastai_xent.cache import StateCache
 from fastai_xent.issues import LabelDoubt
-from fastai_xent.look import in_order
+from fastai_xent.look import _attributes_kept, in_order
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.record import XentRecord
 from fastai_xent.recorder import XentRecorder
@@ -169,6 +171,66 @@ def test_nothing_is_left_in_a_loss():
         return state(learn), learn.loss_func.calls, len(learn.loss_func.losses)
     same_bits(run(), run(eval_every=1))
 
+class Meter:
+    def __init__(self): self.n, self.last = 0, collections.deque(maxlen=3)
+    def add(self, x): self.n, _ = self.n + 1, self.last.append(x)
+
+def _by(own, count):
+    "A model whose outputs depend on how often it was called, as it keeps that itself."
+    class Model(Net):
+        def __init__(self):
+            super().__init__()
+            self.own = own()
+        def forward(self, x): return super().forward(x) * (1 + .01 * (count(self.own) % 7))
+    return Model
+def added(t): return t.add_(1).sum().item()
+def bumped(a):
+    a[0] += 1
+    return a[0]
+def nested(d):
+    d['a']['n'] += 1
+    return d['a']['n']
+def newest(q):
+    q.append(q[-1] + 1)
+    return q[-1]
+def metered(m):
+    m.add(m.n)
+    return m.n + sum(m.last)
+COUNTING = {'tensor': (lambda: torch.zeros(2), added), 'array': (lambda: np.zeros(1), bumped), 'deque': (lambda: collections.deque([0], 3), newest),
+            'nested': (lambda: {'a': {'n': 0}}, nested), 'tensors in a list': (lambda: [torch.zeros(1)], lambda x: added(x[0])), 'object': (Meter, metered)}
+
+@pytest.mark.parametrize('name', COUNTING)
+def test_nothing_is_left_in_what_changes_in_place(name):
+    "A state that is not replaced but changed: in a tensor that is no buffer, an array, a deque, a dict in a dict, an object."
+    def run(**kw):
+        set_seed(0)
+        learn = learner([XentRecorder(**kw)], model=_by(*COUNTING[name])())
+        learn.fit(3)
+        return state(learn)
+    same_bits(run(), run(eval_every=1))
+
+def test_nothing_is_left_in_an_optimizer():
+    "A callback that lowers the learning rate whenever it hears a batch."
+    class Lower(Callback):
+        order = 20
+        def after_pred(self): self.learn.opt.set_hyper('lr', self.learn.opt.hypers[-1]['lr'] * .9)
+    def run(**kw):
+        set_seed(0)
+        learn = learner([XentRecorder(**kw), Lower()])
+        learn.fit(2)
+        return state(learn)
+    same_bits(run(), run(eval_every=1))
+
+def test_a_tensor_that_is_too_large_is_left_alone():
+    "It is not copied: the memory of the training is not ours."
+    big, small = torch.zeros(2**23), torch.zeros(3)
+    holder = Meter()
+    holder.big, holder.small = big, small
+    with _attributes_kept([holder]):
+        big.add_(1)
+        small.add_(1)
+    assert big.sum() == 2**23 and small.sum() == 0
+
 def test_reports_do_not_hear_it(tmp_path):
     "The table that fastai shows has the numbers of train and valid."
     def run(**kw):
@@ -243,6 +305,21 @@ def test_each_fit_ends_with_a_look():
     both = XentRecorder(eval_every=1, eval_at_end=True)
     learner([both]).fit(2)
     assert looks(both) == [0, 1]
+
+def test_the_last_of_several_looks_is_read_once(tmp_path, monkeypatch):
+    "And anew when another look has come."
+    rec, read = XentRecorder(tmp_path / 'r', eval_every=1), []
+    learn = learner([rec])
+    learn.fit(2)
+    own = StateCache._own
+    monkeypatch.setattr(StateCache, '_own', lambda self, r, seg: read.append([k[2] for k in seg.found]) or own(self, r, seg))
+    record = XentRecord(tmp_path / 'r')
+    first = record.score()
+    np.testing.assert_array_equal([record.score(), record.scores()['label_doubt']], [first, first])
+    assert read == [[1]]
+    learn.fit(1)
+    assert not np.array_equal(record.score(), first) and read == [[1], [2]]
+    np.testing.assert_array_equal(record.score(), XentRecord(tmp_path / 'r').score())
 
 def joined(record):
     "The doubts by hand: of all epochs of train, and of the last look."

@@ -42,7 +42,7 @@ def test_equal_rows(loss, on_disk, tmp_path):
     pd.testing.assert_frame_equal(writer.record.to_df(), rec.record.to_df())
     for split in ('train', 'valid'):
         pd.testing.assert_frame_equal(writer.record.scores(split), rec.record.scores(split))
-    assert writer.record.n_classes == 3
+    assert writer.record._n_classes == 3
 
 def give(writer, item, epoch=0, split='train', c=2, **kw):
     n = len(item)

@@ -32,9 +32,9 @@ from torch.testing import assert_close
 from torch.utils.checkpoint import checkpoint
 
 from fastai_xent import losses
-from fastai_xent.cpu_kernels import fused_stats
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
+from fastai_xent.smoothing import fused_stats
 
 inf, nan = math.inf, math.nan
 EXACT = dict(rtol=0, atol=0)
@@ -132,6 +132,7 @@ Z, Y = problem((6, 4), 1)[:2]
 
 # -- value, gradient and dtype against torch
 
+@pytest.mark.grid
 @each_loss
 @each_reduction
 @each_option
@@ -142,6 +143,7 @@ def test_value_and_gradient_are_torch_s(way, shape, axis, option, reduction, Los
     assert_same(run(loss_func, pred, targ), reference(pred, targ, kw, axis, reduction), **F64)
 
 
+@pytest.mark.grid
 @each_loss
 @each_reduction
 @each_option
@@ -160,6 +162,7 @@ LAST = [(shape, option) for shape, axis in LAYOUTS.values() for option in OPTION
         if (axis == -1 or len(shape) == 2) and (len(shape) == 2 or not option.get('probs'))]  # fastai takes probabilities in two axes only
 
 
+@pytest.mark.grid
 @each_reduction
 @pytest.mark.parametrize('shape, option', LAST)
 def test_flat_gives_what_fastai_gives_for_classes_in_the_last_axis(way, shape, option, reduction):
@@ -180,6 +183,7 @@ def test_flat_gives_what_fastai_gives_for_masks(way, shape, option, reduction):
                 run(XentLossFlat(**kw, axis=1, reduction=reduction), pred, targ), **F32)
 
 
+@pytest.mark.grid
 @each_reduction
 @each_option
 @each_layout
@@ -190,6 +194,7 @@ def test_the_torch_way_is_torch_s_bit_for_bit(monkeypatch, shape, axis, option, 
         assert_same(run(Loss(**kw, axis=axis, reduction=reduction), pred, targ), reference(pred, targ, kw, axis, reduction))
 
 
+@pytest.mark.grid
 @each_reduction
 @each_option
 @pytest.mark.parametrize('shape', [(1, 1000), (33, 1000), (300, 10), (3, 5, 40, 41)], ids=str)
@@ -203,7 +208,8 @@ def test_larger_batches_agree_with_torch(shape, option, reduction):
 def test_settings_alone_decide_the_way(keep_stats, monkeypatch):
     monkeypatch.setattr(losses, 'WAY', 'numba')
     targ = torch.zeros(6, dtype=torch.long)
-    for kw, y, fused in (({}, targ, True), (dict(weight=torch.ones(4)), targ, True), (dict(label_smoothing=.1), targ, False), ({}, torch.ones(6, 4) / 4, False)):
+    for kw, y, fused in (({}, targ, True), (dict(weight=torch.ones(4)), targ, True), (dict(label_smoothing=.1), targ, True),
+                          (dict(label_smoothing=.1, weight=torch.ones(4)), targ, False), ({}, torch.ones(6, 4) / 4, False)):
         names = graph(XentLoss(**kw, keep_stats=keep_stats)(torch.zeros(6, 4, requires_grad=True), y))
         assert any('FusedLoss' in o for o in names) == fused
 
@@ -309,6 +315,7 @@ NOTHING = {
 }
 
 
+@pytest.mark.grid
 @each_loss
 @each_reduction
 @pytest.mark.parametrize('make', NOTHING.values(), ids=NOTHING.keys())
@@ -555,6 +562,7 @@ def test_the_jacobian_of_the_rows_is_theirs_alone(way):
     assert_close(J, torch.diag_embed(xent_grad(Z, Y).T).permute(1, 2, 0), **F32)
 
 
+@pytest.mark.grid
 @each_loss
 @each_reduction
 @pytest.mark.parametrize('option', OPTIONS.values(), ids=OPTIONS.keys())
@@ -682,6 +690,7 @@ def test_arguments_stay_as_they_were(way, Loss):
 
 # -- statistics
 
+@pytest.mark.grid
 @each_loss
 @each_layout
 @each_option
@@ -698,6 +707,7 @@ def test_stats_are_xent_stats_in_the_shape_of_the_targets(way, Loss, shape, axis
         assert o.shape == (targ.movedim(axis, 0)[0].shape if targ.is_floating_point() else targ.shape)
 
 
+@pytest.mark.grid
 @each_loss
 @each_reduction
 @each_option
@@ -1061,6 +1071,7 @@ TRAVELS = {'deepcopy': copy.deepcopy, 'copy': copy.copy, 'pickle': lambda o: pic
 @pytest.mark.parametrize('weight', [NAMES, pd.Series(NAMES), OrderedDict(NAMES), MappingProxyType(NAMES), pd.Series(NAMES, dtype='float32'),
                                     pd.Series(list(NAMES.values()), index=pd.CategoricalIndex(list(NAMES))), {k: np.float16(v) for k, v in NAMES.items()},
                                     {k: torch.tensor(v) for k, v in NAMES.items()}], ids=lambda o: type(o).__name__)
+@pytest.mark.grid
 @pytest.mark.parametrize('vocab', [VOCAB, tuple(VOCAB), L(VOCAB), CategoryMap(VOCAB, sort=False), np.array(VOCAB), pd.Index(VOCAB)], ids=lambda o: type(o).__name__)
 def test_weights_by_name_follow_the_vocab(way, weight, vocab):
     for Loss in (XentLoss, XentLossFlat):
@@ -1302,6 +1313,7 @@ OFF = {  # a row of four numbers, what is said of it
     'nan': ([nan, 1., 0., 0.], 'sums to nan'), 'inf': ([inf, 0., 0., 0.], 'sums to inf'), 'half of it': ([.25, .25, 0., 0.], 'sums to 0.5'),
 }
 
+@pytest.mark.grid
 @each_loss
 @each_reduction
 @both_keep
@@ -1449,6 +1461,7 @@ BROKEN = PARTS.clone()
 BROKEN[1, 2, 0, 3] = 255
 
 
+@pytest.mark.grid
 @each_loss
 @each_reduction
 @both_keep
@@ -1612,6 +1625,7 @@ CALLBACKS = {
 }
 
 
+@pytest.mark.grid
 @pytest.mark.parametrize('cbs, model', CALLBACKS.values(), ids=CALLBACKS.keys())
 @both_keep
 @pytest.mark.parametrize('kw', [{}, dict(label_smoothing=.1), dict(weight=torch.tensor([1., 2., .5]))], ids=['plain', 'smooth', 'weight'])

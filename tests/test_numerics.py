@@ -211,12 +211,14 @@ def test_no_number_is_worse_than_torch_s(q): assert_no_worse(q)
 def test_no_number_of_plain_cross_entropy_is_worse_than_torch_s(q): assert_no_worse(q)
 
 
+@pytest.mark.grid
 @each_option
 @each_layout
 @each_dtype
 def test_no_number_is_worse_than_torch_s_in_any_layout(layout, option, dtype): assert_no_worse(problem(**layout, **option, dtype=dtype))
 
 
+@pytest.mark.grid
 @each_option
 @each_layout
 def test_loss_and_gradient_are_those_of_autograd(layout, option):
@@ -227,6 +229,7 @@ def test_loss_and_gradient_are_those_of_autograd(layout, option):
     assert_close(q.grad(), grad, rtol=1e-12, atol=1e-14)
 
 
+@pytest.mark.grid
 @each_option
 @each_layout
 @each_dtype

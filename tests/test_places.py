@@ -44,6 +44,7 @@ def test_a_system_s_directory(path, make):
 @HOW
 @pytest.mark.parametrize('error', [PermissionError(13, 'Permission denied'), OSError(30, 'Read-only file system'), OSError(28, 'No space left on device'),
                                    OSError(122, 'Disk quota exceeded'), OSError(5, 'Input/output error')], ids=lambda o: o.strerror)
+@pytest.mark.grid
 @pytest.mark.parametrize('half', [False, True])
 def test_nothing_can_be_written(make, kw, error, half, tmp_path, monkeypatch):
     "Whoever runs this may write everywhere, so the system's answers are played. A record that is there stays whole."
@@ -119,7 +120,7 @@ def test_home(tmp_path, monkeypatch):
     assert record.path == tmp_path / 'runs/a' and XentRecord('~/runs/a').n_epochs == XentRecord(Path('~/runs/a')).n_epochs == 3
     assert list(XentRecords('~/runs/*').records) == list(XentRecords(['~/runs/a']).records) == ['a']
     assert list(XentRecords(Path('~/runs/*')).records) == ['a']
-    record.export('~/out/scores.csv')
+    record.to_file('~/out/scores.csv')
     assert (tmp_path / 'out/scores.csv').exists() and not (tmp_path / '~').exists()
     XentWriter('~/runs/a', overwrite=True)
     assert not (tmp_path / 'runs/a/_record.json').exists()

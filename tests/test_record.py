@@ -34,9 +34,16 @@ def everywhere(run, where):
     made = [fill(o, run) for o in (None, Path(where) / 'r', url)]
     return [*made, XentRecord(Path(where) / 'r'), pickle.loads(pickle.dumps(made[1])), XentRecord(url)]
 
-@settings(max_examples=10)
+@settings(max_examples=3)
 @given(runs())
-def test_what_goes_in_comes_out(run):
+def test_what_goes_in_comes_out(run): comes_out(run)
+
+@pytest.mark.slow
+@settings(max_examples=12)
+@given(runs())
+def test_what_goes_in_comes_out_of_many(run): comes_out(run)
+
+def comes_out(run):
     with tempfile.TemporaryDirectory() as where:
         n, epochs, vocab = run
         records = everywhere(run, where)

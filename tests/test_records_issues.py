@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from fastai_xent.issues import LabelDoubt
-from fastai_xent.records import XentRecords, _added, _alike
+from fastai_xent.records import XentRecords, _alike
 from fastai_xent.writer import XentWriter
 
 N, C = 120, 4
@@ -66,7 +66,7 @@ def test_states_add_up_as_those_of_one_long_run():
     zeros = dict(gap=np.zeros(4), confidence=np.ones(4))
     a = dict(zeros, weight=np.array([2., 2, 2, 0]), doubt=np.array([4., 2, 0, 0]), rival=np.array([1, 1, -1, -1]), label=np.array([0, 0, 0, -1]), votes=np.array([3., 1, 0, 0]))
     b = dict(zeros, weight=np.array([1., 1, 1, 1]), doubt=np.array([1., 1, 1, 5]), rival=np.array([1, 2, 3, 2]), label=np.array([0, 0, 0, 3]), votes=np.array([1., 3, 2, 1]))
-    got = _added(a, b)
+    got = LabelDoubt().joined(a, b)
     for k, v in dict(weight=[3, 3, 3, 1], doubt=[5, 3, 1, 5], rival=[1, 2, 3, 2], label=[0, 0, 0, 3], votes=[4, 2, 2, 1]).items():
         np.testing.assert_array_equal(got[k], v, err_msg=k)
     assert LabelDoubt().init(3).keys() == got.keys() == _alike(a).keys()
@@ -76,7 +76,7 @@ def test_each_run_counts_alike():
     a, b = ({k: v * 1. if k == 'weight' else v for k, v in LabelDoubt().init(2).items()} for _ in range(2))
     a.update(weight=np.array([10., 10]), doubt=np.array([10., 20]))
     b.update(weight=np.array([1., 1]), doubt=np.array([3., 2]))
-    s = _added(_alike(a), _alike(b))
+    s = LabelDoubt().joined(_alike(a), _alike(b))
     np.testing.assert_allclose(s['doubt'] / s['weight'], [(1 + 3) / 2, (2 + 2) / 2])
     for o in (a, LabelDoubt().init(2)): assert all(np.isfinite(v).all() for v in _alike(o).values())
 

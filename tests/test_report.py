@@ -184,7 +184,7 @@ def test_click_and_hover_show_an_item(plain, visit):
     want = record.item(i)
     assert [int(o.split('\t')[0]) for o in cells] == want['epoch'].tolist()
     np.testing.assert_allclose([float(o.split('\t')[1]) for o in cells], want['p_targ'], atol=.006)
-    assert [o.split('\t')[2] for o in cells] == [record.class_name(o) for o in want['pred']]
+    assert [o.split('\t')[2] for o in cells] == [record._class_name(o) for o in want['pred']]
 
 @pytest.mark.parametrize('i', [0, 7, 99, 199])
 def test_every_item_is_found(plain, visit, i):
@@ -273,7 +273,7 @@ def test_selection_goes_into_prune_and_relabel(visit, tmp_path, vocab):
     differ = [i for i in csv['item'] if issues.loc[i, 'likely'] != issues.loc[i, 'targ']]
     assert differ
     new = relabel(dls, record, csv)
-    for i in csv['item']: assert record.class_name(int(new.train_ds[i][1])) == issues.loc[i, 'likely']
+    for i in csv['item']: assert record._class_name(int(new.train_ds[i][1])) == issues.loc[i, 'likely']
     for i in set(range(60)) - set(csv['item']): assert int(new.train_ds[i][1]) == int(dls.train_ds[i][1])
 
 def test_items_of_valid_are_not_taken_for_those_of_train(visit, tmp_path):

@@ -1,5 +1,6 @@
 "Decisions beside the record: none is lost, each is about the right item, and they order what comes next."
 import json
+import os
 import subprocess
 import sys
 import uuid
@@ -63,15 +64,27 @@ def test_nobody_decided_yet():
     df = Reviews(record_of()).decisions
     assert list(df) == COLUMNS and df.empty and df['item'].dtype == np.int64 and str(df['when'].dt.tz) == 'UTC'
 
-DIES = "import os, sys; from fastai_xent.record import XentRecord; from fastai_xent.reviews import Reviews\n" \
-       "r = Reviews(XentRecord(sys.argv[1]), sys.argv[2]); r.decide([0], 'drop'); r.decide([int(sys.argv[3])], 'keep'); os._exit(9)"
+DIE = """
+import os, sys
+from fastai_xent.record import XentRecord
+from fastai_xent.reviews import Reviews
 
+def die(who, item):
+    r = Reviews(XentRecord(sys.argv[1]), who)
+    r.decide([0], 'drop')
+    r.decide([item], 'keep')
+    os._exit(9)
+
+for k, who in enumerate('abc'):
+    if not os.fork(): die(who, k + 1)
+assert [os.waitstatus_to_exitcode(os.wait()[1]) for _ in 'abc'] == [9] * 3
+"""
+
+@pytest.mark.skipif(os.name != 'posix', reason='no fork')
 def test_processes_that_die_lose_nothing(tmp_path):
     "Three at the same time, each killed right after its last decision."
     record_of(tmp_path/'run')
-    args = [[sys.executable, '-W', 'ignore', '-c', DIES, str(tmp_path/'run'), who, str(k + 1)] for k, who in enumerate('abc')]
-    running = [subprocess.Popen(o) for o in args]
-    assert [o.wait() for o in running] == [9] * 3
+    subprocess.run([sys.executable, '-W', 'ignore', '-c', DIE, str(tmp_path/'run')], check=True)
     df = Reviews(XentRecord(tmp_path/'run')).decisions
     assert df['item'].tolist() == [0, 1, 2, 3] and df['decision'].tolist() == ['drop', 'keep', 'keep', 'keep']
     assert df['who'].tolist()[1:] == ['a', 'b', 'c']

@@ -64,6 +64,23 @@ def test_columns_are_right_whatever_the_guess(loss_func, capacity):
     assert_close(torch.tensor(cols['twice']), 2 * z[:, 0])
     assert cols['whole'].tolist() == y.tolist() and {v.dtype for v in cols.values()} == {np.dtype(np.float32), np.dtype(np.int32)}
 
+def doubled(w, k): w[k] *= 2
+def doubled_unseen(w, k): w.data[k] *= 2
+def doubled_by_numpy(w, k): w.numpy()[k] *= 2
+@pytest.mark.parametrize('loss', [XentLoss, nn.CrossEntropyLoss])
+@pytest.mark.parametrize('change', [doubled, doubled_unseen, doubled_by_numpy])
+def test_weights_that_are_changed_in_place(loss, change):
+    "Each batch has those that it was trained with, also where torch does not count the edit."
+    gen = torch.Generator().manual_seed(0)
+    loss_func, rows, want = loss(weight=torch.tensor([1., 2., 3.])), RowBuffer(40), []
+    for i in range(5):
+        z, y = torch.randn(8, 3, generator=gen), torch.randint(0, 3, (8,), generator=gen)
+        loss_func(z, y)
+        rows.add(i, Batch(z, y, loss_func, 1), i)
+        want.append(F.cross_entropy(z, y, loss_func.weight, reduction='none'))
+        change(loss_func.weight, i % 3)
+    assert_close(torch.tensor(rows.cols()['loss']), torch.cat(want), rtol=1e-5, atol=1e-6)
+
 def test_rows_are_counted_across_the_class_axis():
     z, y, loss_func = torch.zeros(4, 1), torch.zeros(1, dtype=torch.long), XentLoss(axis=0)
     loss_func(z, y)
@@ -103,6 +120,7 @@ WITHOUT_WAITING = {
     'weights': lambda axis: XentLossFlat(torch.ones(5, device='cuda'), axis=axis), 'stock weights': lambda axis: nn.CrossEntropyLoss(torch.ones(5, device='cuda')),
     'nll': lambda axis: nn.NLLLoss(), 'sum': lambda axis: nn.CrossEntropyLoss(reduction='sum')}
 
+@pytest.mark.grid
 @pytest.mark.parametrize('soft', [False, True])
 @pytest.mark.parametrize('dtype', [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize('shape', [(8, 5), (8, 5, 4)])
@@ -197,3 +215,29 @@ def test_rows_that_stay_on_a_device_are_the_same(monkeypatch, waits):
     got = add_all(OnDevice(20))
     assert list(got)[:8] == list(want)[:8] and got.keys() == want.keys()
     for k in want: assert_close(torch.tensor(got[k]), torch.tensor(want[k]), rtol=1e-5, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize('option', [{}, dict(label_smoothing=.1), dict(weight=torch.tensor([1., 2., .5])), dict(ignore_index=1)], ids=str)
+@pytest.mark.parametrize('capacity', [1, 40, 1000])
+def test_mixed_batches_wait_too(option, capacity, monkeypatch):
+    "Small ones, plain ones between them; the statistics are those that each batch has alone."
+    gen, times = torch.Generator().manual_seed(0), []
+    monkeypatch.setattr(rows_module, 'xent_stats', lambda *args, **kw: times.append(len(args[0])) or xent_stats(*args, **kw))
+    rows, loss_func, want, partner, lam = RowBuffer(capacity), nn.CrossEntropyLoss(**option), [], [], []
+    kw = {'label_smoothing': 0., 'ignore_index': -100, 'weight': None, **option}
+    for i, n in enumerate([8, 8, 8, 5, 8, 8, 3]):
+        z, y, at = torch.randn(n, 3, generator=gen), torch.randint(0, 3, (n,), generator=gen), sum(rows.sizes)
+        mix = None if i == 4 else (y.flip(0), torch.rand(n, generator=gen))
+        b = Batch(z.clone(), y.clone(), loss_func, 1, mix=None if mix is None else (mix[0].clone(), mix[1].clone()))
+        if mix is not None: b.partner = torch.arange(n).flip(0)
+        rows.add(i, b, i)
+        for o in (b.pred, b.targ, *(b.mix or ())): o.zero_()             # what waits is a copy
+        want.append(xent_stats(z, y, mix=mix, **kw))
+        partner += [-1] * n if mix is None else (at + b.partner).tolist()
+        lam += [float('nan')] * n if mix is None else mix[1].tolist()
+    cols = rows.cols()
+    for name, parts in zip(XentStats._fields, zip(*want)):
+        assert_close(torch.tensor(cols[name]), torch.cat(parts).to(torch.tensor(cols[name]).dtype), equal_nan=True)
+    assert cols['partner'].tolist() == partner
+    assert_close(torch.tensor(cols['lam']), torch.tensor(lam), equal_nan=True)
+    assert sum(times) == 48 and len(times) <= {1: 7, 40: 3, 1000: 3}[capacity]

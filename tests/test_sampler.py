@@ -176,6 +176,7 @@ class Follows(Callback):
         assert self.n == self.learn.n_iter
         assert abs(self.learn.pct_train - (self.epoch + 1) / self.n_epoch) < 1e-6
 
+@pytest.mark.grid
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('drop_last', [False, True])
 @pytest.mark.parametrize('shuffle', [False, True])

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import warnings
+import zipfile
 from pathlib import Path
 
 import fastai_xent.losses as losses
@@ -581,7 +582,8 @@ class Double(Points):
         super().__init__(*args, **kw)
         self.x = self.x.double()
 
-@pytest.mark.parametrize('name, Loss', [(k, o) for k in ENGINES for o in (XentLossFlat, CrossEntropyLossFlat) if o is XentLossFlat or 'logits' not in k])   # fastai cannot show a loss in half precision
+COMPILED = 'aot_eager',  # compiling takes seconds; 'eager' says most of it
+@pytest.mark.parametrize('name, Loss', [pytest.param(k, o, marks=[pytest.mark.slow] * (k in COMPILED)) for k in ENGINES for o in (XentLossFlat, CrossEntropyLossFlat) if o is XentLossFlat or 'logits' not in k])   # fastai cannot show a loss in half precision
 def test_engines(name, Loss):
     e = ENGINES[name]
     kw = e.get('kw', dict(weight=W, label_smoothing=.1))           # torch has no weighted loss in half precision
@@ -673,7 +675,7 @@ def test_stop_and_go_on(k, tmp_path):
     pd.testing.assert_frame_equal(a.to_df()[lambda o: o['epoch'] < k].reset_index(drop=True), before)
     np.testing.assert_array_equal(a.score(), b.score())
     same_bits(second.model.state_dict(), learn.model.state_dict())
-    assert (a.n_fits, a.n_epochs) == (5, 5) and len(a.meta['splits']['train']['segments']) == 1
+    assert (a._n_fits, a.n_epochs) == (5, 5) and len(a.meta['splits']['train']['segments']) == 1
 
 def test_start_epoch(tmp_path):
     "`fit(n, start_epoch=k)` after a resume trains the epochs that are missing; the record's numbers go on."
@@ -827,6 +829,12 @@ def test_export(tmp_path):
         assert 'xent_recorder' in told[path][1]
     assert imported and not files[0][2].exists()
 
+def test_export_names_nothing_of_ours_without_us(tmp_path):
+    path, _, _ = exported('memory', tmp_path, CrossEntropyLossFlat(), keep=False)
+    with zipfile.ZipFile(path) as z: names, = [o for o in z.namelist() if o.endswith('data.pkl')]
+    with zipfile.ZipFile(path) as z: assert b'fastai_xent' not in z.read(names)
+
+@pytest.mark.slow
 def test_export_without_us(tmp_path):
     "Once the recorder is removed, and with fastai's loss, nothing of ours is left in the file: it loads where this package is not installed."
     path, preds, _ = exported('memory', tmp_path, CrossEntropyLossFlat(), keep=False)
@@ -873,7 +881,7 @@ def test_segments(has_names, where, tmp_path):
         best = np.logaddexp(0, -mine['margin']).groupby(mine['item']).mean().sort_values(ascending=False)
         assert top['item'].tolist() == best.index[:3].tolist()
         np.testing.assert_allclose(top['score'], best[:3], rtol=1e-6)
-        assert top['targ'].tolist() == [record.class_name(int(ds.y[i])) for i in top['item']]
+        assert top['targ'].tolist() == [record._class_name(int(ds.y[i])) for i in top['item']]
         if has_names: assert top['name'].tolist() == [ds.items[i] for i in top['item']]
         assert record.item(3, segment=k)['epoch'].tolist() == epochs
         assert record.seen(segment=k)['rows'].tolist() == [2] * len(ds)
@@ -1185,7 +1193,7 @@ def test_tabular_learner():
     assert rec.record.items('valid')['name'].tolist() == [df.index[i] for i in splits[1]]
     assert rec.record.meta['vocab'] == ['hi', 'lo', 'mid']
     merged = got.merge(items, on='item').set_index('name')
-    assert [rec.record.class_name(c) for c in merged['targ']] == df.loc[merged.index, 'label'].tolist()
+    assert [rec.record._class_name(c) for c in merged['targ']] == df.loc[merged.index, 'label'].tolist()
     b = torch.cat([o[0] for o in saw]).round().long().numpy()             # column b is the row's position in the frame
     z, y = torch.cat([o[2] for o in saw]), torch.cat([o[1] for o in saw])
     want = pd.DataFrame({'name': df.index[b], 'loss_want': rows_loss(z.double(), y).numpy(), 'epoch': np.repeat([0, 1], len(b) // 2)})
@@ -1227,7 +1235,7 @@ def test_collab_classes():
     learn = quiet(Learner(dls, TwoTables([len(to.classes[o]) for o in ('user', 'movie')], 3), loss_func=XentLossFlat(), cbs=rec))
     fit(learn, 2)
     got = rec.record.to_df('train').merge(rec.record.items(), on='item')
-    assert [rec.record.class_name(c) for c in got['targ']] == df.loc[got['name'].astype(int), 'rating'].tolist()
+    assert [rec.record._class_name(c) for c in got['targ']] == df.loc[got['name'].astype(int), 'rating'].tolist()
     assert len(got) == 80
 
 def test_names_of_a_data_block():
@@ -1254,7 +1262,7 @@ def test_names_of_a_data_block():
             assert sorted(items['source'].tolist()) == rows
             assert items['name'].tolist() == df.index[items['source'].to_numpy(dtype=int)].tolist()
             got = rec.record.to_df(split).merge(items, on='item')
-            assert [rec.record.class_name(c) for c in got['targ']] == df['label'].iloc[got['source'].to_numpy(dtype=int)].tolist()
+            assert [rec.record._class_name(c) for c in got['targ']] == df['label'].iloc[got['source'].to_numpy(dtype=int)].tolist()
             want = {int(i): float(v) for pair in saw for i, v in zip(*pair)}
             np.testing.assert_allclose(got['loss'].astype(float), [want[i] for i in got['source']], rtol=1e-5)
         assert rec.record.items('train_eval')['name'].tolist() == rec.record.items('train')['name'].tolist()

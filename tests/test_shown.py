@@ -90,7 +90,7 @@ def test_help_says_what_parameters_mean():
 
 # -- what was called otherwise
 
-@pytest.mark.parametrize('name, now', dict(new=r'XentWriter\(path\)', keys='record.epochs', add='XentWriter.write', set_items='XentWriter.set_items', plot_top_losses='record.show_top').items())
+@pytest.mark.parametrize('name, now', dict(new=r'XentWriter\(path\)', keys='record.epochs', add='XentWriter.write', set_items='XentWriter.set_items', plot_top_losses='record.show_top', export='record.to_file').items())
 def test_old_names(name, now):
     record = fill(None, RUN)
     for o in (XentRecord, record):
@@ -129,5 +129,5 @@ def test_modules_that_never_were():
 def test_questions():
     "What a person sees after `record.` and tab: questions; pictures and exports stand together, under `plot_`, `show_` and `to_`."
     names = [o for o in dir(fill(None, RUN)) if not o.startswith(('_', 'plot_', 'show_', 'to_'))]
-    assert len(names) <= 28, names  # six of them ask what the last layer saw, or where a mask is wrong
+    assert len(names) <= 24, names  # six of them ask what the last layer saw, or where a mask is wrong
     for o in ('top', 'item', 'sql', 'scores', 'score', 'label_issues', 'items', 'epochs', 'splits', 'vocab', 'path'): assert o in names

@@ -67,6 +67,7 @@ LOADERS = dict(tfmd=lambda n, skip, **kw: TfmdDL(Coded(n, skip), **kw), base=lam
     **kw: DataLoader(Coded(n, skip), **kw), weighted=weighted, partial=partial, sorted=sorted_dl,
                table=table, prebatched=prebatched, fewer=fewer)
 
+@pytest.mark.grid
 @pytest.mark.parametrize('skip', SKIPS)
 @pytest.mark.parametrize('workers', [0, 2, 3])
 @pytest.mark.parametrize('kind', LOADERS)
@@ -517,7 +518,7 @@ def test_tsai(kw, word):
 
 # -- other ways to start a worker
 
-@pytest.mark.parametrize('method', ['spawn', 'forkserver'])
+@pytest.mark.parametrize('method', [pytest.param('spawn', marks=pytest.mark.slow), 'forkserver'])
 def test_start_methods(method, tmp_path):
     code = f"""
 import sys, torch
@@ -682,7 +683,7 @@ def test_no_traces_after_an_interrupted_fit(phase, workers):
 
 def check_again(learn):
     saw, recorder = Saw(), learn.xent_recorder
-    fits = recorder.record.n_fits
+    fits = recorder.record._n_fits
     learn.add_cb(saw)
     learn.fit(2)
     learn.remove_cb(saw)

@@ -65,8 +65,8 @@ def test_the_verdict_reads_five_columns_once(record, monkeypatch):
     "Of train and of valid, each epoch once; names of classes are looked up once a class, not once an item."
     read, real = [], epochs.Epochs.read
     monkeypatch.setattr(epochs.Epochs, 'read', lambda self, found, columns=None: read.append((*found, *sorted(columns))) or real(self, found, columns))
-    named, name = [], XentRecord.class_name
-    monkeypatch.setattr(XentRecord, 'class_name', lambda self, c: named.append(c) or name(self, c))
+    named, name = [], XentRecord._class_name
+    monkeypatch.setattr(XentRecord, '_class_name', lambda self, c: named.append(c) or name(self, c))
     record.label_issues()
     assert {o[1:] for o in read} == {('lam', 'margin', 'occurrence', 'p_targ', 'targ')} and len(read) == len({*read}) == TRAIN + VALID
     assert len(named) <= 2 * (4 + 1)                       # four classes and none, of the labels and of the likely ones

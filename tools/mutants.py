@@ -100,10 +100,10 @@ HEAVY = ('torch', 'torch.utils.data', 'fastai.vision.all', 'fastai.text.all', 'f
          'duckdb', 'sklearn', 'hypothesis', 'pytest', '_pytest.assertion.rewrite')
 
 
-def warm():
+def warm(names):
     "Import what the tests import and no mutant changes, once: each run is a fork of this process."
     os.environ['OMP_NUM_THREADS'] = '1'  # before torch: a fork keeps no threads
-    for o in HEAVY:
+    for o in names:
         try: importlib.import_module(o)
         except ImportError: print(f'{o} is not installed: left to the tests', file=sys.stderr)
 
@@ -136,9 +136,9 @@ def forked(tree, tests, limit):
     return 'too slow'
 
 
-def serve():
+def serve(heavy):
     "Answer each line of stdin, `[tree, tests, limit]` as JSON, with a line."
-    warm()
+    warm(heavy)
     for line in sys.stdin:
         tree, tests, limit = json.loads(line)
         print(forked(Path(tree), tests, limit), flush=True)
@@ -147,7 +147,7 @@ def serve():
 class Runner:
     "A process that has imported what all runs need; `run(tree, tests, limit)` says passed, failed or too slow."
     def __enter__(self):
-        cmd = [sys.executable, __file__, '--serve']
+        cmd = [sys.executable, __file__, '--serve', *HEAVY]
         self.server = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
@@ -213,4 +213,4 @@ def main(argv=None):
     print(table(a.modules, fates))
 
 
-if __name__ == '__main__': serve() if sys.argv[1:] == ['--serve'] else main()
+if __name__ == '__main__': serve(sys.argv[2:]) if sys.argv[1:2] == ['--serve'] else main()
