@@ -182,7 +182,7 @@ def summary_html(
 ) -> FT:
     "The summary in words."
     *heads, last = said
-    told = lambda o, t: ft('p', *with_code(t)) if o.startswith('Labels') else paragraph(t)      # a class may have any name
+    told = lambda o, t: ft('p', *with_code(t)) if o.startswith('Labels') else paragraph(t)
     blocks = [ft('div', ft('h3', o), *[told(o, t) for t in said[o]]) for o in heads if said[o]]
     todo = ft('ol', *[ft('li', *with_code(t)) for t in said[last]])
     return section('summary', 'Summary', ft('div', *blocks, cls='facts'), ft('h3', last), todo)
@@ -220,7 +220,8 @@ def losses_html(
                   _line(x(b['epoch']), y(b['median']), color)]
         told.append(_told_losses(split, b.iloc[-1], color))
     axes = [_axes(190), svg_text(f'{most:.2g}', 40, 24, 'end'), svg_text('0', 40, 194, 'end'),
-            svg_text(f'epoch {first}', 44, 208), svg_text(last, 384, 208, 'end'), svg_text('loss of an example, nats', 50, 14)]
+            svg_text(f'epoch {first}', 44, 208), svg_text(last, 384, 208, 'end'),
+            svg_text('loss of an example, nats', 50, 14)]
     numbers = lambda o: [f'{v:.3g}' for v in (o.mean, o.low, o.median, o.high)]
     rows = [[o.split, o.epoch, f'{o.rows:,}', *numbers(o)] for o in bands.itertuples()]
     table = more('As a table', table_html(['split', 'epoch', 'rows', 'mean', '10 %', 'median', '90 %'], rows))
