@@ -41,14 +41,14 @@ def find_head(
 # %% ../nbs/01b_head.ipynb #b6882b38
 class HeadTap:
     "Looks on while the last layer of a model works."
-    def __init__(self, head: nn.Linear): self.head, self.handle, self.seen = head, None, []
+    def __init__(self, head: nn.Linear): self.head, self.handle, self.seen, self.found = head, None, [], None
     def install(self):
         "Look on from now."
         self.handle = self.head.register_forward_hook(self._see, with_kwargs=True)
         return self
     def remove(self):
         if self.handle is not None: self.handle.remove()
-        self.handle, self.seen = None, []
+        self.handle, self.seen, self.found = None, [], None
 
     def _see(self, layer, args, kwargs, out):
         h, = (*args, *kwargs.values())                    # a call may name its input
@@ -60,6 +60,10 @@ class HeadTap:
         pred: Tensor, # What the loss got, `n c`
     ) -> Tensor|None: # `n d`; nan in a row whose logits were changed on the way; None if nothing is known
         "What went into the last layer for this batch."
+        if self.found is None or self.found[0] is not pred: self.found = pred, self._input(pred)
+        return self.found[1]
+
+    def _input(self, pred):
         pred = (pred.plain() if isinstance(pred, Features) else _plain(pred)).detach()
         if len(self.seen) != 1:
             return None # not called for this batch, or more than once
@@ -76,6 +80,6 @@ class HeadTap:
         pred: Tensor, # What the loss got, `n c`
     ) -> Tensor: # √(‖h‖² + 1), `n`; without the 1 if there is no bias; nan where `pred` is another's
         "What `grad_norm` is to be multiplied with to be the gradient's length in the last layer."
-        h, self.seen = self.input(pred), []
+        h, self.seen, self.found = self.input(pred), [], None
         if h is None: return torch.full((len(pred),), math.nan, device=pred.device)
         return (h.float().square().sum(1) + (self.head.bias is not None)).sqrt()

@@ -392,10 +392,16 @@ def targets_vocab(
     two = not isinstance(last, (str, bytes)) and hasattr(last, '__len__')   # texts: of words, and of classes
     return last if two else vocab
 
+def _mask_codes(dls):
+    "The codes that fastai's `MaskBlock` was given: no vocab of the `dls` has them, but the transform that it adds."
+    tfms = getattr(getattr(dls.loaders[0], 'after_item', None), 'fs', [])
+    return next((o.codes for o in tfms if getattr(o, 'codes', None) is not None), None)
+
 def class_names(
     dls, # DataLoaders
     c: int, # Number of classes the model has
 ) -> list|None: # The vocab of the targets, or None if `dls` has none of that length
     "The names of the classes."
     vocab = targets_vocab(dls)
+    if vocab is None: vocab = _mask_codes(dls)
     return as_names(vocab) if vocab is not None and len(vocab) == c else None
