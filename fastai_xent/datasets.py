@@ -168,6 +168,7 @@ def label_like(
 # %% ../nbs/03b_datasets.ipynb #6671706e
 class Relabelled(Kept):
     "All items of a dataset, those in `new` with another label."
+    same_items = True # What an index means is as it was
     def __init__(self,
         dataset,
         new: dict, # Item → class

@@ -11,7 +11,6 @@ __all__ = ['influences']
 import numpy as np
 import pandas as pd
 
-from .cache import LABELS
 from .export import kept_lists
 from .features import features, named
 
@@ -24,10 +23,16 @@ def _epochs(record, splits) -> list:
                                     if record._list_at(split, e) == record._list(split)}
     return sorted(set.intersection(*(there(s, kind) for s in splits for kind in ('features', 'probs'))))
 
+def _labels(record, split, epoch, n) -> np.ndarray: # Class of each item in that epoch; nan where it has none
+    found = {k: o for k, o in record._found(split).items() if k[2] == epoch}
+    rows, targ = record._epochs.read(found, ['item', 'targ']), np.full(n, np.nan)
+    targ[rows['item'].to_numpy()] = rows['targ'].to_pandas().to_numpy(float, na_value=np.nan)
+    return targ
+
 def _gradients(record, split, epoch) -> tuple: # Features `n k`; p − y, `n c`; which are known, `n`; facts
     "The two factors of each item's gradient in the last layer."
     x, p = features(record, split, epoch), record.probs(split, epoch)
-    targ, = record._cache.values(LABELS[:1], record._segment(split))
+    targ = _labels(record, split, epoch, len(x))
     seen = ~(np.isnan(targ) | np.isnan(p[:, 0]) | x.isna().any(axis=1).to_numpy())
     p[np.flatnonzero(seen), targ[seen].astype(int)] -= 1
     return np.where(seen[:, None], x.to_numpy(), 0), np.where(seen[:, None], p, 0), seen, x.attrs

@@ -181,6 +181,7 @@ def _root(ds): return _root(ds.dataset) if isinstance(ds, Subset) else ds
 def _source(ds) -> tuple: # An array or None, and what somebody should hear about it
     if isinstance(ds, Subset):
         source, chosen = _source(ds.dataset)[0], _chosen(ds)
+        if getattr(type(ds), 'same_items', False): return source, ''
         return chosen if source is None else source[chosen], ''
     if isinstance(ds, ConcatDataset):
         parts = [_source(o)[0] for o in ds.datasets]

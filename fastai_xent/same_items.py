@@ -39,6 +39,10 @@ class SameItems:
         "The fingerprints of the lists that a split has in the record."
         return [o['fingerprint'] for o in self.meta['splits'].get(split, dict(segments=[]))['segments']]
 
+def _base(ds):
+    "What `relabel` gave other labels."
+    return _base(ds.dataset) if getattr(type(ds), 'same_items', False) else ds
+
 def _length(ds) -> int|None:
     try: return len(ds)
     except (TypeError, AttributeError, NotImplementedError): return None
@@ -60,8 +64,9 @@ def look(self: SameItems,
         now = KnownItems(dataset, self.key_fn, n)
         if now.why: self.tell(f"on the names of the items: {now.why}")
     (was, _), self.seen[split] = self.seen.get(split, (None, None)), (dataset, n)
+    if was is not dataset: self.labels.pop(split, None)          # it may have others, as `relabel` gives it
     alike = before is not None and before.fingerprint == now.fingerprint
-    sure = was is dataset or now.frame['name'].notna().any()     # of another object without names, the labels tell
+    sure = _base(was) is _base(dataset) or now.frame['name'].notna().any()  # else the labels tell
     if not (alike and sure):
         self.lists.pop(split, None)
         self._compare(split, now, epoch)
@@ -160,8 +165,8 @@ def check_vocab(self: SameItems, vocab: list|None) -> None:
         raise OtherItems(f"the classes are not those of the record: {why}; use a new record, or the same vocab")
 
 # %% ../nbs/06a_same_items.ipynb #2dbdb909
-_REORDERED = ("If labels are drawn at random this is as it should be. If not, a transform or collate function "
-              "reorders the rows of a batch, and the record is wrong")
+_REORDERED = ("If you changed them or they are drawn at random, this is as it should be. If not, a transform or "
+              "collate function reorders the rows of a batch, and the record is wrong")
 
 @patch
 def _watch_labels(self: SameItems, split, cols, n):

@@ -4,9 +4,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from fastai.callback.core import Callback
-from helpers import learner, warned
+from fastai.data.core import DataLoaders, TfmdDL
+from fastai.learner import Learner
+from helpers import learner, quiet, warned
 from torch import nn
 
+from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
 
 torch.set_num_threads(1)
@@ -90,3 +93,25 @@ def test_an_item_without_features_is_refused():
             rec.record.influences(5, split)
     others = rec.record.influences(4, n=36)
     assert (others['influence'].abs() > 0).sum() == 35 and others.set_index('item')['influence'][5] == 0
+
+class OtherLabels(Callback):
+    "From epoch 1 on train items 3 and 8 have another label."
+    def before_epoch(self):
+        if self.epoch == 1:
+            y = self.dls.train_ds.y
+            for i in (3, 8): y[i] = (y[i] + 1) % 3
+
+def test_each_epoch_has_its_own_labels():
+    class Labelled:
+        def __init__(self, n): self.x, self.y = torch.randn(n, 4, generator=torch.Generator().manual_seed(n)), torch.arange(n) % 3
+        def __len__(self): return len(self.x)
+        def __getitem__(self, i): return torch.cat([self.x[i], torch.tensor([float(i)])]), self.y[i].clone()
+    model = Narrow()
+    dls = DataLoaders(*(TfmdDL(Labelled(n), bs=6, shuffle=n == 36, num_workers=0) for n in (36, 18)))
+    rec = XentRecorder(features='every', keep_probs=True)
+    learn = quiet(Learner(dls, model, loss_func=XentLossFlat(), lr=.1, cbs=[OtherLabels(), rec, truth := Gradients(model.fc)]))
+    with warned() as said: learn.fit(3)
+    assert any('have other labels than before' in o for o in said)
+    got = rec.record.influences(5, n=36).set_index('item')['influence']
+    want = np.array([truth.influence(5, j, range(3)) for j in got.index])
+    np.testing.assert_allclose(got, want, atol=.03 * np.abs(want).max())

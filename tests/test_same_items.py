@@ -14,6 +14,7 @@ from helpers import Coded, coded, warned
 from torch import nn
 from torch.utils.data import DataLoader, Subset, TensorDataset
 
+from fastai_xent.acts import relabel
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.recorder import XentRecorder
 
@@ -96,3 +97,15 @@ def test_a_label_function_with_a_generator_of_its_own_is_not_called():
             learn.fit(3)
         return learn.model.weight
     assert torch.equal(run([]), run([XentRecorder()]))
+
+def test_relabel_is_no_reordering():
+    "The user asked for other labels; what each epoch had is in the record."
+    dls = DataLoaders(plain(Targets(N, labels()), shuffle=True), plain(tensors()))
+    learn = Learner(dls, Through(), loss_func=XentLossFlat(), cbs=[recorder := XentRecorder()])
+    with learn.no_bar(), learn.no_logging(), warned() as said:
+        learn.fit(1)
+        learn.dls = relabel(learn.dls, recorder.record, {2: 1, 5: 0})
+        learn.fit(1)
+    assert not said, said
+    df = recorder.record.to_df('train')
+    assert df[df['item'] == 2]['targ'].tolist() == [2, 1]
