@@ -358,7 +358,7 @@ def _listen(self: XentRecorder, split, dl) -> Pass:
     if self.keep_probs: keepers.append(KeptProbs(self.keep_probs, self._tell))
     layer, asked = self._last_layer(), self.features is not None
     if asked and layer is not None: keepers.append(KeptFeatures(self.features, self._tell, self.learn.opt))
-    if asked and split not in self._life.shself.learn: keepers.append(KeptInputs(self.learn, self._tell))
+    if asked and split not in self._life.shown: keepers.append(KeptInputs(self.learn, self._tell))
     return Pass(split, dl, layer=layer, keepers=keepers, parts=self.parts)
 
 @patch
