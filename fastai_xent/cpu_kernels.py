@@ -22,7 +22,7 @@ from numpy.polynomial import Chebyshev, Polynomial
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from .numerics import XentStats, _is_wrapped, _raise_bad_targ, xent_stats
+from .numerics import XentStats, _is_wrapped, _raise_bad_targ
 
 # %% ../nbs/00b_cpu_kernels.ipynb #f0bd6d9e
 _LN2 = math.log(2)

@@ -88,7 +88,7 @@ def _in_one_space(seen: dict) -> _Space: # From split → frame of an item a row
     at = pd.concat([pd.DataFrame(dict(split=s, item=o.index)) for s, o in seen.items()], ignore_index=True)
     return _Space(_whitened(np.concatenate([o.to_numpy() for o in seen.values()])), at, seen)
 
-# %% ../nbs/07c_features.ipynb #1198ae4c
+# %% ../nbs/07c_features.ipynb #ff2d06dd
 def named(record,
     split: str,
     x: pd.DataFrame, # From `features(record, split)`, or some of its rows

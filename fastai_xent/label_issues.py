@@ -116,12 +116,12 @@ def _answers(wrong: pd.Series) -> np.ndarray:
     said = wrong.map(lambda o: np.nan if pd.isna(o) else _ANSWERS.get(str(o).strip().lower(), o))
     other = said[~said.isin([0., 1.]) & said.notna()]
     if len(other):
-        raise ValueError(f"{other.tolist()[0]!r} in the column `wrong` of `reviewed` is no answer, expected True (the label "
-                         "is wrong), False (it is right), or nothing (nobody has looked)")
+        raise ValueError(f"{other.tolist()[0]!r} in the column `wrong` of `reviewed` is no answer, expected True "
+                         "(the label is wrong), False (it is right), or nothing (nobody has looked)")
     said = said.to_numpy(np.float64)
     if np.isnan(said).any() and np.nanmin(said, initial=1) > 0 and (said == 1).any():
-        warnings.warn(f"in `reviewed` {np.isnan(said).sum():,} rows have nothing in `wrong`, and none has False: what is "
-                      "empty counts as not looked at. Write False where the label is right", stacklevel=5)
+        warnings.warn(f"in `reviewed` {np.isnan(said).sum():,} rows have nothing in `wrong`, and none has False: "
+                      "what is empty counts as not looked at. Write False where the label is right", stacklevel=5)
     return said
 
 def _found_wrong(frame) -> np.ndarray: # 1: wrong, 0: right, nan: not decided

@@ -67,6 +67,7 @@ def _copied(holders) -> list: # Of what is copied, and its copy
         res.append((x, x.detach().clone() if isinstance(x, Tensor) else copy(x)))
     return res
 
+# %% ../nbs/06b_look.ipynb #5dd546f4
 def _refill(holder, then):
     "Give a list, dict or set the content of `then`, if it has another one."
     flat = lambda o: [*o.keys(), *o.values()] if isinstance(o, dict) else [*o]

@@ -205,19 +205,20 @@ def _hears_batch(self: XentRecorder) -> bool:
 
 # %% ../nbs/06c_recorder.ipynb #b94e0e0a
 @patch
-def _tell(self: XentRecorder, message):
-    "Warn, once for each message; if it names numbers, once a fit whatever they are."
-    kind = _NUMBER.sub('#', message)
-    if message not in self._told and kind not in self._life.told:
+def _tell(self: XentRecorder, message, once=None):
+    "Warn, once for each message (or `once`); if it names numbers, once a fit whatever they are."
+    once, kind = once or message, _NUMBER.sub('#', message)
+    if once not in self._told and kind not in self._life.told:
         warnings.warn(f"XentRecorder {message}", stacklevel=3)
-    self._told.add(message)
+    self._told.add(once)
     self._life.told.add(kind)
 
 @patch
 def _drop(self: XentRecorder):
-    "Give up the running pass."
+    "End the running pass, if there is one, and give it back."
     now, self._life.now = self._life.now, None
     if now is not None: now.stop()
+    return now
 
 @patch
 def _leave(self: XentRecorder, split, why):
@@ -256,8 +257,7 @@ def _before_fit(self: XentRecorder):
 
 @patch
 def _count_only_one(self: XentRecorder):
-    others = [cb for cb in self.learn.cbs if isinstance(cb, XentRecorder)]
-    if others[0] is self: return
+    if next(cb for cb in self.learn.cbs if isinstance(cb, XentRecorder)) is self: return
     raise OtherItems("this Learner has another XentRecorder already; remove this one with `learn.remove_cb`")
 
 @patch
@@ -406,9 +406,7 @@ def _after_validate(self: XentRecorder): self._close()
 @patch
 def _close(self: XentRecorder):
     "The walk is over: its rows are written."
-    now = self._life.now
-    self._drop()
-    if now is not None: self._write(now, self._life.epoch)
+    if now := self._drop(): self._write(now, self._life.epoch)
 
 @patch
 def _write(self: XentRecorder, now: Pass, epoch: int):
@@ -433,9 +431,8 @@ def _keep_doubt(self: XentRecorder, now, epoch):
     if self.check: raise RuntimeError(f"in epoch {epoch} of {now.split!r} {now.balance}")
     found = [self._life.fit, now.split, epoch, str(now.balance)]
     self._writer._save(ledger=[*self._same.meta.get('ledger', []), found])
-    if (now.split, 'ledger') in self._told: return
-    self._told.add((now.split, 'ledger'))
-    self._tell(f"doubts its rows, and the record says so: in epoch {epoch} of {now.split!r} {now.balance}")
+    told = f"doubts its rows, and the record says so: in epoch {epoch} of {now.split!r} {now.balance}"
+    self._tell(told, once=(now.split, 'ledger'))
 
 # %% ../nbs/06c_recorder.ipynb #d3fe0a94
 @patch

@@ -182,7 +182,7 @@ def summary_html(
 ) -> FT:
     "The summary in words."
     *heads, last = said
-    told = lambda o, t: ft('p', *with_code(t)) if o.startswith('Labels') else paragraph(t)
+    told = lambda o, t: ft('p', *with_code(t)) if o.startswith('Labels') else paragraph(t) # a class may have any name
     blocks = [ft('div', ft('h3', o), *[told(o, t) for t in said[o]]) for o in heads if said[o]]
     todo = ft('ol', *[ft('li', *with_code(t)) for t in said[last]])
     return section('summary', 'Summary', ft('div', *blocks, cls='facts'), ft('h3', last), todo)

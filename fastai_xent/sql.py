@@ -23,10 +23,7 @@ def sql(record, /,
     **frames, # Data frames of your own, by the names that `query` calls them
 ) -> pd.DataFrame:
     "Ask in SQL, answered by DuckDB. Variables of Python are not seen."
-    taken = frames.keys() & _TABLES
-    if taken:
-        raise ValueError(f"{min(taken)!r} is a table of the record, expected another name for your frame; "
-                         f"taken are {', '.join(_TABLES)}")
+    _check_names(frames)
     with duckdb.connect() as con:
         con.execute('set enable_progress_bar = false; set python_enable_replacements = false')
         for name, frame in frames.items(): con.register(name, frame)
@@ -34,10 +31,22 @@ def sql(record, /,
         if names or 'classes' in query.lower(): con.register('classes', _classes(record))
         try:
             _view_rows(record, con, names)
-            return con.execute(query).df()
+            answer = con.execute(query)
+            if answer is not None: return answer.df()
         except _UNREADABLE:
             record._epochs.try_reading(record._found())
             raise
+    raise ValueError(f"the query {query!r} asks nothing, expected SQL: `select …`")
+
+def _check_names(frames):
+    "SQL does not tell small letters from capitals."
+    seen = {}
+    for name in frames:
+        if name.lower() in _TABLES or name.lower().startswith('_rows_'):
+            raise ValueError(f"{name!r} is a table of the record, expected another name for your frame; "
+                             f"taken are {', '.join(_TABLES)}, in capitals too")
+        if (other := seen.setdefault(name.lower(), name)) != name:
+            raise ValueError(f"{other!r} and {name!r} are one name in SQL, expected two")
 
 def _view_rows(record, con, names):
     "The table `record`: files are read as the query needs them."

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.data import ConcatDataset, Subset
 
-from fastai_xent.items import KnownItems, difference, fingerprint, item_names, item_source, items_frame, labels_of
+from fastai_xent.items import (KnownItems, NoItemIdentity, difference, fingerprint, item_names, item_numbers, item_source,
+                               items_frame, labels_of)
 
 
 class Listed:
@@ -35,7 +36,28 @@ def why(ds, key_fn=None): return items_frame(ds, key_fn).attrs['why']
 def frame_of(names): return items_frame(Listed(list(names)))
 
 
+# -- an index that means an item
+
+def test_whole_numbers_of_any_kind_are_indices():
+    order = [torch.tensor(2), np.array(1), np.int64(0), 4]
+    np.testing.assert_array_equal(item_numbers(order, 5), [2, 1, 0, 4])
+
+@pytest.mark.parametrize('o', [torch.tensor([1]), np.array([1]), torch.tensor(1.), np.array(1.), np.float32(1), True, torch.tensor(True)], ids=repr)
+def test_what_is_no_single_whole_number_is_no_index(o):
+    with pytest.raises(NoItemIdentity, match='expected indices'): item_numbers([o, 2], 5)
+
+
 # -- a name that can be kept
+
+def test_names_are_objects_whatever_letters_they_have():
+    for names in (['a', 'b'], ['é', 'b']): assert frame_of(names)['name'].dtype == object
+
+@pytest.mark.parametrize('old, new', [([0, 1, 2], [1, 1, 2]), ([1, 1, 2], [0, 1, 2])])
+def test_class_0_is_a_label_like_others(old, new):
+    "Items without names are told apart by it, too."
+    frames = [items_frame(Listed(n=3)) for _ in range(2)]
+    assert f'the first is item 0: label {old[0]} then and {new[0]} now' in difference(*frames, labels=(old, new))
+    assert not difference(*frames, labels=(old, [-1, *old[1:]]))
 
 NOT_UTF8 = os.fsdecode(b'caf\xe9.png')
 

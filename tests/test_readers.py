@@ -135,8 +135,11 @@ def test_frames_of_ones_own(record):
     assert record.sql('select count(*) n from a join b using (item)', a=notes, b=notes).n[0] == 2
     for hidden in ('notes', 'record_', 'rows', 'RUN', 'self', 'frames', 'parts'):
         with pytest.raises(duckdb.CatalogException, match=f'{hidden} does not exist'): record.sql(f'select * from {hidden}')
-    for taken in ('record', 'items', 'classes'):
+    for taken in ('record', 'items', 'classes', 'Record', 'ITEMS', 'Classes', '_rows_0'):
         with pytest.raises(ValueError, match=f"'{taken}' is a table of the record"): record.sql('select 1', **{taken: notes})
+    with pytest.raises(ValueError, match="'a' and 'A' are one name in SQL"): record.sql('select 1', a=notes, A=notes)
+    for nothing in ('', ' ', '-- a remark'):
+        with pytest.raises(ValueError, match='asks nothing'): record.sql(nothing)
 
 def test_names_in_answers(record):
     label = int(record.to_df('train')['targ'].dropna().iloc[0])

@@ -161,6 +161,17 @@ def test_another_process_still_writes(tmp_path):
     assert reader.n_epochs == 4 and len(reader.to_df(epoch=-1)) == 2 and len(reader.item(4)) == 1
     np.testing.assert_array_equal(reader.score(), record.score())
 
+def test_nothing_recorded_is_counted_as_nothing():
+    record = XentWriter().record
+    assert (record.n_epochs, record._n_fits, record.epochs, record.splits) == (0, 0, [], [])
+
+def test_losses_that_do_not_add_up_are_told_of_their_split():
+    record = fill(None, RUN)
+    record.meta['ledger'] = [[0, 'train', 1, 'a sentence'], [0, 'valid', 2, 'another']]
+    told = {o: record._told_ledger(o) for o in ('train', 'valid', 'test', None)}
+    assert 'train' in told['train'] and 'valid' not in told['train'] and 'train' not in told['valid'] and not told['test']
+    assert 'train' in told[None] and 'valid' in told[None]
+
 
 # -- refusals
 
