@@ -56,7 +56,6 @@ class _Life:
     spent: float = 0.          # Of these, before this fit
     fit_seconds: float = 0.    # Of all fits
     told: set = field(default_factory=set) # What this fit has told, without its numbers
-    shown: set = field(default_factory=set) # Splits whose inputs this fit need not keep: they are augmented, or kept
 
 _NUMBER = re.compile(r'[-+]?\d[\d.,e+-]*')
 _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes to a path
@@ -265,7 +264,7 @@ def _count_only_one(self: XentRecorder):
 def _begin(self: XentRecorder):
     life = self._life
     life.stopped = life.in_fit = life.wrote = life.heard = False
-    life.started, life.spent, life.told, life.shown = time.perf_counter(), life.seconds, set(), {'train'}
+    life.started, life.spent, life.told, life.shown = time.perf_counter(), life.seconds, set(), {'train'} # augmented
 
 @patch
 def _take_over(self: XentRecorder):
@@ -357,10 +356,9 @@ def _listen(self: XentRecorder, split, dl) -> Pass:
     self._same.open(split, getattr(dl, 'dataset', None), self._life.epoch)
     keepers = [KeptMaps(self.maps, self._tell)] if self.maps else []
     if self.keep_probs: keepers.append(KeptProbs(self.keep_probs, self._tell))
-    layer = self._last_layer()
-    if layer is not None and self.features is not None:
-        keepers.append(KeptFeatures(self.features, self._tell, self.learn.opt))
-    if self.features is not None and split not in self._life.shown: keepers.append(KeptInputs(self.learn, self._tell))
+    layer, asked = self._last_layer(), self.features is not None
+    if asked and layer is not None: keepers.append(KeptFeatures(self.features, self._tell, self.learn.opt))
+    if asked and split not in self._life.shown: keepers.append(KeptInputs(self.learn, self._tell))
     return Pass(split, dl, layer=layer, keepers=keepers, parts=self.parts)
 
 @patch
@@ -421,8 +419,7 @@ def _write(self: XentRecorder, now: Pass, epoch: int):
     if why := now.why_no_grand(cols): self._tell(why)
     self._life.wrote = True
     alone = num_distrib() <= 1  # one of several sees its own rows only: scores wait until they are asked for
-    kept = now.kept(cols)
-    if 'inputs' in kept: self._life.shown.add(now.split)
+    if 'inputs' in (kept := now.kept(cols)): self._life.shown.add(now.split)
     self._writer.write(self._life.fit, epoch, now.split, cols, rank=rank_distrib(), **kept, fold=alone)
     show_rows(self.learn.cbs, now.split, epoch, cols, self._tell)
     self._keep_doubt(now, epoch)
