@@ -68,7 +68,7 @@ def last(column):
 def forgotten(right): return sum(a and not b for a, b in zip(right, right[1:]))
 
 def label_doubt(i, epochs):
-    "By hand, a row at a time: softplus(−margin)·(1 + gap)/2, an epoch counting by the squared variance of its gaps."
+    "By hand, a row at a time: softplus(−margin)·(1 + gap)/2, an epoch counting by the variance of its gaps, squared where the model is undecided."
     rows = []
     for e in epochs:
         known = [(j, w, float(m), float(p)) for j, w, m, p in zip(e['item'], e['weight'], e['margin'], e['p_targ']) if w > 0 and not np.isnan(m + p)]
@@ -77,7 +77,9 @@ def label_doubt(i, epochs):
         if not total: continue
         center = sum(w * g for (_, w, _, _), g in zip(known, gaps)) / total
         spread = sum(w * (g - center)**2 for (_, w, _, _), g in zip(known, gaps)) / total
-        rows += [(w * (spread**2 + 1e-12), np.logaddexp(0, -m) * (1 + g) / 2) for (j, w, m, _), g in zip(known, gaps) if j == i]
+        undecided = 1 - sum(w * g * g for (_, w, _, _), g in zip(known, gaps)) / total
+        by = spread * (spread + .05 / (.05 + max(undecided, 0))) + 1e-12
+        rows += [(w * by, np.logaddexp(0, -m) * (1 + g) / 2) for (j, w, m, _), g in zip(known, gaps) if j == i]
     return mean(rows)
 
 WANT = {'label_doubt': label_doubt, 'suspicion': label_doubt, **{o: lambda i, es, o=o: mean(history(i, es, o)) for o in ('loss', 'el2n', 'grad_norm', 'entropy', 'grand')},
