@@ -18,6 +18,7 @@ import numpy as np
 from fastcore.basics import patch
 
 from .bars import Bar
+from .chunks import check_executor
 from .dynamics import (RANK_BY, SCORES, Label, Last, MarginLoss, Reducer, Worst, _share_state,
                                   register_score, row_weight)
 from .epochs import Epochs
@@ -40,6 +41,7 @@ class Segment:
     found: dict # The epochs, as `Epochs.found` has them
     executor: Executor|None = None # Who reads them; None: this process
     look: 'Segment|None' = None # The same items, if they were looked at after the last epoch
+    def __post_init__(self): check_executor(self.executor) # even if nothing has to be read
 
 # %% ../nbs/05c_cache.ipynb #9c043d11
 @dataclass(frozen=True)

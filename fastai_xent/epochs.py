@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from fastcore.basics import patch
 
 from .bars import Bar
-from .chunks import in_order
+from .chunks import check_executor, in_order
 from .files import Place
 from .parquet import ALL, GROUP, KEY, ROWS, naming, read_items, with_key, write_rows
 
@@ -247,6 +247,7 @@ def pack(self: Epochs,
     executor: Executor|None = None, # Who reads them; None: this process
 ) -> None:
     "Put all epochs of a split into one file."
+    check_executor(executor)
     found, before = {k: o for k, o in self.found().items() if k[1] == split}, self.compact().get(split)
     if any(not isinstance(o, Compact) for o in found.values()):
         name = self.layout.compact.format(split=split, number=1 + (before.number if before else 0))

@@ -9,6 +9,7 @@ __all__ = ['features', 'named', 'neighbours', 'duplicates', 'outliers', 'feature
 
 # %% ../nbs/07c_features.ipynb #fa8af5bf
 import warnings
+from numbers import Real
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +20,7 @@ from sklearn.covariance import ledoit_wolf_shrinkage
 from sklearn.neighbors import NearestNeighbors
 
 from .cache import LABELS
+from .classes import number_of_items
 from .export import kept_lists, read_lists
 
 # %% ../nbs/07c_features.ipynb #471c2306
@@ -110,6 +112,14 @@ def _told(record, space, at) -> pd.DataFrame: # Columns split, item, name, targ,
     return pd.concat(parts).sort_index() if parts else res.assign(name=None, targ=None, likely=None)
 
 # %% ../nbs/07c_features.ipynb #8cbc0695
+def _no_features(record, i, split, facts) -> str:
+    "Why an item has none."
+    rows = record.to_df(facts['split'], facts['epoch'])
+    why = "was not seen in that epoch"
+    if (rows['item'] == i).any():
+        why = "was seen, but its features are not known, are no numbers, or do not fit into half precision"
+    return f"item {i} of {split!r} has no features in epoch {facts['epoch']}: it {why}"
+
 def neighbours(record,
     i: int|str, # Index in the split's dataset, or the item's name as text
     n: int = 10, # How many
@@ -118,10 +128,10 @@ def neighbours(record,
 ) -> pd.DataFrame: # Columns split, item, name, targ, likely, distance (1: that of any two items); the nearest first
     "The items that the model sees most like this one."
     among = among or split
-    i = record._index(i, record._segment(split))
+    i, n = record._index(i, record._segment(split)), number_of_items(n)
     space = _space(record, *dict.fromkeys((split, among)))
     own = (space.at['split'] == split) & (space.at['item'] == i)
-    if not own.any(): raise KeyError(f"item {i} of {split!r} has no features: it was not seen in that epoch")
+    if not own.any(): raise KeyError(_no_features(record, i, split, space.seen[split].attrs))
     others = np.flatnonzero((space.at['split'] == among) & ~own)
     d = np.linalg.norm(space.rows[others] - space.rows[own.to_numpy()], axis=1)
     first = np.argsort(d, kind='stable')[:n]
@@ -215,7 +225,10 @@ def duplicates(record,
     chance: float = .1, # Which share of the pairs may be near by chance?
 ) -> pd.DataFrame: # Columns group, split, item, name, targ, likely, closeness, by; the closest groups first
     "Groups of items that are nearer to each other than chance would have it, to the model or by what they show."
-    splits = [o for o in ('train', 'valid') if o in record.splits] if split is None else [split]
+    if not isinstance(chance, Real) or not 0 <= chance <= 1:
+        raise ValueError(f"chance is {chance!r}, expected a share from 0 to 1")
+    both = [o for o in ('train', 'valid') if o in record.splits] or ['train']
+    splits = both if split is None else [split]
     spaces = _spaces(record, splits)
     if 'features' in spaces: _tell_of_training(spaces['features'].seen)
     ends, facts = zip(*(_ends(record, o, by, chance) for by, o in spaces.items()))
@@ -239,7 +252,7 @@ def outliers(record,
     split: str = 'train',
 ) -> pd.DataFrame: # Columns split, item, name, targ, likely, distance (by the features), strange (0 to 1)
     "The items that are least like any others, the strangest first."
-    space = _spaces(record, [split], features_too=True)
+    k, space = number_of_items(k, 'k'), _spaces(record, [split], features_too=True)
     own, shown = space['features'], space.get('input')
     _tell_of_training(own.seen)
     d = _nearest(own.seen[split].to_numpy(), metric='cosine')[0].mean(1)

@@ -11,6 +11,7 @@ __all__ = ['influences']
 import numpy as np
 import pandas as pd
 
+from .classes import number_of_items
 from .export import kept_lists
 from .features import features, named
 
@@ -44,6 +45,7 @@ def influences(record,
     of: str = 'train', # The split whose items are asked for
 ) -> pd.DataFrame: # Columns item, name, targ, likely, influence; the largest first, whatever its sign
     "The training items that changed the loss of an item most, by last-layer TracIn; negative: they raised it."
+    n = number_of_items(n)
     i, epochs = record._index(i, record._segment(split)), _epochs(record, dict.fromkeys((split, of)))
     if not epochs:
         raise KeyError(f"no epoch has features and probabilities of {split!r} and {of!r}, expected one at least; "

@@ -169,7 +169,7 @@ class LabelIssues(pd.DataFrame):
         n: int = 50, # How many items
         seed: int = 0,
     ) -> pd.DataFrame: # Rows of this frame, in its order; `wrong`, to be filled in; `chance` of each to be drawn
-        "Items for a person to look at: say in `wrong` which labels are, and ask `label_issues(reviewed=…)` again."
+        "Items for a person: put True or False in `wrong` of each row, and ask `label_issues(reviewed=…)` again."
         p = self['p_wrong'].mask(self['item'].isin(self.attrs['reviewed'])).to_numpy(np.float64)
         if not self.attrs['reviewed']: p = p_wrong(self['score'].to_numpy(), _base(self.attrs))
         asked = np.sort(draw(p, p >= .5, n, seed))

@@ -24,6 +24,7 @@ from fastcore.basics import patch
 
 from . import export as _export, label_issues as _label_issues, shown, sql as _sql
 from .cache import LABELS, Segment, StateCache
+from .classes import number_of_items, whole_number
 from .dynamics import RANK_BY, SCORES, Reducer, get_score
 from .epochs import FORMAT, Compact, Epochs, layout_of
 from .files import Place
@@ -299,7 +300,8 @@ def _with_names(self: XentRecord, df) -> pd.DataFrame:
 def _index(self: XentRecord, i, seg) -> int:
     "The index of an item that is given by its index or its name."
     if not isinstance(i, str):
-        if 0 <= i < seg.n: return i
+        at = whole_number(i, 'item', "its index, a whole number, or its name as text")
+        if 0 <= at < seg.n: return at
         raise IndexError(f"item {i} is not in split {seg.split!r}, which has items 0 to {seg.n - 1}")
     at = np.flatnonzero(self.items(seg.split, seg.k)['name'].astype(object).map(str) == i)
     if len(at) == 1: return int(at[0])
@@ -361,8 +363,7 @@ def top(self: XentRecord,
     executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> pd.DataFrame: # Columns item, name, source, targ (the label), likely (what the model takes it for), score
     "The items a person should look at first."
-    if not isinstance(k, (int, np.integer)): raise TypeError(f"k is {k!r}, expected a number of items, as `top(20)`")
-    seg, reducer = self._segment(split, segment, executor), _readable(by)
+    k, seg, reducer = number_of_items(k, 'k'), self._segment(split, segment, executor), _readable(by)
     score, targ, likely = self._cache.values([reducer, *LABELS], seg)
     if not np.isnan(targ).all(): self._check_score(reducer, score, split, segment)        # items were seen
     order = _first(-score if reducer.largest_first else score, k)
@@ -389,7 +390,7 @@ def _first(x: np.ndarray, k: int) -> np.ndarray: # Places, at most `k`
     "Where the smallest numbers are, ties in their order; nan is nowhere."
     at = np.flatnonzero(~np.isnan(x))
     if 0 < k < len(at): at = at[x[at] <= np.partition(x[at], k - 1)[k - 1]]
-    return at[np.argsort(x[at], kind='stable')[:max(k, 0)]]
+    return at[np.argsort(x[at], kind='stable')[:k]]
 
 @patch
 def scores(self: XentRecord,

@@ -75,7 +75,7 @@ class XentRecorder(Callback):
         precision: str = 'short', # Of floats on disk: 'short', 8 binary digits after the first, or 'full'
         key_fn=None, # From an item (a path, a row of a frame) to its name; default: path, row label or text
         eval_every: int = 0, # Look at train without augmentation every so many epochs, as 'train_eval'
-        eval_at_end: bool = False, # Look at it once when the fit is over? A forward pass, for a better ranking
+        eval_at_end: bool = False, # Look at it once when a fit is over (`fine_tune` has two)? For a better ranking
         head: nn.Module|str|None = None, # Record `grand`, the gradient in this last layer; 'auto' finds it
         maps=(), # Masks and sequences whose numbers are kept at each position; of all others a coarse map; False: none
         keep_probs: bool|str|int = False, # Of all classes? True: to 2 GB a pass; or bytes; or 'any size'

@@ -8,6 +8,7 @@ Docs: https://fastai-xent.github.io/fastai_xent/records.html.md"""
 __all__ = ['XentRecords', 'first_items']
 
 # %% ../nbs/05j_records.ipynb #ee1ab3bf
+import os
 import warnings
 from concurrent.futures import Executor, ThreadPoolExecutor
 from functools import reduce
@@ -19,7 +20,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 from .cache import Segment
-from .classes import vocab_difference
+from .classes import number_of_items, vocab_difference, whole_number
 from .dynamics import RANK_BY, Label, get_score
 from .issues import LabelDoubt, Likely
 from .label_issues import LabelIssues, _n_classes, label_issues as _label_issues
@@ -52,16 +53,29 @@ def _names(paths: list) -> list:
     short = [o.rstrip('/').rsplit('/', 1)[-1] for o in whole]
     return short if len(set(short)) == len(short) else whole
 
+def _where(record) -> str|int:
+    "What no two records share."
+    place = record._place
+    if record.path is None: return id(place)
+    return os.path.realpath(place.root) if place.local else place.fs.unstrip_protocol(place.root)
+
+def _check_once(names: list, records: list):
+    "Each record comes once, and has a name of its own."
+    places = [_where(o) for o in records]
+    twice = [repr(o) for o, where in zip(names, places) if places.count(where) > 1]
+    if twice:
+        raise ValueError(f"the same record comes twice, as {' and '.join(twice)}; expected a record of each run")
+    if len(set(names)) < len(names):
+        raise ValueError(f"two records have one name ({', '.join(names)}); give a dict of name → record")
+
 def _by_name(records) -> dict: # name → record
     "The records, opened."
     if isinstance(records, (str, Path)): records = _found(records)
-    if not isinstance(records, dict):
-        records = list(records)
-        names = _names([o.path if isinstance(o, XentRecord) else o for o in records])
-        if len(set(names)) < len(names):
-            raise ValueError(f"the same record comes twice: {', '.join(names)}")
-        records = dict(zip(names, records))
-    return {str(k): o if isinstance(o, XentRecord) else XentRecord(o) for k, o in records.items()}
+    given = records if isinstance(records, dict) else None
+    records = [o if isinstance(o, XentRecord) else XentRecord(o) for o in (given.values() if given else records)]
+    names = [*map(str, given)] if given else _names([o.path for o in records])
+    _check_once(names, records)
+    return dict(zip(names, records))
 
 # %% ../nbs/05j_records.ipynb #d62af61e
 def _fingerprint(record, split) -> str:
@@ -259,7 +273,7 @@ def overlap(self: XentRecords,
     split: str = 'train',
 ) -> pd.DataFrame: # runs × runs, from 0 to 1
     "The share of their first `k` items that each two runs have in common."
-    s = self.scores(by, split)
+    k, s = whole_number(k, 'k', 'a number of items, as `k=20`'), self.scores(by, split)
     few = s.notna().sum()
     if not 1 <= k <= few.min():
         raise ValueError(f"k is {k}, expected 1 to {few.min()}, the number of items that run {few.idxmin()!r} has seen")
@@ -294,6 +308,7 @@ def top(self: XentRecords,
     split: str = 'train',
 ) -> pd.DataFrame: # Columns of `items`; targ, likely, score (mean), std, runs (that have seen it)
     "The items a person should look at first, by the mean over runs."
+    k = number_of_items(k, 'k')
     s, one = self.scores(by, split), next(iter(self.records.values()))
     first = first_items(s.mean(axis=1).to_numpy(), by, k)
     s = s.iloc[first]

@@ -34,7 +34,8 @@ def _facts(record) -> dict: # what → in words
     if columns: facts['columns'] = ', '.join(columns)
     if cost and cost['fit']:
         whole = 'fit' if _fits(record) == 1 else 'fits'
-        facts['recording'] = f"took {cost['recording'] / cost['fit']:.1%} of the {whole}"
+        looks = ', looks at train included' if 'train_eval' in record.splits else ''
+        facts['recording'] = f"took {cost['recording'] / cost['fit']:.1%} of the {whole}{looks}"
     ledger, stray = record._told_ledger(), record._told_strays()
     if ledger:
         facts['losses'] = f"{ledger}: those of the rows do not add up to the Learner's, see record.meta['ledger']"

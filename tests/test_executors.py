@@ -197,10 +197,17 @@ def test_a_score_that_fails_says_the_same(kind, small, tmp_path):
     with POOLS[kind]() as pool, pytest.raises(BrokenScore) as by: record.score(Wrong(), executor=pool)
     assert (str(by.value), repr(by.value.__cause__)) == (str(alone.value), repr(alone.value.__cause__))
 
-def test_what_is_no_executor(tmp_path):
-    record = long_run(tmp_path / 'r')
-    for bad in (4, 'process', ProcessPoolExecutor):
-        with pytest.raises(TypeError, match='expected a `concurrent.futures.Executor`'): record.scores(executor=bad)
+@pytest.mark.parametrize('bad', [4, 0, False, 'process', ProcessPoolExecutor])
+def test_what_is_no_executor(bad, tmp_path):
+    "It is refused whatever is asked, and whether or not anything has to be read."
+    record, empty = long_run(tmp_path / 'r'), XentWriter()
+    empty.set_items('train', frame(3, '{}'), 'hash')
+    asks = [o for r in (record, empty.record) for o in (r.scores, r.top, r.score, r.label_issues, r.compact)]
+    record.scores()                                       # now all are up to date
+    for ask in (*asks, XentRecords([record]).scores, XentRecords([record]).label_issues):
+        with pytest.raises(TypeError, match='executor is .*, expected a `concurrent.futures.Executor`'): ask(executor=bad)
+    record.compact()
+    with pytest.raises(TypeError, match='expected a `concurrent.futures.Executor`'): record.compact(bad)
 
 def test_few_chunks_wait(tmp_path):
     "However many there are: results that wait for their turn lie in this process's memory."

@@ -20,6 +20,7 @@ from fastai_xent.linear import head_in_loss
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.record import XentRecord
 from fastai_xent.recorder import XentRecorder
+from fastai_xent.records import XentRecords
 from fastai_xent.sketch import projection
 from fastai_xent.writer import XentWriter
 
@@ -283,6 +284,8 @@ def test_rows_without(model, gone):
     x, want, out = rec.record.features(), got.sketches('train', 1, 36), gone(np.arange(36))
     assert x[out].isna().all(axis=None)
     near(x[~out], want[~out])
+    with pytest.raises(KeyError, match=f"item {out.argmax()} of 'train' has no features in epoch 1: it was seen, but"):
+        rec.record.neighbours(int(out.argmax()))
 
 @pytest.mark.parametrize('bad', [0, -1, 'all', None, 1.5])
 def test_bad_settings(bad):
@@ -376,7 +379,35 @@ def test_items_without_features_are_left_out():
         features=(np.arange(60), x, dict(every=0, of=20, training=False)))
     record = writer.record
     assert len(record.neighbours(0, n=100)) == 59 and len(record.outliers(100)) == 60
-    with pytest.raises(KeyError, match="item 65 of 'train' has no features"): record.neighbours(65)
+    with pytest.raises(KeyError, match="item 65 of 'train' has no features in epoch 0: it was not seen in that epoch"): record.neighbours(65)
+
+COUNTS = dict(neighbours=lambda r, n: r.neighbours(0, n), outliers=lambda r, n: r.outliers(n), top=lambda r, n: r.top(n, 'forgetting'),
+              influences=lambda r, n: r.influences(0, 'train', n), together=lambda r, n: XentRecords([r]).top(n, 'forgetting'))
+
+@pytest.mark.parametrize('bad, error', [(-1, ValueError), (1.5, TypeError), ('9', TypeError), (None, TypeError), (True, TypeError)])
+@pytest.mark.parametrize('ask', COUNTS)
+def test_numbers_of_items_that_are_none(ask, bad, error):
+    with pytest.raises(error, match=f"[nk] is {bad!r}, expected a number of items"): COUNTS[ask](record_of(cloud(50)), bad)
+
+@pytest.mark.parametrize('bad', [1.5, 3., np.nan, True, None, [3], np.arange(2)])
+def test_items_that_are_none(bad):
+    record = record_of(cloud(50))
+    for ask in (record.neighbours, record.item):
+        with pytest.raises(TypeError, match='item is .*, expected its index, a whole number, or its name as text'): ask(bad)
+
+@pytest.mark.parametrize('kind', [int, np.int8, np.array, torch.tensor])
+def test_whole_numbers_of_any_kind(kind):
+    record = record_of(cloud(50))
+    assert len(record.neighbours(kind(3), kind(2))) == len(record.outliers(kind(2))) == 2 and len(record.item(kind(3))) == 1
+    assert len(record.neighbours(3, kind(0))) == len(record.outliers(kind(0))) == len(record.top(kind(0), 'forgetting')) == 0
+
+@pytest.mark.parametrize('bad', [np.nan, -1, 5, 1.01, 'many', None])
+def test_a_chance_that_is_no_share(bad):
+    with pytest.raises(ValueError, match=f'chance is {bad!r}, expected a share from 0 to 1'): record_of(cloud(50)).duplicates(chance=bad)
+
+def test_duplicates_of_a_record_without_items():
+    with pytest.raises(KeyError, match="no split 'train' in this record; nothing was recorded yet"): XentWriter().record.duplicates()
+    with pytest.raises(KeyError, match="no split 'train' in this record; it has test"): record_of(cloud(50), split='test').duplicates()
 
 def test_too_few_items():
     with pytest.raises(ValueError, match='10 items have features, expected more than 10'): record_of(cloud(10)).duplicates()

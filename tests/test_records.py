@@ -1,4 +1,5 @@
 "Several records side by side: which belong together, means and agreement over runs, against plain loops and scipy."
+import pickle
 import warnings
 
 import numpy as np
@@ -68,8 +69,22 @@ def test_names(tmp_path):
     assert list(XentRecords([record_of([[1., 2.]]), record_of([[1., 2.]])]).records) == ['0', '1']
     runs = XentRecords({'first': paths[2], 'second': record_of([[1., 2.]])})
     assert list(runs.records) == ['first', 'second'] and len(runs) == 2 and runs['first'].path == paths[2]
-    with pytest.raises(ValueError, match='the same record comes twice'): XentRecords([paths[0], paths[0]])
     with pytest.raises(ValueError, match='expected at least one record, got none'): XentRecords([])
+
+def test_a_record_comes_once(tmp_path, monkeypatch):
+    "Whatever its path is spelt like, on disk, on another file system or in memory; a copy is another record."
+    monkeypatch.chdir(tmp_path)
+    one, url = tmp_path / 'runs' / 'a', 'memory://once/a'
+    (tmp_path / 'link').symlink_to(tmp_path / 'runs')
+    memory, disk = record_of([[1., 2.]]), record_of([[1., 2.]], one)
+    record_of([[1., 2.]], XentWriter(url, overwrite=True))
+    same = [(one, one), (one, str(one)), (one, 'runs/a'), ('runs/a', './runs/../runs/a/'), (one, tmp_path / 'link' / 'a'), (disk, one),
+            (disk, XentRecord(one)), (disk, disk), (memory, memory), (url, url), (url, 'memory:///once/a'), (one, f'file://{one}')]
+    for a, b in same:
+        for both in ([a, b], dict(first=a, second=b), [record_of([[1., 2.]]), a, b]):
+            with pytest.raises(ValueError, match="the same record comes twice, as '.*' and '.*'; expected a record of each run"): XentRecords(both)
+    assert len(XentRecords([memory, pickle.loads(pickle.dumps(memory)), disk, url])) == 4
+    with pytest.raises(ValueError, match=r'two records have one name \(1, 1\); give a dict'): XentRecords({1: memory, '1': disk})
 
 def test_wildcards(tmp_path):
     "On disk and on any file system that fsspec knows, sorted; what is no record is named."
@@ -249,6 +264,7 @@ def test_overlap_wants_a_k_that_all_have():
     assert runs.overlap(7).loc['a', 'b'] == 2 / 7      # a has 0 to 6 first, b 5 to 11
     for k in (0, 8, -1):
         with pytest.raises(ValueError, match=f"k is {k}, expected 1 to 7, the number of items that run 'b' has seen"): runs.overlap(k)
+    with pytest.raises(TypeError, match="k is 1.5, expected a number of items"): runs.overlap(1.5)
 
 
 # -- the items to look at

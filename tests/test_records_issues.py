@@ -1,4 +1,6 @@
 "Wrong labels by several runs."
+import pickle
+
 import numpy as np
 import pandas as pd
 import pytest
@@ -44,7 +46,7 @@ def test_one_run_says_what_its_record_says():
 
 def test_a_run_twice_says_what_it_says_once():
     r = run(0)
-    alone, twice = r.label_issues(), XentRecords(dict(a=r, b=r)).label_issues()
+    alone, twice = r.label_issues(), XentRecords(dict(a=r, b=pickle.loads(pickle.dumps(r)))).label_issues()
     assert alone['item'].tolist() == twice['item'].tolist()
     np.testing.assert_allclose(alone['score'], twice['score'], rtol=1e-5)
     assert alone['likely'].tolist() == twice['likely'].tolist()

@@ -44,6 +44,17 @@ def test_text_fits_80_columns(tmp_path):
     flat = ' '.join(text.split())
     for word in ('XentRecord in memory: 1 fit', 'train: 3 items, 1 epoch', '9 classes: a class with a rather long name, number 0', 'number 5, …', 'recording: took 1.2% of the fit'): assert word in flat
 
+def test_the_cost_says_that_looks_are_in_it():
+    "A look at train is a forward pass of its own, and much of what recording takes."
+    writer = XentWriter()
+    for split in ('train', 'train_eval'):
+        writer.set_items(split, frame(3), 'f')
+        put(writer, 0, 0, split, rows([0, 1]))
+        writer.keep_cost(20., 80.)
+        flat = ' '.join(repr(writer.record).split())
+        looked = ', looks at train included' in flat
+        assert 'of the fit' in flat and looked == (split == 'train_eval')
+
 def test_only_columns_that_hold_something(tmp_path):
     for path in (None, tmp_path / 'r'):
         writer = XentWriter(path)
