@@ -3,7 +3,7 @@
 Fits with and without take turns in a drawn order, in one process, on one thread; the figures are ratios of medians. "off / off" is the same fit
 twice: what differs there is the machine.
 `--instructions` counts instead, which no neighbour disturbs: the instructions of 200 training batches, with their passes over valid
-and the writer's thread, by valgrind's cachegrind. Each figure takes two processes, some fifty times as slow as they are alone.
+and the writer's thread, by valgrind's cachegrind. Each figure takes two processes of some twenty minutes.
 Data: `XENT_DATA` (default ../shared/data); Fashion-MNIST from Debian's package dataset-fashion-mnist, MNIST's test set in its place."""
 import gzip
 import os
