@@ -64,9 +64,10 @@ def look(self: SameItems,
         now = KnownItems(dataset, self.key_fn, n)
         if now.why: self.tell(f"on the names of the items: {now.why}")
     (was, _), self.seen[split] = self.seen.get(split, (None, None)), (dataset, n)
-    if was is not dataset: self.labels.pop(split, None)          # it may have others, as `relabel` gives it
+    akin = _base(was) is _base(dataset)
+    if akin and was is not dataset: self.labels.pop(split, None)            # `relabel` gave it others
     alike = before is not None and before.fingerprint == now.fingerprint
-    sure = _base(was) is _base(dataset) or now.frame['name'].notna().any()  # else the labels tell
+    sure = akin or now.frame['name'].notna().any()                          # else the labels tell
     if not (alike and sure):
         self.lists.pop(split, None)
         self._compare(split, now, epoch)

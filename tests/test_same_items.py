@@ -109,3 +109,16 @@ def test_relabel_is_no_reordering():
     assert not said, said
     df = recorder.record.to_df('train')
     assert df[df['item'] == 2]['targ'].tolist() == [2, 1]
+
+def test_a_dataset_made_anew_each_time_hides_no_reordering():
+    "Its labels cannot be read, so those of the epochs before are what tells."
+    class Anew(DataLoader):
+        @property
+        def dataset(self): return Hidden(N)
+        @dataset.setter
+        def dataset(self, ds): pass
+    class Hidden(Coded):
+        items = [f'item {i}' for i in range(N)]
+        def __getitem__(self, i): return super().__getitem__(i)
+    record, said = fit(Anew(Hidden(N), batch_size=6, shuffle=True, collate_fn=turned), plain(tensors()), epochs=3)
+    assert any("items of 'train' have other labels than before" in o for o in said), said
