@@ -20,7 +20,7 @@ from torch.overrides import TorchFunctionMode
 from .cpu_kernels import FusedPass
 from .linear import Features
 from .losses import XentLoss
-from .numerics import XentStats, _plain, _rows
+from .numerics import XentStats, _all_probs, _plain, _rows
 from .rowloss import XentSettings, own_loss, xent_settings
 
 # %% ../nbs/02b_batch.ipynb #2dbdd5bc
@@ -187,6 +187,7 @@ def _look_at_sums(b: Batch) -> None:
     soft = [(o, _MULTI_HOT) for o in (b.targ, *(b.mix or ())[:1]) if o.is_floating_point()]
     if b.settings is not None and b.settings.log_probs: soft.append((b.pred.exp(), _NO_LOG))
     for p, what in soft:
+        if p.is_cpu and p.dtype is torch.float32 and _all_probs(p, b.axis, slack=5e-4, least=0): continue # seen at once
         if p.is_cpu: check_sums(_sums(p, b.axis).tolist(), what)
         else: b.doubts += ((_sums(p, b.axis), what),)
 

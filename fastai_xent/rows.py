@@ -17,7 +17,7 @@ from .backward import _versions
 from .batch import Batch, NotRecordable, check_sums
 from .cpu_kernels import FusedPass, is_large
 from .ledger import Balance, Ledger
-from .numerics import XentStats, xent_stats
+from .numerics import XentStats, _rows, xent_stats
 from .rowloss import row_stats
 
 # %% ../nbs/02d_rows.ipynb #4c96727f
@@ -211,7 +211,7 @@ def _keep(self: RowBuffer, cols, to):
 @patch
 def _stats(self: RowBuffer, b) -> XentStats:
     if b.came is not None:
-        return b.came.stats(b.targ.shape) if type(b.came) is FusedPass else b.came
+        return b.came.stats(_rows(b.pred, b.axis)) if type(b.came) is FusedPass else b.came
     try: return row_stats(b.loss_func, b.pred, b.targ, b.mix, self.asked)
     except IndexError as e:                           # no class, and a loss that does not mind
         raise NotRecordable(str(e)) from None

@@ -209,7 +209,8 @@ def test_settings_alone_decide_the_way(keep_stats, monkeypatch):
     monkeypatch.setattr(losses, 'WAY', 'numba')
     targ = torch.zeros(6, dtype=torch.long)
     for kw, y, fused in (({}, targ, True), (dict(weight=torch.ones(4)), targ, True), (dict(label_smoothing=.1), targ, True),
-                          (dict(label_smoothing=.1, weight=torch.ones(4)), targ, False), ({}, torch.ones(6, 4) / 4, False)):
+                          (dict(label_smoothing=.1, weight=torch.ones(4)), targ, False), ({}, torch.ones(6, 4) / 4, True),
+                          (dict(weight=torch.ones(4)), torch.ones(6, 4) / 4, False)):
         names = graph(XentLoss(**kw, keep_stats=keep_stats)(torch.zeros(6, 4, requires_grad=True), y))
         assert any('FusedLoss' in o for o in names) == fused
 
