@@ -208,14 +208,14 @@ def read_batch(
     last = None if own is None else _last_call(own, pred, targ)
     if last is not None and last.pred.ndim > 1: return _called_batch(last, loss_func, own, loss)
     if isinstance(pred, Features): return _features_batch(pred, targ, loss_func, loss, mix_tap)
-    pred, settings = _plain(pred).detach(), xent_settings(loss_func, mix_tap is not None)
+    pred, targ, settings = _plain(pred).detach(), targ.detach(), xent_settings(loss_func, mix_tap is not None)
     axis = _class_axis(pred, loss_func, settings)
     if getattr(loss_func, 'floatify', False) and settings is not None: targ = targ.float()
     batch = Batch(pred, _fitting(targ, pred, axis, loss_func, settings), loss_func, axis, loss=loss)
     batch.settings = settings
     if mix_tap is not None:
         batch.partner, other, lam = mix_tap.mixed(batch.n)
-        batch.mix = (_plain(other[0]).view(batch.targ.shape), lam.to(pred.device))
+        batch.mix = (_plain(other[0]).detach().view(batch.targ.shape), lam.to(pred.device))
     if batch.targ.is_floating_point() or settings is not None and settings.log_probs:
         _look_at_sums(batch)
     return batch

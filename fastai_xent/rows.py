@@ -18,7 +18,7 @@ from .batch import Batch, NotRecordable, check_sums
 from .cpu_kernels import FusedPass, is_large
 from .ledger import Balance, Ledger
 from .numerics import XentStats, _rows, xent_stats
-from .rowloss import row_stats
+from .rowloss import focused, row_stats
 
 # %% ../nbs/02d_rows.ipynb #4c96727f
 def per_item(
@@ -114,7 +114,8 @@ class _Late:
     def _tensors(self, b): return (b.pred, b.targ) if b.mix is None else (b.pred, b.targ, *b.mix)
     def _like(self, b):
         s, z = b.settings, b.pred
-        return z.shape[1], z.dtype, z.device, b.targ.dtype, b.mix is None, s.ignore_index, s.label_smoothing
+        return (z.shape[1], z.dtype, z.device, b.targ.dtype, b.mix is None,
+                s.ignore_index, s.label_smoothing, s.gamma)
 
     def takes(self, b: Batch, to: slice) -> bool:
         "Copy what the statistics are computed from, if there is room and these rows are the next, of the same loss."
@@ -139,7 +140,7 @@ class _Late:
         except IndexError as e:                           # no class, and a loss that does not mind
             raise NotRecordable(str(e)) from None
         targ = y.argmax(1) if y.is_floating_point() else y
-        return {**stats._asdict(), 'targ': targ}, slice(self.start, self.start + self.n)
+        return {**focused(stats, s.gamma)._asdict(), 'targ': targ}, slice(self.start, self.start + self.n)
 
 # %% ../nbs/02d_rows.ipynb #70fa1e32
 class RowBuffer:

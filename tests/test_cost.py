@@ -9,7 +9,7 @@ import torch
 from fastai.callback.mixup import MixUp
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.learner import Learner
-from fastai.losses import CrossEntropyLossFlat, LabelSmoothingCrossEntropyFlat
+from fastai.losses import CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from fastai.torch_core import set_seed
 from helpers import quiet
 from torch import nn
@@ -76,7 +76,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 @pytest.mark.parametrize('loss_func, most', [(XentLossFlat, 24), (lambda: XentLossFlat(torch.ones(10)), 36), (CrossEntropyLossFlat, 25),
-                                             (LabelSmoothingCrossEntropyFlat, 27)], ids=['ours', 'weights', 'stock', 'stock, smooth'])
+                                             (LabelSmoothingCrossEntropyFlat, 27), (FocalLossFlat, 28)], ids=['ours', 'weights', 'stock', 'stock, smooth', 'focal'])
 def test_operations_of_a_batch(loss_func, most):
     "With recorder less without, a batch."
     n = []

@@ -815,7 +815,8 @@ def test_no_waiting_for_the_device(monkeypatch):
                 calls.append((name, frame.f_code.co_name, frame.f_lineno))
             return real(self, *args, **kw)
         monkeypatch.setattr(torch.Tensor, name, counted)
-    for loss, way, cbs in ((XentLossFlat, 'numba', []), (XentLossFlat, 'torch', []), (CrossEntropyLossFlat, None, []), (CrossEntropyLossFlat, 'torch', []), (FocalLossFlat, None, []), (lambda: XentLossFlat(W, label_smoothing=.1), None, []), (XentLossFlat, None, [MixUp()])):
+    for loss, way, cbs in ((XentLossFlat, 'numba', []), (XentLossFlat, 'torch', []), (CrossEntropyLossFlat, None, []), (CrossEntropyLossFlat, 'torch', []), (FocalLossFlat, None, []), (lambda: FocalLossFlat(gamma=.5), None, []), (lambda: XentLossFlat(W, label_smoothing=.1), None, []),
+                           (XentLossFlat, None, [MixUp()])):  # with gamma below 1 the focal loss is asked
         monkeypatch.setattr(losses, 'WAY', way)
         rec = XentRecorder()
         learn = learner([rec, Window(-5, True), Window(-5, False), *cbs], loss())

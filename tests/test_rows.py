@@ -241,3 +241,18 @@ def test_mixed_batches_wait_too(option, capacity, monkeypatch):
     assert cols['partner'].tolist() == partner
     assert_close(torch.tensor(cols['lam']), torch.tensor(lam), equal_nan=True)
     assert sum(times) == 48 and len(times) <= {1: 7, 40: 3, 1000: 3}[capacity]
+
+@pytest.mark.parametrize('n, c', [(6, 5), (64, 100)], ids=['small', 'large'])
+@pytest.mark.parametrize('make', [nn.CrossEntropyLoss, XentLossFlat])
+def test_probabilities_that_are_learned_too(make, n, c):
+    "Targets with a gradient, a teacher's: their numbers are recorded, and their graph is let go."
+    raw = torch.randn(n, c, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z, loss_func, rows = torch.randn(n, c, generator=torch.Generator().manual_seed(1)).requires_grad_(), make(), RowBuffer(n)
+    t = raw.softmax(1)
+    loss = loss_func(z, t)
+    rows.add(0, read_batch(SimpleNamespace(pred=z, yb=(t,), loss_func=loss_func, loss=loss)))
+    loss.backward()
+    assert raw.grad.abs().sum() > 0
+    cols, want = rows.cols(), xent_stats(z.detach(), t.detach())
+    assert_close(torch.tensor(cols['loss']), want.loss)
+    assert_close(torch.tensor(cols['grad_norm']), want.grad_norm)
