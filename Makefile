@@ -2,6 +2,9 @@
 PY := .venv/bin/python
 INSTALLED := .venv/.installed
 
+# The tests start many a Python. Compiled modules are kept, or each compiles torch and fastai anew.
+unexport PYTHONDONTWRITEBYTECODE
+
 .DEFAULT_GOAL := test
 .PHONY: demo test test-all docs prepare bench clean
 
@@ -15,7 +18,7 @@ $(INSTALLED): pyproject.toml settings.ini setup.py
 demo: $(INSTALLED)
 	$(PY) -m fastai_xent.demo
 
-# Run every notebook and every test but the slow ones.
+# Run every notebook and every test but the slow ones (of the notebooks: several_gpus).
 test: $(INSTALLED)
 	$(PY) -m pytest -n auto --dist worksteal -m 'not slow'
 

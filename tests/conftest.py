@@ -1,7 +1,8 @@
 "What every test shares: no window, one thread, hypothesis the same each time, and which cases of a grid are slow."
+import gc
 import os
 import zlib
-from collections import defaultdict
+from collections import Counter, defaultdict
 from itertools import combinations
 
 os.environ['MPLBACKEND'] = 'Agg'  # before anything imports matplotlib
@@ -20,12 +21,35 @@ def pairs(item):
     return set(combinations([(k, id(v)) for k, v in sorted(item.callspec.params.items())], 2))
 
 
+def covering(grid):
+    "Cases in which every two values meet: each that has a pair not met before, less those all of whose pairs others have too."
+    met, few = Counter(), []
+    for item in grid:
+        if pairs(item) <= met.keys(): continue
+        few.append(item)
+        met.update(pairs(item))
+    for item in [*few]:
+        if any(met[o] == 1 for o in pairs(item)): continue
+        few.remove(item)
+        met.subtract(pairs(item))
+    return few
+
+
 @pytest.hookimpl(tryfirst=True)  # before -m chooses
 def pytest_collection_modifyitems(items):
     "Of a grid, cases in which every two values meet stay; the others are slow. The order of the cases is as good as drawn."
-    met = defaultdict(set)
+    grids = defaultdict(list)
     for item in sorted(items, key=lambda o: zlib.crc32(o.nodeid.encode())):
-        if item.get_closest_marker('grid') is None: continue
-        test = item.nodeid.split('[')[0]
-        if pairs(item) <= met[test]: item.add_marker('slow')
-        met[test] |= pairs(item)
+        if item.get_closest_marker('grid'): grids[item.nodeid.split('[')[0]].append(item)
+    for grid in grids.values():
+        few = covering(grid)
+        for item in grid:
+            if item not in few: item.add_marker('slow')
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtestloop():
+    "What has been imported by now stays: the garbage collector need not look at it again, nor workers that are forked copy it."
+    gc.freeze()
+    try: return (yield)
+    finally: gc.unfreeze()

@@ -22,8 +22,12 @@ def two_segments(writer):
     writer.close()
     return writer.record
 
-@pytest.mark.parametrize('make', [lambda r: fill(r, RUN), two_segments])
-@pytest.mark.parametrize('path', ['r', 'with [brackets] & spaces', 'memory://compact/r'])
+def one_segment(writer): return fill(writer, RUN)
+
+@pytest.mark.parametrize('path, make', [
+    ('r', one_segment), ('with [brackets] & spaces', one_segment), ('memory://compact/r', two_segments),
+    *(pytest.param(*o, marks=pytest.mark.slow) for o in
+      [('r', two_segments), ('with [brackets] & spaces', two_segments), ('memory://compact/r', one_segment)])])
 def test_compact_changes_no_answer(path, make, tmp_path, monkeypatch):
     path = path if '://' in path else tmp_path / path
     writer = XentWriter(path, overwrite=True)

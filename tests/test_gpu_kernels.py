@@ -436,6 +436,7 @@ COMPILED = {
     'wide rows': ((4, 128256), torch.bfloat16, {}), 'wide rows, all': ((4, 20000), torch.float32, dict(weight=True, label_smoothing=.1)),
     'masks': ((2, 21, 64, 64), torch.float32, {}), 'many pixels': ((2, 21, 512, 512), torch.float16, {}), 'one': ((1, 1), torch.float32, {}),
 }
+FEW = 'rows, bfloat16, all', 'many pixels', 'one'  # each of the others takes seconds and says little more
 
 
 def stack(cubin):
@@ -451,13 +452,14 @@ def stack(cubin):
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason='compiled kernels are tested by running them')
-@pytest.mark.parametrize('shape, dtype, options', COMPILED.values(), ids=COMPILED)
-def test_compiles(shape, dtype, options, monkeypatch, tmp_path):
+@pytest.mark.parametrize('name', [pytest.param(o, marks=[pytest.mark.slow] * (o not in FEW)) for o in COMPILED])
+def test_compiles(name, monkeypatch, tmp_path):
     "Triton takes the kernels, and ptxas puts every variable into a register (with Triton 3.8, all but one in one of them)."
     if not hasattr(interpreter, '_LangPatchScope'): pytest.skip('this Triton leaves its language changed after interpreting')
     import triton
     compiler, driver = pytest.importorskip('triton.backends.compiler'), pytest.importorskip('triton.runtime.driver').driver
     monkeypatch.setenv('TRITON_CACHE_DIR', str(tmp_path))
+    shape, dtype, options = COMPILED[name]
     target = compiler.GPUTarget('cuda', 90, 32)
     built = []
     def build(fn, programs, x, *args, num_warps=4, **kw):

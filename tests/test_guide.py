@@ -52,6 +52,12 @@ def draw_pets(path):
 def start_lines(text): return next(o for o in re.findall(r'```python\n(.*?)```', text, re.S) if 'fine_tune' in o)
 
 
+def smaller(code):
+    "The same lines with pictures of a quarter of the width, which are read in a tenth of the time."
+    assert 'Resize(128)' in code
+    return code.replace('Resize(128)', 'Resize(32)')
+
+
 @pytest.fixture
 def offline(monkeypatch):
     "Weights at random where a network would be asked for trained ones."
@@ -60,7 +66,7 @@ def offline(monkeypatch):
 
 
 def test_readme_lines_run(tmp_path, monkeypatch, offline, capsys):
-    code = start_lines((ROOT/'README.md').read_text(encoding='utf-8'))
+    code = smaller(start_lines((ROOT/'README.md').read_text(encoding='utf-8')))
     monkeypatch.chdir(tmp_path)
     draw_pets(tmp_path/'pets')
     said = {}

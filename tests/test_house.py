@@ -1,9 +1,12 @@
 "The house rules: notebooks run, are clean, and agree with the modules and README.md; modules import downwards only; lines, cells and modules are small."
 import ast, contextlib, gc, os, re, shutil, signal, subprocess, sys, warnings
 from configparser import ConfigParser
+from itertools import product
 from pathlib import Path
+from types import SimpleNamespace
 
 import matplotlib.pyplot as plt, measure, pytest, readme, yaml
+from conftest import covering, pairs
 from fastcore.nbio import mk_cell, new_nb, write_nb
 from nbdev.clean import nbdev_clean
 from nbdev.config import get_config
@@ -42,13 +45,37 @@ def write_notebook(path, *sources):
     return path
 
 
-@pytest.mark.parametrize('nb', NOTEBOOKS, ids=name)
+SLOW = 'several_gpus',  # it starts `torchrun`; `test_distributed` trains on two ranks without it
+
+
+@pytest.mark.parametrize('nb', [pytest.param(o, marks=[pytest.mark.slow] * (o.stem in SLOW)) for o in NOTEBOOKS], ids=name)
 def test_notebook_runs(nb): assert run(nb), f'{name(nb)}: see the traceback under "Captured stderr"'
 
 
 def test_failing_cell_is_noticed(tmp_path):
     assert run(write_notebook(tmp_path/'good.ipynb', 'assert 1 + 1 == 2'))
     assert not run(write_notebook(tmp_path/'bad.ipynb', 'x = 1', 'assert x == 2', 'x = 2'))
+
+
+# -- few cases of a grid
+
+def grid(**values):
+    "Cases as pytest has them: all of these values' combinations."
+    return [SimpleNamespace(callspec=SimpleNamespace(params=dict(zip(values, o)))) for o in product(*values.values())]
+
+
+def test_few_cases_meet_in_all_pairs():
+    cases = grid(a='pqr', b='stuv', c=[False, True], d=[False, True])
+    few = covering(cases)
+    every, met = (set().union(*map(pairs, o)) for o in (cases, few))
+    assert met == every and len(every) == 12 + 6 + 6 + 8 + 8 + 4
+    assert 12 <= len(few) < 20 < len(cases)
+    for o in few: assert set().union(*(pairs(p) for p in few if p is not o)) < every, 'this one is needless'
+
+
+def test_a_grid_of_two_values_keeps_all():
+    cases = grid(a='pqr', b='st')
+    assert covering(cases) == cases
 
 
 # -- notebooks, modules and README.md agree

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import zipfile
 from functools import wraps
-from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -70,24 +69,23 @@ LOADERS = dict(tfmd=lambda n, skip, **kw: TfmdDL(Coded(n, skip), **kw), base=lam
 @pytest.mark.grid
 @pytest.mark.parametrize('skip', SKIPS)
 @pytest.mark.parametrize('workers', [0, 2, 3])
+@pytest.mark.parametrize('shuffle', [False, True])
+@pytest.mark.parametrize('drop_last', [False, True])
 @pytest.mark.parametrize('kind', LOADERS)
-def test_matrix(kind, workers, skip):
-    for shuffle, drop_last in product([False, True], repeat=2):
-        if kind == 'prebatched' and drop_last: continue
-        set_seed(3)
-        make = lambda: LOADERS[kind](N, SKIPS[skip], bs=4, shuffle=shuffle, drop_last=drop_last, num_workers=workers)
-        learn = check(make(), table(7, bs=4) if kind == 'table' else None, epochs=1 if workers else 3)
-        seen = [items for s, items in learn.seen if s == 'train']
-        if shuffle and kind not in ('weighted', 'partial') and len(seen) > 1: assert not np.array_equal(seen[0],
-            seen[1])
+def test_matrix(kind, drop_last, shuffle, workers, skip):
+    set_seed(3)
+    train = LOADERS[kind](N, SKIPS[skip], bs=4, shuffle=shuffle, drop_last=drop_last, num_workers=workers)
+    learn = check(train, table(7, bs=4) if kind == 'table' else None, epochs=1 if workers else 3)
+    seen = [items for s, items in learn.seen if s == 'train']
+    if shuffle and kind not in ('weighted', 'partial') and len(seen) > 1: assert not np.array_equal(seen[0], seen[1])
 
-@pytest.mark.parametrize('bs', [1, 3, 50, 64])
+@pytest.mark.grid
+@pytest.mark.parametrize('bs, drop_last', [(1, False), (1, True), (3, False), (3, True), (50, False), (64, False)])  # of fewer items than a batch fastai drops all
+@pytest.mark.parametrize('skip', ['none', 'several'])
 @pytest.mark.parametrize('workers', [0, 2])
-def test_batch_sizes(bs, workers):
-    for drop_last, skip in product([False, True], ['none', 'several']):
-        if drop_last and bs > 37: continue       # fastai trains no batch then
-        set_seed(5)
-        check(TfmdDL(Coded(N, SKIPS[skip]), bs=bs, shuffle=True, drop_last=drop_last, num_workers=workers), epochs=1)
+def test_batch_sizes(bs, drop_last, skip, workers):
+    set_seed(5)
+    check(TfmdDL(Coded(N, SKIPS[skip]), bs=bs, shuffle=True, drop_last=drop_last, num_workers=workers), epochs=1)
 
 @pytest.mark.parametrize('workers', [0, 2])
 def test_valid_is_matched_as_well(workers):
@@ -571,15 +569,16 @@ WHEN = {'before_fit': ('before_fit', 5, None), 'before_train, first': ('before_t
         'batch 0, last': ('before_batch', 90, first_batch), 'batch 2': ('before_batch', 5, third_batch),
             'after batch 2': ('after_batch', 90, third_batch)}
 
+@pytest.mark.grid
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('what', [one_batch, one_pass, one_item])
-def test_others_read_from_the_loader(what, workers):
+@pytest.mark.parametrize('name', WHEN)
+def test_others_read_from_the_loader(name, what, workers):
     "Batches that other callbacks take for themselves are not the training's."
-    for name, (event, order, when) in WHEN.items():
-        cb = At(event, what, order, when or (lambda learn: True))
-        check(TfmdDL(Coded(N, SKIPS['several']), bs=4, shuffle=True, drop_last=True, num_workers=workers), cbs=[cb],
-            epochs=2)
-        assert cb.done, name
+    event, order, when = WHEN[name]
+    cb = At(event, what, order, when or (lambda learn: True))
+    check(TfmdDL(Coded(N, SKIPS['several']), bs=4, shuffle=True, drop_last=True, num_workers=workers), cbs=[cb], epochs=2)
+    assert cb.done
 
 @pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('name', WHEN)
@@ -616,22 +615,27 @@ def test_one_loader_for_both():
 class Shifted(Coded):
     def __getitem__(self, i): return coded(super().__getitem__(i) and i + 30)
 
+LOOKS = {'validate': (lambda learn: learn.validate(), [1]), 'train': (lambda learn: learn.get_preds(ds_idx=0, reorder=False), [1]),
+    'its loader': (lambda learn: learn.get_preds(dl=learn.dls.train, reorder=False), [1]),
+    'in order': (lambda learn: learn.get_preds(dl=learn.dls.train), [])}
+
+@pytest.mark.grid
+@pytest.mark.parametrize('look', LOOKS)
+@pytest.mark.parametrize('drop_last', [False, True])
+@pytest.mark.parametrize('workers', [0, 2])
 @pytest.mark.parametrize('order', [5, 90])
-def test_another_loader_in_the_last_moment(order):
+def test_another_loader_in_the_last_moment(order, workers, drop_last, look):
     "A callback that looks at the model in `before_train` leaves fastai with another loader than the recorder was told of."
-    looks = [(lambda learn: learn.validate(), [1]), (lambda learn: learn.get_preds(ds_idx=0, reorder=False), [1]),
-        (lambda learn: learn.get_preds(dl=learn.dls.train, reorder=False), [1]),
-             (lambda learn: learn.get_preds(dl=learn.dls.train), [])]
-    for (what, skip), drop_last, workers in product(looks, [False, True], [0, 2]):
-        recorder = XentRecorder()
-        learn = through_learner(TfmdDL(Coded(10, skip), bs=4, shuffle=True, drop_last=drop_last,
-            num_workers=workers), TfmdDL(Shifted(9), bs=4, num_workers=0), cbs=[recorder])
-        learn.add_cb(At('before_train', what, order))
-        with warned(): learn.fit(2)
-        df = recorder.record.to_df()
-        df = df[df['split'] == 'train']
-        moved = df['item'] - (df['margin'].astype(float) / UNIT + MIDDLE).round()
-        assert (moved == 0).all() or (order == 5 and (moved == -30).all())    # recorded as the dataset that it was, or not at all
+    what, skip = LOOKS[look]
+    recorder = XentRecorder()
+    learn = through_learner(TfmdDL(Coded(10, skip), bs=4, shuffle=True, drop_last=drop_last,
+        num_workers=workers), TfmdDL(Shifted(9), bs=4, num_workers=0), cbs=[recorder])
+    learn.add_cb(At('before_train', what, order))
+    with warned(): learn.fit(2)
+    df = recorder.record.to_df()
+    df = df[df['split'] == 'train']
+    moved = df['item'] - (df['margin'].astype(float) / UNIT + MIDDLE).round()
+    assert (moved == 0).all() or (order == 5 and (moved == -30).all())    # recorded as the dataset that it was, or not at all
 
 
 # -- no traces
