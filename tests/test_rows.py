@@ -17,7 +17,7 @@ from fastai_xent import losses, rows as rows_module
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_stats
 from fastai_xent.batch import Batch, NotRecordable, _sums, read_batch
-from fastai_xent.rows import RowBuffer
+from fastai_xent.rows import RowBuffer, _Room
 
 LOSSES = {'ours': XentLoss(), 'stock': nn.CrossEntropyLoss()}
 
@@ -241,3 +241,15 @@ def test_mixed_batches_wait_too(option, capacity, monkeypatch):
     assert cols['partner'].tolist() == partner
     assert_close(torch.tensor(cols['lam']), torch.tensor(lam), equal_nan=True)
     assert sum(times) == 48 and len(times) <= {1: 7, 40: 3, 1000: 3}[capacity]
+
+
+# -- room
+
+def test_room_grows_by_half_so_that_few_rows_are_copied():
+    "Ten thousand batches of one row, and no idea how many will come."
+    room, sizes = _Room(1), []
+    grow = room._grow
+    room._grow = lambda used: [grow(used), sizes.append(room.size)]
+    for i in range(10_000): assert room.add(1) == slice(i, i + 1)
+    assert sizes[0] == 1 and sizes[-1] >= 10_000
+    assert sizes[1:] == [max(o + 1, o + o // 2) for o in sizes[:-1]]
