@@ -229,3 +229,42 @@ def test_a_torn_file_is_named(ask, packed, tmp_path):
     for bad in (data[:50], data[:-20], b''):
         torn.write_bytes(bad)
         with pytest.raises(OSError, match=re.escape(torn.name) + '.*torn or altered'): QUESTIONS[ask](XentRecord(tmp_path/'r'))
+
+
+# -- lists of items
+
+@pytest.fixture
+def two_lists():
+    "A record whose train set has other items, fewer, from epoch 3 on."
+    writer = XentWriter()
+    record = fill(writer, RUN)
+    writer.set_items('train', frame(4, 'other {}'), 'another hash', epoch=3)
+    put(writer, 1, 3, 'train', rows([0, 1, 2, 3], ignored=0))
+    return record
+
+ASK = dict(items=lambda r, **kw: r.items(**kw), score=lambda r, **kw: pd.DataFrame(dict(x=r.score('loss', **kw))), scores=lambda r, **kw: r.scores(**kw),
+           item=lambda r, **kw: r.item(1, **kw), top=lambda r, **kw: r.top(2, 'loss', **kw), seen=lambda r, **kw: r.seen(**kw))
+
+@pytest.mark.parametrize('ask', ASK.values(), ids=ASK)
+def test_the_last_list_is_meant_unless_another_is_asked_for(ask, two_lists):
+    first, last = ask(two_lists, segment=0), ask(two_lists, segment=1)
+    pd.testing.assert_frame_equal(ask(two_lists), last)
+    assert not first.equals(last)
+
+def test_the_last_list_is_meant_inside_too(two_lists):
+    assert two_lists._list('train') == two_lists._segment('train').k == 1
+    with pytest.raises(IndexError, match="segment -2 of split 'train' does not exist; it has 2"): two_lists.items(segment=-2)
+
+
+# -- an item by its name
+
+def test_an_item_is_found_by_its_name_or_refused():
+    writer, names = XentWriter(), frame(6)
+    names['name'] = ['a', 'b', 'c', 'b', 'b', '7']
+    writer.set_items('train', names, 'f')
+    put(writer, 0, 0, 'train', rows(range(6), ignored=0))
+    record = writer.record
+    pd.testing.assert_frame_equal(record.item('c'), record.item(2))
+    pd.testing.assert_frame_equal(record.item('7'), record.item(5))
+    with pytest.raises(KeyError, match="no item of 'train' is called 'd', expected one"): record.item('d')
+    with pytest.raises(KeyError, match="3 items of 'train' are called 'b', expected one: 1, 3, 4; give the index"): record.item('b')
