@@ -117,7 +117,12 @@ def lines_of(text, line):
     return {line, *range(first, last + 1)}
 
 
-class Lines:
+class Plugin:
+    "For pytest: it knows the mark `slow`, which another tree may not have."
+    def pytest_configure(self, config): config.addinivalue_line('markers', 'slow: left out here')
+
+
+class Lines(Plugin):
     """For pytest: which lines of our modules each test passes, and how long it takes.
     What a fixture of several tests does counts for each of them. What other processes do is not seen."""
     def __init__(self, tree, modules, to):
@@ -170,7 +175,7 @@ class Lines:
         self.to.write_text(json.dumps(dict(tests=self.tests, failed=self.failed, lines=lines)))
 
 
-class Chosen:
+class Chosen(Plugin):
     "For pytest: these tests alone, in this order."
     def __init__(self, tests): self.place = {o: i for i, o in enumerate(tests)}
 
