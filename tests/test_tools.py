@@ -310,12 +310,13 @@ def test_lines_of_tests(small, tmp_path):
     assert found['failed'] == ['tests/test_a.py::test_wrong'] and len(found['tests']) == 6
 
 
-def test_quickest_first():
-    text = 'def big(x): return x > 3\n'
-    found = dict(tests=[['a', 2.], ['b', .5], ['c', 1.], ['d', .1], ['e', .1]], failed=['e'], lines={'b:1': [0, 1, 2, 4], 'c:1': [3]})
+def test_own_tests_first_and_the_quickest_of_each():
+    text, own = 'def big(x): return x > 3\n', 'tests/test_b.py::'
+    tests = [['a', 2.], [own + 'x', 1.], ['c', .5], ['d', .1], [own + 'y', .6], ['e', .1]]
+    found = dict(tests=tests, failed=['e'], lines={'b:1': [0, 1, 2, 4, 5], 'c:1': [3]})
     m = next(mutants.mutants('b', text))
-    assert mutants.quickest(found, m, text, 9) == ([['b', .5], ['c', 1.], ['a', 2.]], 0)
-    assert mutants.quickest(found, m, text, 2) == ([['b', .5], ['c', 1.]], 1)
+    assert mutants.chosen(found, m, text, 9) == ([tests[i] for i in (4, 1, 2, 0)], 0)
+    assert mutants.chosen(found, m, text, 2) == ([tests[i] for i in (4, 1)], 2)
 
 
 def test_survivor_is_shown(small, capsys):

@@ -2,8 +2,8 @@
 
 `python tools/mutants.py --modules losses rows --n 50 --seed 1`
 Each mutant is a copy of this tree with one expression changed. A row that survives is a missing test, or a change that makes no difference.
-First the tests run once, to see which lines each passes and how long it takes. Then a mutant meets only those that pass its statement, the quickest first,
-up to the first that fails. Tests marked `slow` are left out.
+First the tests run once, to see which lines each passes and how long it takes. Then a mutant meets only those that pass its statement:
+those of its module's own file, then the others, the quickest first, up to the first that fails. Tests marked `slow` are left out.
 Left alone: annotations, decorators, texts, and what stands in f-strings.
 """
 import argparse, ast, bisect, copy, importlib, itertools, json, os, random, shutil, signal, subprocess, sys, tempfile, threading, time
@@ -272,10 +272,13 @@ def noted(run, tree, tests, modules, file):
     return found
 
 
-def quickest(found, mutant, text, seconds):
-    "Pairs of name and seconds: the tests that pass the mutant's line, quickest first, as many as take so long; how many more there are."
+def chosen(found, mutant, text, seconds):
+    """Pairs of name and seconds: the tests that pass the mutant's line, as many as take so long; and how many more there are.
+    Those of the module's own file come first, and the quickest of each."""
     numbers = {i for o in lines_of(text, mutant.line) for i in found['lines'].get(f'{mutant.module}:{o}', ())}
-    tests = sorted((o for o in map(found['tests'].__getitem__, numbers) if o[0] not in found['failed']), key=lambda o: (o[1], o[0]))
+    own = f'tests/test_{mutant.module}.py::'
+    tests = sorted((o for o in map(found['tests'].__getitem__, numbers) if o[0] not in found['failed']),
+                   key=lambda o: (not o[0].startswith(own), o[1], o[0]))
     n = bisect.bisect(list(itertools.accumulate(o[1] for o in tests)), seconds)
     return tests[:n], len(tests) - n
 
@@ -334,7 +337,7 @@ def main(argv=None):
         for module in a.modules:
             text = (tree/'fastai_xent'/f'{module}.py').read_text(encoding='utf-8')
             for m in sample(text, module, a.n, a.seed):
-                tests, more = quickest(found, m, text, a.seconds)
+                tests, more = chosen(found, m, text, a.seconds)
                 fates.append((m, fate(run, tree, m, tests)))
                 if fates[-1][1] == 'passed': print('survived:', told(m), f'({len(tests)} tests, {more} left out)', flush=True)
     print(table(a.modules, fates))
