@@ -1,12 +1,15 @@
 """Do the tests notice a mistake? Make small mistakes in the modules, one at a time, and see which ones no test notices.
 
 `python tools/mutants.py --modules losses rows --n 50 --seed 1`
-Each mutant is a copy of this tree with one expression changed. A row that survives is a missing test, or a change that makes no difference.
-First the tests run once, to see which lines each passes and how long it takes. Then a mutant meets only those that pass its statement:
-those of its module's own file, then the others, the quickest first, up to the first that fails. Tests marked `slow` are left out.
+Each mutant is a copy of this tree with one expression changed.
+One that survives shows a missing test, or a change that makes no difference.
+First the tests run once, to see which lines each passes and how long it takes. Then a mutant meets only
+those that pass its statement: its module's own, then the others, the quickest first, up to the first that fails.
+Tests marked `slow` are left out.
 Left alone: annotations, decorators, texts, and what stands in f-strings.
 """
-import argparse, ast, bisect, copy, importlib, itertools, json, os, random, resource, shutil, signal, subprocess, sys, tempfile, threading, time
+import argparse, ast, bisect, copy, importlib, itertools, json
+import os, random, resource, shutil, signal, subprocess, sys, tempfile, threading, time
 from collections import Counter, defaultdict
 from contextlib import contextmanager
 from pathlib import Path
@@ -210,13 +213,13 @@ def child(tree, args, plugin):
 
 
 def noting(tree, args, modules, to):
-    "In a fork: run the tests and write the file `to`, with the lines that they pass; the bytecode stays for the other runs."
+    "In a fork: run the tests and write the file `to`, with the lines that they pass. The bytecode stays for later runs."
     child(Path(tree), args, Lines(Path(tree), modules, Path(to)))
 
 
 def trying(tree, tests):
     "In a fork: run these tests up to the first that fails."
-    os.environ['PYTHONDONTWRITEBYTECODE'], sys.dont_write_bytecode = '1', True  # a mutant's would be taken for the module's
+    os.environ['PYTHONDONTWRITEBYTECODE'], sys.dont_write_bytecode = '1', True  # a mutant's is not the module's
     child(Path(tree), ['-x', *dict.fromkeys(o.partition('::')[0] for o in tests)], Chosen(tests))
 
 
@@ -230,7 +233,7 @@ def forked(limit, job, *args):
     end = time.monotonic() + 10 * limit
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
-        if done and os.WIFSIGNALED(status) and os.WTERMSIG(status) in (signal.SIGXCPU, signal.SIGKILL): return 'too slow'
+        if done and os.WIFSIGNALED(status): return 'too slow' if os.WTERMSIG(status) == signal.SIGXCPU else 'failed'
         if done: return 'passed' if status == 0 else 'failed'
         time.sleep(.05)
     os.killpg(pid, signal.SIGKILL)  # what the tests started, too
@@ -277,7 +280,7 @@ def noted(run, tree, tests, modules, file):
 
 
 def chosen(found, mutant, text, seconds):
-    """Pairs of name and seconds: the tests that pass the mutant's line, as many as take so long; and how many more there are.
+    """Names and seconds of the tests that pass the mutant's line, as many as take so long; how many more there are.
     Those of the module's own file come first, and the quickest of each."""
     numbers = {i for o in lines_of(text, mutant.line) for i in found['lines'].get(f'{mutant.module}:{o}', ())}
     own = f'tests/test_{mutant.module}.py::'
@@ -336,14 +339,15 @@ def main(argv=None):
     with tempfile.TemporaryDirectory() as d, Runner() as run:
         tree = Path(d)/'tree'
         shutil.copytree(a.root, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        found = noted(run, tree, a.tests, a.modules, a.lines or Path(d)/'lines.json')
+        found = noted(run, tree, a.tests, a.modules, (a.lines or Path(d)/'lines.json').resolve())
         fates = []
         for module in a.modules:
             text = (tree/'fastai_xent'/f'{module}.py').read_text(encoding='utf-8')
             for m in sample(text, module, a.n, a.seed):
                 tests, more = chosen(found, m, text, a.seconds)
                 fates.append((m, fate(run, tree, m, tests)))
-                if fates[-1][1] == 'passed': print('survived:', told(m), f'({len(tests)} tests, {more} left out)', flush=True)
+                if fates[-1][1] != 'passed': continue
+                print('survived:', told(m), f'({len(tests)} tests, {more} left out)', flush=True)
     print(table(a.modules, fates))
 
 
