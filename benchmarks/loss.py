@@ -155,6 +155,10 @@ def small():
         k = ROWS // n
         compare(f'XentLossFlat(label_smoothing=.1) recorded, {n}×{c}, {k} batches', 'CrossEntropyLossFlat(label_smoothing=.1)',
                 many(Recorded(XentLossFlat(label_smoothing=.1), z, y), k), many(stock(CrossEntropyLossFlat(label_smoothing=.1), z, y), k))
+    for n, c in [(256, 100), (256, 1000), (2048, 1000)]:
+        z, k = problem(n, c)[0], ROWS // n
+        soft = problem(n, c)[0].detach().softmax(1)
+        compare(f'XentLossFlat recorded, probabilities, {n}×{c}, {k} batches', 'F.cross_entropy', many(Recorded(XentLossFlat(), z, soft), k), many(stock(F.cross_entropy, z, soft), k))
     z, y = problem(64, 10)
     soft, k = y.new_zeros(64, 10).float().scatter_(1, y[:, None], 1), ROWS // 64
     compare(f'the same with label smoothing, 64×10, {k} batches', 'CrossEntropyLossFlat', many(Recorded(XentLossFlat(label_smoothing=.1), z, y), k),

@@ -2,8 +2,8 @@
 
 Fits with and without take turns in a drawn order, in one process, on one thread; the figures are ratios of medians. "off / off" is the same fit
 twice: what differs there is the machine.
-`--instructions` counts instead, which no neighbour disturbs: the instructions of 200 training batches, with their passes over valid
-and the writer's thread, by valgrind's cachegrind. Each figure takes two processes of some twenty minutes.
+`--instructions` counts instead, which no neighbour disturbs: the instructions of 200 training batches in two epochs, with their passes over
+valid, the writer's thread and what is done once a fit, by valgrind's callgrind, which sees nothing of the start. A quarter of an hour.
 Data: `XENT_DATA` (default ../shared/data); Fashion-MNIST from Debian's package dataset-fashion-mnist, MNIST's test set in its place."""
 import gzip
 import os
@@ -131,35 +131,42 @@ def main(turns=11):
 
 COUNTED = {'off': None, 'on': {}, "head='auto'": dict(head='auto'), 'keep_probs': dict(keep_probs=True)}
 
-def epochs_of(name, epochs):
-    "Epochs of 100 training batches and 16 of valid."
-    torch.set_num_threads(1)
-    kw, (_, items) = COUNTED[name], images(6400)
-    with tempfile.TemporaryDirectory() as where:
-        learn = learner(items, cnn, 64, [] if kw is None else [XentRecorder(f'{where}/run', **kw)])
-        learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
-        learn.logger = lambda *_: None
-        learn.fit(epochs)
+def callgrind(*command):
+    "Tell the callgrind that runs this process what to do."
+    subprocess.run(['callgrind_control', *command, str(os.getpid())], check=True, capture_output=True)
 
-def counted(name, epochs) -> int:
-    "Instructions of a process that trains so long, all threads."
-    cmd = ['valgrind', '--tool=cachegrind', '--cache-sim=no', '--cachegrind-out-file=/dev/null', sys.executable, __file__, '--epochs', name, str(epochs)]
-    env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '0'}
-    said = subprocess.run(cmd, check=True, capture_output=True, text=True, env=env).stderr
-    return int(re.search(r'I +refs: +([\d,]+)', said)[1].replace(',', ''))
+def counted_fits(names):
+    "In a process of callgrind's: for each name a fit of one epoch that is not counted, and one of two that is."
+    torch.set_num_threads(1)
+    _, items = images(6400)
+    with tempfile.TemporaryDirectory() as where:
+        for i, name in enumerate(names):
+            kw = COUNTED[name]
+            learn = learner(items, cnn, 64, [] if kw is None else [XentRecorder(f'{where}/{i}', **kw)])
+            learn.remove_cbs([cb for cb in learn.cbs if cb.name == 'progress'])
+            learn.logger = lambda *_: None
+            learn.fit(1)
+            callgrind('--instr=on')
+            callgrind('--zero')
+            learn.fit(2)
+            callgrind(f'--dump={i}')
+            callgrind('--instr=off')
 
 def instructions(names):
-    "A table of instructions: three epochs less one, so that what is done once cancels."
+    "A table of instructions of all threads, what is done once a fit included."
     if shutil.which('valgrind') is None: return print("skipped: valgrind is not installed (Debian: apt install valgrind)")
-    print("| 200 batches, Fashion-MNIST | instructions, 10⁹ | more than without | goal |\n|---|---|---|---|")
-    off = None
-    for name in names:
-        n = counted(name, 3) - counted(name, 1)
-        off = off or n
-        print(f"| {name} | {n / 1e9:.2f} | {n / off - 1:.2%} | {'≤ 1 %' if name == 'on' else ''} |", flush=True)
+    with tempfile.TemporaryDirectory() as where:
+        cmd = ['valgrind', '--tool=callgrind', '--instr-atstart=no', f'--callgrind-out-file={where}/out', sys.executable, __file__, '--counted', *names]
+        env = {**os.environ, 'OMP_NUM_THREADS': '1', 'PYTHONHASHSEED': '0'}
+        subprocess.run(cmd, check=True, capture_output=True, env=env)
+        texts = [Path(where, f'out.{i + 1}').read_text() for i in range(len(names))]
+    found = [int(re.search(r'^totals: (\d+)', o, re.M)[1]) for o in texts]
+    print("| 200 batches of 64, Fashion-MNIST or MNIST | instructions, 10⁹ | more than without | goal |\n|---|---|---|---|")
+    for name, n in zip(names, found):
+        print(f"| {name} | {n / 1e9:.3f} | {n / found[0] - 1:.2%} | {'≤ 1 %' if name == 'on' else ''} |", flush=True)
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--epochs']: epochs_of(sys.argv[2], int(sys.argv[3]))
+    if sys.argv[1:2] == ['--counted']: counted_fits(sys.argv[2:])
     elif sys.argv[1:2] == ['--instructions']: instructions(sys.argv[2:] or list(COUNTED))
     else: main(*map(int, sys.argv[1:]))

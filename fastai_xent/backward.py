@@ -15,63 +15,63 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels import FusedPass
-from .numerics import _derivable_grad, _may_reuse
+from .numerics import _derivable_grad, _may_reuse, _rows
 
 # %% ../nbs/00e_backward.ipynb #bcd649b5
 def _versions(*xs: Tensor|None) -> list:
     "How often each was edited; None where torch does not count."
     return [None if x is None or x.is_inference() else x._version for x in xs]
 
-def _rows_loss(done: FusedPass, y: Tensor) -> Tensor:
+def _rows_loss(done: FusedPass, shape: list) -> Tensor:
     "The loss of each row, 0 where ignored."
-    return torch.from_numpy(np.where(done.ints[0] < 0, 0, done.facts[0]).reshape(y.shape))
+    return torch.from_numpy(np.where(done.ints[0] < 0, 0, done.facts[0]).reshape(shape))
 
-def _ignored(done: FusedPass, y: Tensor) -> Tensor:
-    "Which rows are ignored?"
-    return torch.from_numpy(done.ints[0] < 0).view(y.shape)
+def _ignored(done: FusedPass, pred: Tensor, axis: int) -> Tensor:
+    "Which rows of `pred` are ignored? Of one class in `axis`."
+    return torch.from_numpy(done.ints[0] < 0).view(_rows(pred, axis)).unsqueeze(axis)
 
 class FusedLoss(torch.autograd.Function):
     "The loss that `fused_pass` has computed for `pred`: its gradient is there already."
     @staticmethod
     def forward(ctx,
         pred, # Logits
-        call, # `targ, weight, axis, ignore_index, reduction` and the `FusedPass`
+        call, # `targ, weight, axis, reduction` and the `FusedPass`
     ):
         y, done = call[0], call[-1]
         loss, grad = done.loss, done.grad
         done.loss = done.grad = None         # from here on they belong to autograd
         ctx.save_for_backward(pred, grad)    # to save takes a while, so the rest is watched instead
         ctx.call, ctx.versions = call, _versions(y, call[1])
-        return _rows_loss(done, y) if loss is None else loss
+        return _rows_loss(done, _rows(pred, call[2])) if loss is None else loss
 
     @staticmethod
     def backward(ctx, up):
         pred, grad = ctx.saved_tensors
         if torch.is_grad_enabled():
             res = _again(pred, up, ctx.call, ctx.versions)  # create_graph
-        else: res = _handed_over(grad, up, *ctx.call)
+        else: res = _handed_over(grad, up, *ctx.call[2:])
         return res if res.dtype is pred.dtype else res.to(pred.dtype), None
 
-def _handed_over(grad, up, y, weight, axis, ignore_index, reduction, done) -> Tensor:
+def _handed_over(grad, up, axis, reduction, done) -> Tensor:
     "The finished gradient times `up`, in the buffer if that may be; 0 in ignored rows, whatever `up` is."
     if reduction == 'none':
-        up = up.masked_fill(_ignored(done, y), 0.).unsqueeze(axis)
+        up = up.masked_fill(_ignored(done, grad, axis).squeeze(axis), 0.).unsqueeze(axis)
         return grad.mul_(up) if _may_reuse(up) else grad * up
     if not _may_reuse(up):
-        return (grad * up).masked_fill(_ignored(done, y).unsqueeze(axis), 0.)
+        return (grad * up).masked_fill(_ignored(done, grad, axis), 0.)
     factor = up.item()
     if factor != 1: grad.mul_(factor)
-    if not math.isfinite(factor): grad.masked_fill_(_ignored(done, y).unsqueeze(axis), 0.)
+    if not math.isfinite(factor): grad.masked_fill_(_ignored(done, grad, axis), 0.)
     return grad
 
 def _again(pred, up, call, versions) -> Tensor:
     "The gradient times `up`, by operations that have a derivative."
-    y, weight, axis, ignore_index, reduction, done = call
+    y, weight, axis, reduction, done = call
     if versions != _versions(y, weight):
         raise RuntimeError("the targets or weights were changed in place after the loss was called: "
                            "the gradient has no derivative any more")
-    ignored = y == ignore_index
+    ignored = _ignored(done, pred, axis).squeeze(axis)
     if reduction == 'none': up = up.unsqueeze(axis)
     divisor = done.divisor if reduction == 'mean' else None
-    y = y.masked_fill(ignored, 0)
+    if not y.is_floating_point(): y = y.masked_fill(ignored, 0)
     return _derivable_grad(pred, y, ignored, up, weight, done.label_smoothing, axis, divisor)

@@ -157,7 +157,7 @@ class Ledger:
         s, mixed = batch.settings, batch.mix is not None
         whole = asked is not None or (mixed and batch.dense) or (s is not None and s.over_all)
         self.all.append(_positions(batch) if whole else 0)
-        self.types.add(loss.dtype)
+        if loss.dtype not in self.types: self.types.add(loss.dtype)
         if asked is not None: self.types.add(batch.pred.dtype)
 
     def add_grad(self,

@@ -34,9 +34,10 @@ from .weights import _some, in_order, named_weights
 WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; 'numba'; or 'triton'
 
 def _way(pred: Tensor, probs: bool, plain: bool = True) -> str:
-    "Who computes this batch? `plain`: are labels not smoothed, or rows such as `smoothed_pass` takes?"
-    if probs or WAY == 'torch' or traced(pred): return 'torch'
+    "Who computes this batch? `plain`: are targets classes without smoothing, or rows such as `smoothed_pass` takes?"
+    if WAY == 'torch' or traced(pred): return 'torch'
     if WAY == 'triton' or pred.is_cuda:
+        if probs: return 'torch'
         from fastai_xent import gpu_kernels
         return 'triton' if gpu_kernels.usable(pred, WAY == 'triton') else 'torch'
     if not plain or not in_memory(pred): return 'torch'
@@ -126,13 +127,13 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
     z = call.pred
     if z.dtype is not torch.float32 and z.dtype is not torch.float64: z = z.float()
-    if eps: done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad)
+    if eps or y.is_floating_point(): done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad)
     else: done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
     call.done = done
     if done is None: return None
     if needs_grad:
-        return FusedLoss.apply(pred, (y, call.weight, axis, ignore_index, reduction, done))
-    return _rows_loss(done, y) if done.loss is None else done.loss
+        return FusedLoss.apply(pred, (y, call.weight, axis, reduction, done))
+    return _rows_loss(done, _rows(pred, axis)) if done.loss is None else done.loss
 
 def _by_triton(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor|None:
     "Loss and statistics by the Triton kernel; None if it does not run."
@@ -256,7 +257,7 @@ def forward(self: XentLoss,
     if probs and not self._told: self._check_probs(targ.detach(), axis)
     settings = self.ignore_index, eps, axis
     call = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, settings)
-    plain = not eps or smoothable(pred, weight, axis)
+    plain = not (eps or probs) or smoothable(pred, targ, weight, axis)
     way, loss = _way(pred, probs, plain), None
     if way == 'fused': loss = _by_fused(pred, y, call, reduction)
     elif way == 'triton': loss = _by_triton(pred, y, call, reduction, self._late)
@@ -297,7 +298,7 @@ def stats(self: XentLoss) -> XentStats:
 
 def _late_stats(call: _Call) -> XentStats|None:
     "The statistics that did not come with the loss; None if it was refused."
-    if call.done is not None: return call.done.stats(call.targ.shape)
+    if call.done is not None: return call.done.stats(_rows(call.pred, call.settings[-1]))
     if call.versions is None: return None
     call.check()
     return xent_stats(call.pred, call.targ, call.weight, *call.settings)

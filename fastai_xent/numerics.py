@@ -181,12 +181,12 @@ def _no_probs(targ: Tensor, axis: int) -> tuple:
     sums, least = targ.sum(axis), targ.amin(axis)
     return ~((sums - 1).abs() <= _SLACK) | (least < -_SLACK), sums, least
 
-def _all_probs(targ: Tensor, axis: int) -> bool:
+def _all_probs(targ: Tensor, axis: int, slack: float = _SLACK, least: float = -_SLACK) -> bool:
     "Does every row of `targ` hold probabilities that add up to 1? This waits for the device."
     if not targ.numel(): return True
     low, high = targ.sum(axis).aminmax()
-    add_up = low.item() >= 1 - _SLACK and high.item() <= 1 + _SLACK
-    return add_up and targ.amin().item() >= -_SLACK
+    add_up = low.item() >= 1 - slack and high.item() <= 1 + slack
+    return add_up and targ.amin().item() >= least
 
 # %% ../nbs/00_numerics.ipynb #07dd7d6c
 def _check_weight(weight: Tensor, c: int|None = None) -> None:
@@ -276,8 +276,8 @@ def _may_reuse(up: Tensor) -> bool:
 def _derivable_grad(pred, y, out, up, weight=None, eps=0., axis=1, divisor=None) -> Tensor:
     "`xent_grad` times `up`, by operations that have a derivative; 0 for rows that are `out`."
     z = _wide(pred)
-    w = torch.ones_like(y, dtype=z.dtype)
-    if eps: g = _soft_grad(z, _soft_targ(z, y, weight, eps, axis), axis)
+    w = torch.ones_like(out, dtype=z.dtype)
+    if eps or y.is_floating_point(): g = _soft_grad(z, _soft_targ(z, y, weight, eps, axis), axis)
     else:
         g = z.softmax(axis) - _onehot(z, y, axis)
         if weight is not None: w = weight.to(z.dtype)[y]

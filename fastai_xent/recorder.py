@@ -171,9 +171,9 @@ def show_history(self: XentRecorder,
     self.record.show_history(item, split=split, **self._whose)
 
 # %% ../nbs/06c_recorder.ipynb #0dcfa389
-_HEARD = ('before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss',
+_HEARD = {'before_fit', 'before_epoch', 'before_train', 'before_validate', 'before_batch', 'after_loss',
           'before_backward', 'after_train', 'after_validate', 'after_cancel_epoch', 'after_epoch',
-          'after_cancel_fit', 'after_fit')
+          'after_cancel_fit', 'after_fit'}
 _IN_BATCH = ('before_batch', 'after_loss', 'before_backward')
 
 @patch(as_prop=True)

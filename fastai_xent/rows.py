@@ -17,8 +17,8 @@ from .backward import _versions
 from .batch import Batch, NotRecordable, check_sums
 from .cpu_kernels import FusedPass, is_large
 from .ledger import Balance, Ledger
-from .numerics import XentStats, xent_stats
-from .rowloss import row_stats
+from .numerics import XentStats, _rows, xent_stats
+from .rowloss import focused, row_stats
 
 # %% ../nbs/02d_rows.ipynb #4c96727f
 def per_item(
@@ -91,10 +91,56 @@ def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Ten
     else: targ = b.targ.argmax(b.axis) if b.targ.is_floating_point() else b.targ.clone()
     return {**cols, **stats._asdict(), 'targ': targ}
 
+# %% ../nbs/02d_rows.ipynb #26fcf177
 def _may_wait(b: Batch) -> bool:
     "A small batch, whose statistics nobody has."
     if b.came is not None or b.settings is None or b.axis != 1 or b.dense: return False
     return not is_large(b.pred) if b.pred.is_cpu else b.pred.numel() <= _DEVICE // 4
+
+_BY_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64}
+
+class _Late:
+    "Small batches that came one after the other, and whose statistics are computed later."
+    def __init__(self, b: Batch, to: slice, rows: int):
+        xs, w = self._tensors(b), b.settings.weight
+        self.like, self.settings, self.start, self.n = self._like(b), b.settings, to.start, 0
+        self.most = max(b.n, min((_HOST if b.pred.is_cpu else _DEVICE) // b.n_classes, rows))
+        self.weight, self.version = None if w is None else w.detach().clone(), _versions(w)
+        self.cols = [o.new_empty(self.most, *o.shape[1:]) for o in xs]
+        self.by_numpy = b.pred.is_cpu and _BY_NUMPY.issuperset(o.dtype for o in xs)
+        self.room = list(map(torch.Tensor.numpy, self.cols)) if self.by_numpy else self.cols
+        self.takes(b, to)
+
+    def _tensors(self, b): return (b.pred, b.targ) if b.mix is None else (b.pred, b.targ, *b.mix)
+    def _like(self, b):
+        s, z = b.settings, b.pred
+        return (z.shape[1], z.dtype, z.device, b.targ.dtype, b.mix is None,
+                s.ignore_index, s.label_smoothing, s.gamma)
+
+    def takes(self, b: Batch, to: slice) -> bool:
+        "Copy what the statistics are computed from, if there is room and these rows are the next, of the same loss."
+        now = slice(self.n, to.stop - self.start)
+        fits = to.start == self.start + self.n and now.stop <= self.most
+        if not (fits and self._like(b) == self.like and self._has_weight(b.settings.weight)): return False
+        for room, x in zip(self.room, self._tensors(b)):  # of so few, numpy makes a copy faster than torch
+            room[now] = x.numpy() if self.by_numpy else x
+        self.n = now.stop
+        return True
+
+    def _has_weight(self, w) -> bool:
+        "Are these the class weights of the others? A device's are not read, since that would be to wait for it."
+        if w is None or self.weight is None: return w is self.weight
+        if not (w.is_cpu and self.weight.is_cpu): return w is self.settings.weight and _versions(w) == self.version
+        return w.dtype is self.weight.dtype and torch.equal(w, self.weight)
+
+    def columns(self) -> tuple: # Tensors by name, and the rows' place
+        "What the rows have."
+        s, (z, y, *mix) = self.settings, [o[:self.n] for o in self.cols]
+        try: stats = xent_stats(z, y, self.weight, s.ignore_index, s.label_smoothing, mix=tuple(mix) or None)
+        except IndexError as e:                           # no class, and a loss that does not mind
+            raise NotRecordable(str(e)) from None
+        targ = y.argmax(1) if y.is_floating_point() else y
+        return {**focused(stats, s.gamma)._asdict(), 'targ': targ}, slice(self.start, self.start + self.n)
 
 # %% ../nbs/02d_rows.ipynb #70fa1e32
 class RowBuffer:
@@ -107,7 +153,7 @@ class RowBuffer:
         self.at, self.sizes, self.steps, self.capacity = [], [], [], max(capacity, 1)
         self.room = _Room(capacity)     # rows on the host
         self.parts = []                 # rows on a device
-        self.late, self.last = 0, None  # how many rows' logits wait; what the last ones were like
+        self.late = None                # rows whose logits wait
         self.asked, self.ledger, self.doubts = None, Ledger(), []
 
     @property
@@ -152,8 +198,8 @@ class RowBuffer:
             return
         if b.mix is not None: extra = dict(extra, lam=b.mix[1], partner=b.partner + to.start)
         if extra: self._keep({k: v.detach().clone() for k, v in extra.items()}, to)
-        if _may_wait(b): self._wait(b, to)
-        else: self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
+        if not _may_wait(b): return self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
+        if self.late is None or not self.late.takes(b, to): self._flush(_Late(b, to, self.capacity))
 
 # %% ../nbs/02d_rows.ipynb #b086e527
 @patch
@@ -166,55 +212,17 @@ def _keep(self: RowBuffer, cols, to):
 @patch
 def _stats(self: RowBuffer, b) -> XentStats:
     if b.came is not None:
-        return b.came.stats(b.targ.shape) if type(b.came) is FusedPass else b.came
+        return b.came.stats(_rows(b.pred, b.axis)) if type(b.came) is FusedPass else b.came
     try: return row_stats(b.loss_func, b.pred, b.targ, b.mix, self.asked)
     except IndexError as e:                           # no class, and a loss that does not mind
         raise NotRecordable(str(e)) from None
 
-# %% ../nbs/02d_rows.ipynb #26fcf177
+# %% ../nbs/02d_rows.ipynb #1d9c4c1e
 @patch
-def _wait(self: RowBuffer, b, to):
-    "Keep a copy of the logits."
-    s, n, z, y = b.settings, to.stop - to.start, b.pred, b.targ
-    like = z.shape[1], z.dtype, z.device, y.dtype, b.mix is None, s.ignore_index, s.label_smoothing
-    goes_on = (to.start, like) == self.last and self._has_weight(s.weight)
-    if not goes_on or self.late + n > self.most:
-        self._flush()
-        if not goes_on or n > self.most: self._begin(b)
-    now = slice(self.late, self.late + n)
-    self.z[now], self.y[now] = z, y
-    if b.mix is not None: self.other[now], self.lam[now] = b.mix
-    self.late, self.last = now.stop, (to.stop, like)
-
-@patch
-def _has_weight(self: RowBuffer, w) -> bool:
-    "Are these the class weights of the rows that wait? A device's are not read, since that would be to wait for it."
-    if w is None or self.weight is None: return w is self.weight
-    if not (w.is_cpu and self.weight.is_cpu): return w is self.settings.weight and _versions(w) == self.version
-    return w.dtype is self.weight.dtype and torch.equal(w, self.weight)
-
-@patch
-def _begin(self: RowBuffer, b):
-    "Make room for the logits of batches like this one."
-    most, w = _HOST if b.pred.is_cpu else _DEVICE, b.settings.weight
-    n = self.most = max(b.n, min(most // b.n_classes, self.capacity))
-    self.z, self.y = b.pred.new_empty(n, b.n_classes), b.targ.new_empty(n, *b.targ.shape[1:])
-    self.settings, self.weight, self.version = b.settings, None if w is None else w.detach().clone(), _versions(w)
-    self.other, self.lam = (None, None) if b.mix is None else (torch.empty_like(self.y), b.mix[1].new_empty(n))
-
-@patch
-def _flush(self: RowBuffer):
-    "Compute the statistics of the batches that wait."
-    n, self.late = self.late, 0
-    if not n: return
-    z, y, s = self.z[:n], self.y[:n].clone(), self.settings
-    mix = None if self.lam is None else (self.other[:n], self.lam[:n])
-    try: stats = xent_stats(z, y, self.weight, s.ignore_index, s.label_smoothing, mix=mix)
-    except IndexError as e:                               # no class, and a loss that does not mind
-        raise NotRecordable(str(e)) from None
-    targ = y.argmax(1) if y.is_floating_point() else y
-    self._keep({**stats._asdict(), 'targ': targ}, slice(self.last[0] - n, self.last[0]))
-
+def _flush(self: RowBuffer, then: _Late|None = None):
+    "Compute the statistics of the batches that wait; `then` waits from now on."
+    late, self.late = self.late, then
+    if late is not None: self._keep(*late.columns())
 
 # %% ../nbs/02d_rows.ipynb #e57eed8f
 @patch

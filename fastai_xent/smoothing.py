@@ -1,4 +1,4 @@
-"""Label smoothing on a CPU: a second walk over rows whose plain cross-entropy is known
+"""Targets that are shares, on a CPU: a second walk over rows whose plain cross-entropy is known
 
 Docs: https://fastai-xent.github.io/fastai_xent/smoothing.html.md"""
 
@@ -16,9 +16,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_kernels import _LOOSE, _SHARE, _STRICT, FusedPass, _in_threads, _kernels, fused_pass, usable
+from .cpu_kernels import (
+    _LOOSE, _SHARE, _STRICT, FusedPass, _in_threads, _kernels, _log, fused_pass, traced, usable)
 from .numerics import (XentStats, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
-                                  _plain_targ, _wide, xent_stats)
+                                  _plain_targ, _rows, _wide, xent_stats)
 
 # %% ../nbs/00ba_smoothing.ipynb #729ae849
 def _spread(z, g, top, per, part, even):
@@ -58,56 +59,115 @@ def _smooth_kernel(z, targ, klass, eps, even, per, part, g, out, first, last):
         if loss < np.inf or loss != loss:                 # ∞ − ∞ would be nan
             out[0][i] = (1 - eps) * loss + even * (far + f + top - zi[k] + c * (h if h > 0 or h != h else 0.))
 
+# %% ../nbs/00ba_smoothing.ipynb #26ed02cc
+def _part(t, keep, even):
+    "The sum of some shares."
+    total = even - even
+    for j in range(len(t)): total += t[j] * keep + even
+    return total
+
+def _total_of(t, keep, even):
+    "`_part` of any length."
+    total = even - even
+    for a in range(0, len(t), 2048): total += _part(t[a:a + 2048], keep, even)
+    return total
+
+def _share(z, g, t, top, h, total, per, part, keep, even):
+    "Write T p − t over p in `g`, which is in units of `part`; what these classes add to the loss, and squares."
+    loss = square = top - top
+    for j in range(len(z)):
+        share = t[j] * keep + even
+        d = total * (g[j] * per) - share
+        far = share * (h + (top - z[j]))
+        loss += far if share != 0 else top - top
+        square += d * d
+        g[j] = d * part
+    return loss, square
+
+def _share_all(z, g, t, top, h, total, per, part, keep, even):
+    "`_share` of any length."
+    loss = square = top - top
+    for a in range(0, len(z), 2048):
+        b = a + 2048
+        far, s = _share(z[a:b], g[a:b], t[a:b], top, h, total, per, part, keep, even)
+        loss, square = loss + far, square + s
+    return loss, square
+
+def _share_kernel(z, t, targ, klass, keep, even, per, part, g, out, first, last):
+    """Rows `first` to `last` of `z`, n × c, with the shares `t` · `keep` + `even`.
+
+    Their facts for the class `targ` are in `out`, the gradient of its loss in `g`; others are as in `_smooth_kernel`."""
+    for i in range(first, last):
+        k, j = targ[i], klass[i]
+        zi, gi, ti, top = z[i], g[i], t[i], z[i][j]
+        h = out[0][i] if j == k else z.dtype.type(_log(1 / (gi[j] * per)))
+        others = _total_of(ti[:k], keep, even) + _total_of(ti[k + 1:], keep, even)
+        own = ti[k] * keep + even
+        total = others + own
+        loss, square = _share_all(zi[:k], gi[:k], ti[:k], top, h, total, per, part, keep, even)
+        far, s = _share_all(zi[k + 1:], gi[k + 1:], ti[k + 1:], top, h, total, per, part, keep, even)
+        label = total * (gi[k] * per) + others
+        gi[k] = label * part
+        out[1][i] = math.sqrt(square + s + label * label)
+        out[0][i] = loss + far + (own * (h + (top - zi[k])) if own != 0 else top - top)
+
 # %% ../nbs/00ba_smoothing.ipynb #f8084540
-def _compiled(keep: bool):
+def _compiled(shares: bool, keep: bool):
     import numba
     from numba.extending import register_jitable
-    register_jitable(**_LOOSE, forceinline=True)(_spread)
-    register_jitable(**_STRICT)(_spread_all)
-    return numba.njit(nogil=True, cache=keep, **_STRICT)(_smooth_kernel)
+    for f in (_spread, _part, _share): register_jitable(**_LOOSE, forceinline=True)(f)
+    for f in (_spread_all, _total_of, _share_all): register_jitable(**_STRICT)(f)
+    return numba.njit(nogil=True, cache=keep, **_STRICT)(_share_kernel if shares else _smooth_kernel)
 
 @cache
-def _kernel(dtype):
+def _kernel(dtype, shares: bool = False):
     "The kernel, if it works for logits of `dtype`; None, with a warning, if not."
     for keep in (True, False):
         try:
-            kernel, one = _compiled(keep), dtype.type(1)
-            g, out, zero = np.array([[-.5, .5]], dtype), np.zeros((6, 1), dtype), np.zeros(1, np.int64)
+            kernel, one, zero = _compiled(shares, keep), dtype.type(1), np.zeros(1, np.int64)
+            g, out = np.array([[-.5, .5]], dtype), np.zeros((6, 1), dtype)
             out[0] = math.log(2)
-            kernel(np.zeros((1, 2), dtype), zero, zero, one / 2, one / 4, one, one, g, out, 0, 1)
+            how = (np.array([[.75, .25]], dtype), zero, zero, one, one - one) if shares else (zero, zero, one / 2, one / 4)
+            kernel(np.zeros((1, 2), dtype), *how, one, one, g, out, 0, 1)
             if np.allclose([*g[0], *out[:2, 0]], [-.25, .25, math.log(2), math.sqrt(.125)]): return kernel
-            raise ArithmeticError(f"two equal logits, smoothed, give {[*g[0], *out[:2, 0]]}")
+            raise ArithmeticError(f"two equal logits give {[*g[0], *out[:2, 0]]}")
         except Exception as e:
             why = e  # whatever an import or a compiler may raise
-    warnings.warn("numba does not compile the label smoothing of fastai_xent, so such losses on the CPU are slower: "
+    what = 'loss of probabilities' if shares else 'label smoothing'
+    warnings.warn(f"numba does not compile the {what} of fastai_xent, so such losses on the CPU are slower: "
                   f"{type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
 
-def smoothable(pred: Tensor, weight: Tensor|None, axis: int) -> bool:
+def smoothable(pred: Tensor, targ: Tensor, weight: Tensor|None, axis: int) -> bool:
     "Can `smoothed_pass` take rows like these?"
-    return weight is None and pred.ndim == 2 and axis == 1 and pred.is_contiguous()
+    plain = not targ.is_floating_point() or (targ.is_contiguous() and not (targ.requires_grad or traced(targ)))
+    return plain and weight is None and pred.ndim == 2 and axis == 1 and pred.is_contiguous()
 
 def smoothed_pass(
     z: Tensor, # Logits, `n c`, contiguous, float32 or float64, on a CPU
-    y: Tensor, # Classes, `n`, int64
-    label_smoothing: float, # Share of the target that is spread evenly over the classes
-    ignore_index: int = -100, # Rows with this target do not count
+    y: Tensor, # Classes, `n`, int64; or shares of the classes, `n c`, contiguous
+    label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
+    ignore_index: int = -100, # Rows with this target do not count; shares all count
     reduction: str = 'none', # 'mean', 'sum' or 'none'
     want_grad: bool = True, # Keep the gradient?
 ) -> FusedPass|None: # None where there is no compiler
-    "Loss, gradient and facts of every row, with label smoothing and without class weights."
-    kernel = _kernel(z.detach().numpy().dtype)
+    "Loss, gradient and facts of every row, with label smoothing or shares, and without class weights."
+    x, eps, shares = z.detach().numpy(), label_smoothing, ()
+    if y.is_floating_point():
+        shares = y.detach().to(z.dtype).numpy(),
+        y, ignore_index = torch.from_numpy(shares[0].argmax(1)), -1
+    kernel = _kernel(x.dtype, bool(shares))
     done = None if kernel is None else fused_pass(z, y, None, ignore_index, 1, reduction)
     if done is None: return None
-    x, g, (n, c) = z.detach().numpy(), done.grad.numpy(), z.shape
-    kind, part = x.dtype.type, 1 / done.divisor if reduction == 'mean' else 1.
-    numbers = [kind(o) for o in (label_smoothing, label_smoothing / c, 1 / part, part)]
+    g, (n, c), kind = done.grad.numpy(), x.shape, x.dtype.type
+    part = 1 / done.divisor if reduction == 'mean' else 1.
+    numbers = [kind(o) for o in (1 - eps if shares else eps, eps / c, 1 / part, part)]
     threads = 1 if x.size < 2 * _SHARE else min(torch.get_num_threads(), n, x.size // _SHARE)
-    _in_threads(kernel, (x, done.ints[1], done.ints[0], *numbers, g, done.facts), n, threads)
+    _in_threads(kernel, (x, *shares, done.ints[1], done.ints[0], *numbers, g, done.facts), n, threads)
     if reduction != 'none':
         total = _kernels(x.dtype, False).total(done.facts[0], done.ints[0])
         done.loss = torch.tensor(total * part, dtype=z.dtype)
     if not want_grad: done.grad = None
-    done.label_smoothing = label_smoothing
+    done.label_smoothing = eps
     return done
 
 # %% ../nbs/00ba_smoothing.ipynb #db0ab368
@@ -122,13 +182,13 @@ def fused_stats(
 ) -> XentStats:
     "`xent_stats`, by a kernel where there is one."
     pred, targ, eps, done = _plain(pred), _plain_targ(targ), label_smoothing, None
-    if mix is None and not targ.is_floating_point() and usable(pred):
+    if mix is None and usable(pred):
         axis = _class_axis(pred, axis)
-        _check_targ(pred, targ, axis)
+        shares = _check_targ(pred, targ, axis)
         _check_smoothing(eps)
         if weight is not None: _check_weight(weight, pred.shape[axis])
-        z, y = _wide(pred), targ.long()
-        if not eps: done = fused_pass(z, y, weight, ignore_index, axis, want_grad=False)
-        elif smoothable(pred, weight, axis): done = smoothed_pass(z, y, eps, ignore_index, want_grad=False)
-    if done is not None: return done.stats(targ.shape)
+        z, y = _wide(pred), targ if shares else targ.long()
+        if not (eps or shares): done = fused_pass(z, y, weight, ignore_index, axis, want_grad=False)
+        elif smoothable(pred, y, weight, axis): done = smoothed_pass(z, y, eps, ignore_index, want_grad=False)
+    if done is not None: return done.stats(_rows(pred, axis))
     return xent_stats(pred, targ, weight, ignore_index, eps, axis, mix)

@@ -2,18 +2,21 @@
 import copy
 import functools
 import random
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from fastai.losses import BaseLoss, CrossEntropyLossFlat, FocalLossFlat, LabelSmoothingCrossEntropyFlat
+from fastai.losses import BaseLoss, CrossEntropyLossFlat, FocalLoss, FocalLossFlat, LabelSmoothingCrossEntropyFlat
 from torch import nn
 from torch.testing import assert_close
 
 from fastai_xent.asking import Asked, alike, copied, generators, random_kept
+from fastai_xent.batch import read_batch
 from fastai_xent.losses import XentLoss, XentLossFlat
-from fastai_xent.rowloss import xent_settings
+from fastai_xent.rowloss import row_stats, xent_settings
+from fastai_xent.rows import RowBuffer
 
 N, C = 24, 4
 GEN = torch.Generator().manual_seed(0)
@@ -370,3 +373,59 @@ def test_a_library_s_wrapper_leads_to_what_it_wraps():
     def mine(): return gen
     exec('def wrap(f): return lambda: (rng, f())', around)
     assert generators(around['wrap'](mine)) == [gen]
+
+# -- fastai's focal loss, which is known
+
+def by_autograd(loss_func, z, y):
+    "Loss and gradient norm of each row, as torch computes them in float64."
+    z, func = z.detach().double().requires_grad_(), copy.deepcopy(loss_func.func)
+    if func.weight is not None: func.weight = func.weight.double()
+    loss = func(z, y)
+    return loss.detach(), torch.autograd.grad(loss.sum(), z)[0].norm(dim=1)
+
+@pytest.mark.parametrize('c, scale', [(5, 1), (5, 6), (200, 4), (2, 15)])
+@pytest.mark.parametrize('weight', [None, 'positive', 'negative'])
+@pytest.mark.parametrize('gamma', [0, 1, 1.5, 2., 5])
+def test_focal_loss_is_what_torch_makes_of_it(gamma, weight, c, scale):
+    gen = torch.Generator().manual_seed(0)
+    z, y = torch.randn(100, c, generator=gen) * scale, torch.randint(0, c, (100,), generator=gen)
+    w = None if weight is None else torch.linspace(.5 if weight == 'positive' else -1., 2, c)
+    if weight == 'negative' and gamma not in (0, 1, 2): pytest.skip('a power of a negative number is nan, or too large')
+    want = by_autograd(FocalLossFlat(gamma=gamma, weight=w, reduction='none'), z, y)
+    loss_func = FocalLossFlat(gamma=gamma, weight=w)
+    assert xent_settings(loss_func).gamma == gamma
+    stats = row_stats(loss_func, z, y)
+    assert_close(stats.loss.double(), want[0], rtol=2e-5, atol=1e-9)
+    assert_close(stats.grad_norm.double(), want[1], rtol=2e-5, atol=1e-9)
+    assert_close(stats.el2n, row_stats(nn.CrossEntropyLoss(), z, y).el2n)
+
+@pytest.mark.parametrize('gamma', [1, 2])
+def test_focal_loss_of_certain_rows(gamma):
+    "Right ones have neither loss nor gradient, wrong ones those of cross-entropy; nothing is nan."
+    z, y = torch.tensor([[90., 0, 0], [0, 90., 0], [0, 0, 9.]]), torch.tensor([0, 0, -100])
+    stats = row_stats(FocalLossFlat(gamma=gamma), z, y)
+    assert_close(stats.loss[:2], torch.tensor([0., 90.]))
+    assert_close(stats.grad_norm[:2], torch.tensor([0., 2**.5]))
+    assert stats.loss[2].isnan() and stats.pred[2] == -1
+
+@pytest.mark.parametrize('change', [dict(gamma=.5), dict(gamma=-1), dict(gamma=torch.tensor(2.)), dict(reduction='other')], ids=str)
+def test_other_focal_losses_are_asked(change): assert xent_settings(FocalLossFlat(**change)) is None
+
+def test_a_focal_loss_of_ones_own_is_asked():
+    class Mine(FocalLoss):
+        def forward(self, inp, targ): return super().forward(inp, targ) * 2
+    patched = FocalLoss()
+    patched.forward = lambda z, y: z.sum()
+    assert [xent_settings(o) for o in (Mine(), patched)] == [None, None]
+
+@pytest.mark.parametrize('n, c', [(8, 5), (64, 100)], ids=['small', 'large'])
+def test_focal_losses_with_another_gamma_do_not_mix(n, c):
+    "Rows that wait are computed with the gamma they were trained with."
+    gen, rows = torch.Generator().manual_seed(0), RowBuffer(4 * n)
+    batches = [(torch.randn(n, c, generator=gen), torch.randint(0, c, (n,), generator=gen)) for _ in range(4)]
+    losses = [FocalLossFlat(gamma=g) for g in (2, 2, 1, 0)]
+    for i, ((z, y), f) in enumerate(zip(batches, losses)):
+        rows.add(i, read_batch(SimpleNamespace(pred=z, yb=(y,), loss_func=f, loss=f(z, y))), i)
+    want = torch.cat([by_autograd(FocalLossFlat(gamma=f.func.gamma, reduction='none'), z, y)[0] for (z, y), f in zip(batches, losses)])
+    assert_close(torch.tensor(rows.cols()['loss']).double(), want, rtol=2e-5, atol=1e-7)
+    assert not rows.balance().differ.any()

@@ -1,4 +1,5 @@
 "What the items of a dataset are called, where they stood, and whether they are still the same."
+import hashlib
 import os
 import random
 from collections import UserList, deque
@@ -455,3 +456,28 @@ def test_a_dataset_that_does_not_say_how_long_it_is():
     ds = Open()
     known = KnownItems(ds, n=5)
     assert len(known.frame) == 5 and known.still(ds, n=5) and not known.still(ds, n=6)
+
+
+# -- names and labels at their edges
+
+@pytest.mark.parametrize('names, whole', [([-2**63, 2**63 - 1], True), ([-7, 3], True), ([-2**63 - 1, 0], False), ([2**63, 0], False)], ids=str)
+def test_whole_names_stay_numbers_if_they_fit(names, whole):
+    assert item_names(Listed(names), lambda o: o) == [o if whole else str(o) for o in names]
+
+
+def test_the_fingerprint_of_many_items_is_that_of_one_long_text():
+    "It is made in pieces, and a record keeps it: another one would be another dataset."
+    n = 2**16 + 100
+    items = pd.DataFrame(dict(item=np.arange(n), name=[f'item {i}' for i in range(n)], source=pd.array(np.arange(n)[::-1], dtype='Int64')))
+    text = f'{n}' + '\x1f'.join(items['name']) + '\x1f'.join(map(str, items['source']))
+    assert fingerprint(items) == hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def test_a_dataset_may_have_slots():
+    "So that its attributes are in no dict."
+    class Slots:
+        __slots__ = 'n',
+        def __init__(self, n): self.n = n
+        def __len__(self): return self.n
+        def __getitem__(self, i): return i, 0
+    assert (labels_of(Slots(3), 3) == -1).all()

@@ -9,7 +9,7 @@ import weakref
 from collections import Counter, OrderedDict
 from functools import partial
 from itertools import product
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 
 import cloudpickle
 import numpy as np
@@ -28,7 +28,9 @@ from fastai.optimizer import SGD
 from fastai.torch_core import TensorBase, TensorCategory, TensorImage, TensorMask, set_seed
 from fastcore.foundation import L
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from fastai_xent import losses
@@ -209,7 +211,8 @@ def test_settings_alone_decide_the_way(keep_stats, monkeypatch):
     monkeypatch.setattr(losses, 'WAY', 'numba')
     targ = torch.zeros(6, dtype=torch.long)
     for kw, y, fused in (({}, targ, True), (dict(weight=torch.ones(4)), targ, True), (dict(label_smoothing=.1), targ, True),
-                          (dict(label_smoothing=.1, weight=torch.ones(4)), targ, False), ({}, torch.ones(6, 4) / 4, False)):
+                          (dict(label_smoothing=.1, weight=torch.ones(4)), targ, False), ({}, torch.ones(6, 4) / 4, True),
+                          (dict(weight=torch.ones(4)), torch.ones(6, 4) / 4, False)):
         names = graph(XentLoss(**kw, keep_stats=keep_stats)(torch.zeros(6, 4, requires_grad=True), y))
         assert any('FusedLoss' in o for o in names) == fused
 
@@ -1724,3 +1727,86 @@ def test_ignored_targets_in_a_learner_train_nothing(way):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert_same(learn.model.state_dict().values(), before.values())
     assert_close(torch.stack(learn.noted.seen), torch.zeros(6), **EXACT)
+
+
+# -- what a GPU would answer, feigned here
+
+@pytest.fixture
+def by_triton(monkeypatch):
+    "A Triton kernel that gives its own answer and keeps how it was asked; None in place of that answer: it does not run."
+    from fastai_xent import gpu_kernels
+    asked = SimpleNamespace(loss=torch.tensor(7.), stats=xent_stats(Z + 1, Y), found=torch.tensor([2, 0, 1]))
+    def kernel(pred, targ, weight, ignore_index, label_smoothing, axis, reduction, facts, always):
+        asked.kw = dict(ignore_index=ignore_index, label_smoothing=label_smoothing, axis=axis, reduction=reduction, always=always)
+        facts.update(stats=asked.stats, found=asked.found)
+        return asked.loss
+    monkeypatch.setattr(gpu_kernels, 'kernel_loss', kernel)
+    monkeypatch.setattr(gpu_kernels, 'usable', lambda pred, always=False: True)
+    monkeypatch.setattr(gpu_kernels, 'bad_target', lambda found: found)
+    monkeypatch.setattr(losses, 'WAY', 'triton')
+    return asked
+
+
+@each_loss
+def test_the_kernel_s_answer_is_the_loss(by_triton, Loss):
+    loss_func = Loss(ignore_index=9, label_smoothing=.1, reduction='sum', axis=-1)
+    assert loss_func(Z, Y) is by_triton.loss
+    assert by_triton.kw == dict(ignore_index=9, label_smoothing=.1, axis=1, reduction='sum', always=True)
+    assert loss_func.stats is by_triton.stats
+
+
+def test_torch_answers_where_the_kernel_does_not_run(by_triton):
+    by_triton.loss = None
+    assert_close(XentLoss()(Z, Y), F.cross_entropy(Z, Y), **EXACT)
+
+
+def test_what_the_kernel_found_is_told_when_it_has_arrived(by_triton, monkeypatch):
+    sent = []
+    monkeypatch.setattr(losses._LateCheck, 'put', lambda self, found, tell: sent.append((found, tell)))
+    class Cuda(torch.Tensor):
+        is_cuda = True
+    call = losses._Call(Z, Y, None, (-100, 0., 1))
+    assert losses._by_triton(Z, Y.as_subclass(Cuda), call, 'mean', losses._LateCheck()) is by_triton.loss
+    (found, tell), = sent
+    assert found is by_triton.found
+    with pytest.raises(IndexError, match=r'targets of shape \[6\], the one at flat position 2 was 0, expected a class from 0 to 3'):
+        tell(found.tolist())
+
+
+class Asked(TorchDispatchMode):
+    "Keeps the keyword arguments of each operation by its name."
+    def __init__(self):
+        super().__init__()
+        self.kw = {}
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.kw[func.overloadpacket.__name__] = kwargs or {}
+        return func(*args, **(kwargs or {}))
+
+
+def test_what_a_device_found_is_sent_to_memory_that_a_copy_need_not_wait_for(monkeypatch):
+    "Pinned: CUDA copies to other memory before it returns, `non_blocking` or not."
+    monkeypatch.setattr(torch.cuda, 'Event', lambda: SimpleNamespace(record=lambda: None))
+    late = losses._LateCheck()
+    with FakeTensorMode(), Asked() as asked: late.put(torch.zeros(3, device='cuda'), print)
+    assert asked.kw['empty_like']['pin_memory'] is True and len(late.queue) == 1
+
+
+@pytest.mark.parametrize('compat', [False, True])
+def test_probabilities_of_one_class_stay_probabilities(compat):
+    "Their axis of length one is the class axis."
+    loss_func = XentLossFlat(compat=compat)
+    loss_func(torch.zeros(3, 1), torch.ones(3, 1))
+    assert_close(loss_func.stats.p_targ, torch.ones(3), **EXACT)
+
+
+@pytest.mark.parametrize('shape, axis', [((2, 4, 3, 5), 1), ((2, 3, 4, 5), 2), ((2, 3, 5, 4), -1)], ids=str)
+def test_compat_gives_the_rows_of_a_mask_in_fastai_s_order(shape, axis):
+    pred, targ, _ = problem(shape, axis)
+    pred, targ = TensorImage(pred), TensorMask(targ)
+    want = CrossEntropyLossFlat(axis=axis, reduction='none')(pred, targ).as_subclass(torch.Tensor)
+    assert_close(XentLossFlat(axis=axis, compat=True, reduction='none')(pred, targ), want, **F32)
+
+
+def test_each_property_says_what_it_is():
+    names = 'axis', 'reduction', 'ignore_index', 'label_smoothing', 'weight', 'keep_stats', 'stats'
+    assert all(getattr(XentLossFlat, o).__doc__ for o in names)

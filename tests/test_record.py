@@ -17,7 +17,7 @@ from runs import RUN, expected, fill, frame, put, rows, runs, same_frame
 
 from fastai_xent.dynamics import SCORES, MeanColumn, Reducer
 from fastai_xent.epochs import FORMAT
-from fastai_xent.record import XentRecord
+from fastai_xent.record import XentRecord, _first
 from fastai_xent.recorder import XentRecorder
 from fastai_xent.writer import XentWriter
 
@@ -229,3 +229,99 @@ def test_a_torn_file_is_named(ask, packed, tmp_path):
     for bad in (data[:50], data[:-20], b''):
         torn.write_bytes(bad)
         with pytest.raises(OSError, match=re.escape(torn.name) + '.*torn or altered'): QUESTIONS[ask](XentRecord(tmp_path/'r'))
+
+
+# -- lists of items
+
+@pytest.fixture
+def two_lists():
+    "A record whose train set has other items, fewer, from epoch 3 on."
+    writer = XentWriter()
+    record = fill(writer, RUN)
+    writer.set_items('train', frame(4, 'other {}'), 'another hash', epoch=3)
+    put(writer, 1, 3, 'train', rows([0, 1, 2, 3], ignored=0))
+    return record
+
+ASK = dict(items=lambda r, **kw: r.items(**kw), score=lambda r, **kw: pd.DataFrame(dict(x=r.score('loss', **kw))), scores=lambda r, **kw: r.scores(**kw),
+           item=lambda r, **kw: r.item(1, **kw), top=lambda r, **kw: r.top(2, 'loss', **kw), seen=lambda r, **kw: r.seen(**kw))
+
+@pytest.mark.parametrize('ask', ASK.values(), ids=ASK)
+def test_the_last_list_is_meant_unless_another_is_asked_for(ask, two_lists):
+    first, last = ask(two_lists, segment=0), ask(two_lists, segment=1)
+    pd.testing.assert_frame_equal(ask(two_lists), last)
+    assert not first.equals(last)
+
+def test_the_last_list_is_meant_inside_too(two_lists):
+    assert two_lists._list('train') == two_lists._segment('train').k == 1
+    with pytest.raises(IndexError, match="segment -2 of split 'train' does not exist; it has 2"): two_lists.items(segment=-2)
+
+
+# -- an item by its name
+
+def test_an_item_is_found_by_its_name_or_refused():
+    writer, names = XentWriter(), frame(6)
+    names['name'] = ['a', 'b', 'c', 'b', 'b', '7']
+    writer.set_items('train', names, 'f')
+    put(writer, 0, 0, 'train', rows(range(6), ignored=0))
+    record = writer.record
+    pd.testing.assert_frame_equal(record.item('c'), record.item(2))
+    pd.testing.assert_frame_equal(record.item('7'), record.item(5))
+    with pytest.raises(KeyError, match="no item of 'train' is called 'd', expected one"): record.item('d')
+    with pytest.raises(KeyError, match="3 items of 'train' are called 'b', expected one: 1, 3, 4; give the index"): record.item('b')
+
+
+def test_the_scores_of_the_list_asked_for_are_named():
+    "Here the first list has no losses, and the last has."
+    writer = XentWriter()
+    for k, epoch in enumerate((0, 1)):
+        writer.set_items('train', frame(4, f'list {k}' + ' {}'), f'hash {k}', epoch=epoch)
+        cols = rows(range(4), ignored=0)
+        if not k: cols['loss'][:] = cols['grad_norm'][:] = np.nan
+        put(writer, 0, epoch, 'train', cols)
+    with pytest.raises(ValueError, match="no item of 'train' has the score 'loss'.*it has the scores") as e: writer.record.top(by='loss', segment=0)
+    named = str(e.value).partition('it has the scores ')[2].split(', ')
+    assert 'el2n' in named and 'loss' not in named
+    assert len(writer.record.top(by='loss')) == 4
+
+
+# -- ranks
+
+def test_the_first_are_those_of_a_whole_sort():
+    "With ties, and items without a score."
+    x = np.random.default_rng(0).integers(0, 90, 200).astype(float)
+    x[::7] = np.nan
+    order = [i for i in np.argsort(x, kind='stable') if not np.isnan(x[i])]
+    for k in range(202): assert _first(x, k).tolist() == order[:k]
+    distinct = np.random.default_rng(1).permutation(500).astype(float)
+    for k in range(502): assert _first(distinct, k).tolist() == np.argsort(distinct)[:k].tolist()
+
+def test_scores_come_with_what_each_item_is_and_is_taken_for():
+    "And there is no column without a score."
+    record = fill(None, RUN)
+    scores, top = record.scores(), record.top(6)
+    assert list(scores)[:5] == ['item', 'name', 'source', 'targ', 'likely'] and 'grand' not in scores
+    pd.testing.assert_frame_equal(scores.loc[top['item'], ['targ', 'likely']].reset_index(drop=True), top[['targ', 'likely']])
+
+def test_the_last_step_is_that_of_the_last_row():
+    "Of items that come several times in an epoch."
+    writer, n = XentWriter(), 20
+    writer.set_items('train', frame(n), 'f')
+    for epoch in range(3):
+        cols = rows(np.random.default_rng(epoch).permutation(np.repeat(np.arange(n), 2)), ignored=0)
+        put(writer, 0, epoch, 'train', {**cols, 'step': np.arange(2 * n, dtype=np.int32) + epoch * 2 * n})
+    last = writer.record.to_df('train', -1).groupby('item')['step'].max()
+    for packed in False, True:
+        if packed: writer.record.compact()
+        seen = writer.record.seen()
+        assert (seen['rows'] == 6).all() and (seen['last_epoch'] == 2).all()
+        assert seen['last_step'].tolist() == last.tolist()
+
+
+def test_a_map_has_floats_of_32_bits_and_whole_classes():
+    writer = XentWriter()
+    writer.set_items('train', frame(2), 'f')
+    part = dict(loss=np.array([[.5, np.nan]], np.float32), pred=np.array([[3, -1]]))
+    put(writer, 0, 0, 'train', rows([0, 1], ignored=0), maps={1: part})
+    got = writer.record.map(1)
+    assert {o: v.dtype for o, v in got.items()} == dict(loss=np.float32, pred=np.int64)
+    for o, v in part.items(): np.testing.assert_array_equal(got[o], v)

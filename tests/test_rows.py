@@ -13,11 +13,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fastai_xent import losses, rows as rows_module
+from fastai_xent import losses, rowloss, rows as rows_module
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_stats
 from fastai_xent.batch import Batch, NotRecordable, _sums, read_batch
-from fastai_xent.rows import RowBuffer
+from fastai_xent.cpu_kernels import LARGE
+from fastai_xent.rows import RowBuffer, _may_wait, _Room
 
 LOSSES = {'ours': XentLoss(), 'stock': nn.CrossEntropyLoss()}
 
@@ -241,3 +242,71 @@ def test_mixed_batches_wait_too(option, capacity, monkeypatch):
     assert cols['partner'].tolist() == partner
     assert_close(torch.tensor(cols['lam']), torch.tensor(lam), equal_nan=True)
     assert sum(times) == 48 and len(times) <= {1: 7, 40: 3, 1000: 3}[capacity]
+
+@pytest.mark.parametrize('n, c', [(6, 5), (64, 100)], ids=['small', 'large'])
+@pytest.mark.parametrize('make', [nn.CrossEntropyLoss, XentLossFlat])
+def test_probabilities_that_are_learned_too(make, n, c):
+    "Targets with a gradient, a teacher's: their numbers are recorded, and their graph is let go."
+    raw = torch.randn(n, c, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    z, loss_func, rows = torch.randn(n, c, generator=torch.Generator().manual_seed(1)).requires_grad_(), make(), RowBuffer(n)
+    t = raw.softmax(1)
+    loss = loss_func(z, t)
+    rows.add(0, read_batch(SimpleNamespace(pred=z, yb=(t,), loss_func=loss_func, loss=loss)))
+    loss.backward()
+    assert raw.grad.abs().sum() > 0
+    cols, want = rows.cols(), xent_stats(z.detach(), t.detach())
+    assert_close(torch.tensor(cols['loss']), want.loss)
+    assert_close(torch.tensor(cols['grad_norm']), want.grad_norm)
+
+# -- room
+
+def test_room_grows_by_half_so_that_few_rows_are_copied():
+    "Ten thousand batches of one row, and no idea how many will come."
+    room, sizes = _Room(1), []
+    grow = room._grow
+    room._grow = lambda used: [grow(used), sizes.append(room.size)]
+    for i in range(10_000): assert room.add(1) == slice(i, i + 1)
+    assert sizes[0] == 1 and sizes[-1] >= 10_000
+    assert sizes[1:] == [max(o + 1, o + o // 2) for o in sizes[:-1]]
+
+
+# -- what waits, and what is asked
+
+@pytest.mark.parametrize('device, most', [('cpu', LARGE - 1), ('meta', rows_module._DEVICE // 4)])
+def test_small_batches_wait_for_their_statistics(device, most):
+    "Small is what a kernel of the processor would not take, or what a device has room for several times."
+    def waits(c): return _may_wait(Batch(torch.empty(1, c, device=device), torch.zeros(1, dtype=torch.long, device=device), nn.CrossEntropyLoss(), 1))
+    assert waits(most) and not waits(most + 1)
+
+
+def test_a_batch_without_a_step_has_none():
+    rows, (z, y) = RowBuffer(9), (torch.zeros(2, 3), torch.tensor([0, 2]))
+    for i, step in enumerate(({}, dict(step=7), {})): rows.add(i, Batch(z, y, nn.CrossEntropyLoss(), 1), **step)
+    assert rows.cols()['step'].tolist() == [-1, -1, 7, 7, -1, -1]
+
+
+def test_rows_without_steps_have_no_such_column():
+    rows = RowBuffer(9)
+    assert rows.cols() == {}
+    rows.add(0, Batch(torch.zeros(2, 3), torch.tensor([0, 2]), nn.CrossEntropyLoss(), 1))
+    assert 'step' not in rows.cols()
+
+
+class Focal(nn.Module):
+    "A loss that is no cross-entropy."
+    reduction = 'mean'
+    def forward(self, pred, targ):
+        ce = F.cross_entropy(pred, targ, reduction='none')
+        rows = (1 - (-ce).exp()) * ce
+        return rows if self.reduction == 'none' else rows.mean()
+
+
+def test_a_loss_is_tried_once(monkeypatch):
+    "Later batches ask it only for their rows."
+    z, y = torch.randn(4, 3, generator=torch.Generator().manual_seed(0)), torch.tensor([0, 2, 1, 1])
+    rows, focal = RowBuffer(99), Focal()
+    rows.add(0, Batch(z, y, focal, 1), 0)
+    for o in rows_module, rowloss: monkeypatch.setattr(o, 'Asked', lambda *args: pytest.fail('it is tried again'))
+    for i in 1, 2: rows.add(i, Batch(z, y, focal, 1), i)
+    focal.reduction = 'none'
+    assert_close(torch.from_numpy(rows.cols()['loss']), focal(z, y).repeat(3), rtol=1e-5, atol=1e-6)

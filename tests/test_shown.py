@@ -101,7 +101,7 @@ def test_help_says_what_parameters_mean():
 
 # -- what was called otherwise
 
-@pytest.mark.parametrize('name, now', dict(new=r'XentWriter\(path\)', keys='record.epochs', add='XentWriter.write', set_items='XentWriter.set_items', plot_top_losses='record.show_top', export='record.to_file').items())
+@pytest.mark.parametrize('name, now', dict(new=r'XentWriter\(path\)', keys='record.epochs', add='XentWriter.write', set_items='XentWriter.set_items', top_losses='record.top', plot_top_losses='record.show_top', export='record.to_file').items())
 def test_old_names(name, now):
     record = fill(None, RUN)
     for o in (XentRecord, record):

@@ -1,4 +1,6 @@
-"Label smoothing by the CPU's kernels: against float64 truth, torch, and itself in threads."
+"Label smoothing and shares as targets by the CPU's kernels: against float64 truth, torch, and itself in threads."
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -6,9 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.testing import assert_close
 
+from fastai_xent.batch import read_batch
 from fastai_xent.cpu_kernels import FusedPass
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import xent_grad, xent_stats
+from fastai_xent.rows import RowBuffer
 from fastai_xent.smoothing import smoothed_pass
 
 inf = float('inf')
@@ -112,7 +116,7 @@ def test_any_shape(n, c, eps, seed):
 
 def test_where_it_does_not_compile_torch_does_it(monkeypatch):
     import fastai_xent.smoothing as smoothing
-    monkeypatch.setattr(smoothing, '_compiled', lambda keep: 1 / 0)
+    monkeypatch.setattr(smoothing, '_compiled', lambda shares, keep: 1 / 0)
     smoothing._kernel.cache_clear()
     z, y = problem(64, 100)
     try:
@@ -120,3 +124,150 @@ def test_where_it_does_not_compile_torch_does_it(monkeypatch):
             loss = XentLoss(label_smoothing=.1)(z, y)
     finally: smoothing._kernel.cache_clear()
     assert_close(loss, F.cross_entropy(z, y, label_smoothing=.1))
+
+# -- targets that are shares
+
+def shares(n, c, kind='soft', dtype=torch.float32, seed=1):
+    "Probabilities of the classes: a teacher's; of votes, many of them none, which add up to 1.3; or one class alone."
+    gen = torch.Generator().manual_seed(seed)
+    if kind == 'one': return F.one_hot(torch.randint(0, c, (n,), generator=gen), c).to(dtype)
+    if kind == 'soft': return (torch.randn(n, c, generator=gen, dtype=dtype) * 3).softmax(1)
+    votes = torch.randint(-2, 3, (n, c), generator=gen).clamp_min(0).to(dtype)
+    votes[:, 0] += 1
+    return votes / votes.sum(1, keepdim=True) * 1.3
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('eps', [0., .1, 1.])
+@pytest.mark.parametrize('kind', ['soft', 'votes', 'one'])
+@pytest.mark.parametrize('n, c, scale', [(64, 100, 1), (7, 1, 1), (9, 2, 30), (3, 5000, 10), (40, 300, 100)])
+def test_shares_against_float64(n, c, scale, kind, eps, dtype):
+    z, t = problem(n, c, scale, dtype)[0], shares(n, c, kind, dtype)
+    done, want = smoothed_pass(z, t, eps), xent_stats(z.double(), t.double(), label_smoothing=eps)
+    for name, a, b in zip(want._fields, done.stats((n,)), want):
+        assert_close(a, b.to(a.dtype), msg=lambda s, name=name: f'{name}: {s}')
+    assert_close(done.grad, xent_grad(z.double(), t.double(), label_smoothing=eps).to(dtype))
+    assert_close(torch.tensor(done.ints[1]), t.argmax(1))
+
+@pytest.mark.parametrize('sure', [20, 40, 80])
+def test_shares_where_the_label_is_certain(sure):
+    "p − t and the loss are tiny there; no digit is lost."
+    z, y = torch.zeros(50, 100), torch.full((50,), 3)
+    z[:, 3] = sure
+    done, want = smoothed_pass(z, F.one_hot(y, 100).float()), xent_stats(z.double(), y)
+    assert_close(done.stats((50,)).loss.double(), want.loss, rtol=2e-5, atol=0)
+    assert_close(done.grad.double(), xent_grad(z.double(), y), rtol=2e-5, atol=0)
+
+def test_shares_at_their_optimum():
+    t = shares(50, 300)
+    assert smoothed_pass(t.double().log().float(), t).facts[1].max() < 3e-7
+
+@pytest.mark.parametrize('row, t', [([inf, 0., 1.], [.2, .5, .3]), ([-inf, 0., 1.], [.6, .2, .2]), ([-inf, 0., 1.], [0., .5, .5]),
+                                    ([float('nan'), 0., 1.], [.2, .5, .3]), ([-inf, -inf, 0.], [0., 0., 1.]), ([3e38, -3e38, 0.], [0., 1., 0.]),
+                                    ([1., 2., 3.], [.2, float('nan'), .3]), ([1., 2., 3.], [0., 0., 0.]), ([1., 2., 3.], [-.5, 1., .5])])
+def test_shares_that_are_not_finite_or_none(row, t):
+    z, t = torch.tensor([row, [1., 2., 3.]]), torch.tensor([t, [.5, .3, .2]])
+    done, want = smoothed_pass(z, t), xent_stats(z.double(), t.double())
+    for name, a, b in zip(want._fields, done.stats((2,)), want):
+        assert_close(a[1:], b[1:].to(a.dtype))
+        if name == 'loss': assert_close(a, b.float(), equal_nan=True)
+
+@pytest.mark.parametrize('Loss', [XentLoss, XentLossFlat])
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('eps', [0., .2])
+def test_the_loss_of_shares_is_torchs(Loss, reduction, dtype, eps):
+    t = shares(64, 100)
+    z, other = (problem(64, 100)[0].to(dtype).requires_grad_() for _ in range(2))
+    loss_func = Loss(reduction=reduction, label_smoothing=eps, ignore_index=5)
+    loss = loss_func(z, t)
+    want = F.cross_entropy(other.double(), t.double(), reduction=reduction, label_smoothing=eps)
+    assert isinstance(getattr(loss_func, 'func', loss_func)._last.done, FusedPass)
+    assert_close(loss.double(), want, rtol=1e-5, atol=1e-6)
+    up = torch.rand_like(loss)
+    loss.backward(up)
+    want.backward(up.double())
+    assert_close(z.grad, other.grad)
+    stats = loss_func.stats
+    assert stats.loss.shape == (64,)
+    for a, b in zip(stats, xent_stats(z.detach(), t, label_smoothing=eps)): assert_close(a, b)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('eps', [0., .3])
+def test_second_derivative_with_shares(reduction, eps):
+    t = shares(64, 70, dtype=torch.float64)
+    z, other = (problem(64, 70, dtype=torch.float64)[0].requires_grad_() for _ in range(2))
+    grads, kw = [], dict(reduction=reduction, label_smoothing=eps)
+    for f, x in ((XentLoss(**kw), z), (lambda x, y: F.cross_entropy(x, y, **kw), other)):
+        g, = torch.autograd.grad(f(x, t).square().sum(), x, create_graph=True)
+        grads.append(torch.autograd.grad(g.square().sum(), x)[0])
+    assert_close(*grads)
+
+def test_shares_that_were_changed_have_no_second_derivative():
+    z, t = problem(64, 70)[0].requires_grad_(), shares(64, 70)
+    loss = XentLoss()(z, t)
+    t += 0
+    with pytest.raises(RuntimeError, match='were changed in place'): torch.autograd.grad(loss, z, create_graph=True)
+
+def test_shares_twice_through_one_graph():
+    z, t = problem(64, 70)[0].requires_grad_(), shares(64, 70)
+    loss = XentLoss()(z, t)
+    loss.backward(retain_graph=True)
+    loss.backward()
+    assert_close(z.grad, 2 * xent_grad(z, t) / 64)
+
+@pytest.mark.parametrize('what', ['weights', 'axis 0', 'mask', 'transposed', 'shares transposed', 'shares with a gradient', 'few'])
+def test_other_shares_are_torchs(what):
+    z, t, weight, axis = problem(100, 100)[0], shares(100, 100), None, 1
+    if what == 'weights': weight = torch.rand(100)
+    if what == 'axis 0': axis, t = 0, t.T.contiguous()
+    if what == 'mask': z, t = torch.randn(2, 5, 40, 40), torch.rand(2, 5, 40, 40).softmax(1)
+    if what == 'transposed': z = z.T
+    if what == 'shares transposed': t = t.T.contiguous().T
+    if what == 'shares with a gradient': t.requires_grad_()
+    if what == 'few': z, t = z[:5, :5], shares(5, 5)
+    loss_func = XentLoss(weight, axis=axis)
+    loss = loss_func(z, t)
+    assert loss_func._last.done is None
+    assert_close(loss, F.cross_entropy(z.T, t.T, weight) if axis == 0 else F.cross_entropy(z, t, weight))
+    if t.requires_grad: assert torch.autograd.grad(loss, t)[0].abs().sum() > 0
+
+def test_threads_change_no_bit_of_shares(monkeypatch):
+    z, t, found = problem(700, 1000)[0], shares(700, 1000), []
+    for threads in (1, 3):
+        monkeypatch.setattr(torch, 'get_num_threads', lambda n=threads: n)
+        done = smoothed_pass(z, t, reduction='mean')
+        found.append([done.loss, done.grad, torch.tensor(done.facts)])
+    for a, b in zip(*found): assert torch.equal(a, b)
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 30), st.integers(1, 40), st.floats(0, 1), st.sampled_from(['soft', 'votes', 'one']), st.integers(0, 10**6))
+def test_shares_of_any_shape(n, c, eps, kind, seed):
+    z, t = problem(n, c, 10., seed=seed)[0], shares(n, c, kind, seed=seed)
+    done = smoothed_pass(z, t, eps, reduction='mean')
+    assert_close(done.loss, F.cross_entropy(z.double(), t.double(), label_smoothing=eps).float(), rtol=1e-5, atol=1e-6)
+    assert_close(done.grad * n, xent_grad(z, t, label_smoothing=eps), rtol=1e-4, atol=1e-6)
+
+def test_where_shares_do_not_compile_torch_does_them(monkeypatch):
+    import fastai_xent.smoothing as smoothing
+    monkeypatch.setattr(smoothing, '_compiled', lambda shares, keep: 1 / 0)
+    smoothing._kernel.cache_clear()
+    z, t = problem(64, 100)[0], shares(64, 100)
+    try:
+        with pytest.warns(RuntimeWarning, match='does not compile the loss of probabilities of fastai_xent'): loss = XentLoss()(z, t)
+    finally: smoothing._kernel.cache_clear()
+    assert_close(loss, F.cross_entropy(z, t))
+
+@pytest.mark.parametrize('n, c', [(64, 100), (16, 10)], ids=['large', 'small'])
+@pytest.mark.parametrize('make', [XentLossFlat, torch.nn.CrossEntropyLoss])
+def test_shares_in_the_rows_of_a_pass(make, n, c):
+    "The label is the class with the largest share, and the losses add up."
+    loss_func, rows = make(), RowBuffer(3 * n)
+    for i in range(3):
+        z, t = problem(n, c, seed=i)[0], shares(n, c, seed=i)
+        rows.add(i, read_batch(SimpleNamespace(pred=z, yb=(t,), loss_func=loss_func, loss=loss_func(z, t))), i)
+    cols = rows.cols()
+    for i in range(3):
+        z, t, at = problem(n, c, seed=i)[0], shares(n, c, seed=i), slice(i * n, i * n + n)
+        for name, want in zip(xent_stats(z, t)._fields, xent_stats(z, t)): assert_close(torch.tensor(cols[name][at]), want.to(torch.tensor(cols[name]).dtype))
+        assert (cols['targ'][at] == t.argmax(1).numpy()).all()
+    assert not rows.balance().differ.any()

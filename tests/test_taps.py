@@ -925,3 +925,26 @@ def test_at_least_a_million():
     if not CHECKED['bulk']: pytest.skip("the tests above were not run")
     print(f"\n{CHECKED['rows']:,} rows checked")
     assert CHECKED['rows'] >= 1_000_000
+
+
+# -- what is skipped, and what an older loader lacks
+
+@pytest.mark.parametrize('skip', [0, 1, 2])
+@pytest.mark.parametrize('n', [5, 9, 13])
+def test_repeats_behind_batches_that_a_loader_skips_itself(n, skip):
+    "accelerate's loader reads them and throws them away."
+    for r in range(2):
+        def made(skip): return DataLoaderShard(Coded(n), skip_batches=skip,
+            batch_sampler=BatchSamplerShard(torch.utils.data.BatchSampler(range(n), 2, False), 2, r))
+        items, padding = heard(made(0))
+        later, repeats = heard(made(skip))
+        np.testing.assert_array_equal(later, items[2 * skip:])
+        np.testing.assert_array_equal(repeats, padding[2 * skip:])
+        assert padding.any() or r == 0
+
+
+def test_a_loader_without_in_order_deals_in_order(monkeypatch):
+    "As fastai's did before torch had the setting."
+    dl = TfmdDL(Coded(4), bs=2)
+    monkeypatch.delattr(type(dl.fake_l), 'in_order')
+    assert why_not(dl) == ''

@@ -227,10 +227,39 @@ def test_mutants(line, want):
     for o in found: ast.parse(o)
 
 
-def test_sample_is_seeded(tree):
-    (tree/'fastai_xent'/'b.py').write_text('x = 1 + 2 * 3 - 4\n')
-    lots = [[m.text for m in mutants.sample(tree, ['b'], 4, seed)] for seed in (1, 1, 2)]
+def test_sample_is_seeded():
+    lots = [[m.text for m in mutants.sample('x = 1 + 2 * 3 - 4\n', 'b', 4, seed)] for seed in (1, 1, 2)]
     assert lots[0] == lots[1] != lots[2] and len(lots[0]) == 4
+
+
+TEXT = """\
+import torch
+
+def outer(x=3,
+          y=4):
+    if (x and
+            y):
+        return [x,
+                y]
+    def inner(z=5): return z
+    return inner
+
+class A:
+    k = 6
+
+    def f(self): return self.k
+"""
+
+@pytest.mark.parametrize('line, want', [
+    (6, {5, 6}),  # a condition without its body
+    (8, {7, 8}),  # a statement of two lines
+    (9, {9}),
+    (3, set(range(3, 11))),  # defaults: all who call the function
+    (4, set(range(3, 11))),
+    (13, set(range(1, 16))),  # done on import: all who use the module
+    (15, {15}),
+])
+def test_lines_of_a_mutant(line, want): assert mutants.lines_of(TEXT, line) == want
 
 
 @pytest.fixture
@@ -240,24 +269,83 @@ def bare(monkeypatch):
     monkeypatch.setattr(mutants, 'HEAVY', ['pytest'])
 
 
-def test_survivor_is_shown(tree, bare, capsys):
-    (tree/'fastai_xent'/'b.py').write_text('def big(x): return x > 3\n')
-    (tree/'tests'/'test_a.py').write_text('from fastai_xent.b import big\n\ndef test(): assert big(4) and not big(2)\n')
-    mutants.main(['--modules', 'b', '--tests', 'tests', '--n', '99', '--root', str(tree)])
-    said = capsys.readouterr().out
-    assert [o for o in said.splitlines() if 'survived:' in o] == ['survived: b.py:1  x > 3  →  x >= 3', 'survived: b.py:1  3  →  2']
-    assert '| b | 4 | 2 | 0 | 2 |\n| all | 4 | 2 | 0 | 2 |' in said
+TESTS = """\
+import pytest, threading
+from fastai_xent import b
+
+@pytest.fixture(scope='module')
+def shared(): return b.big(4)
+
+def test_one(): assert b.big(4) and not b.big(2)
+
+def test_two(shared): assert shared
+
+def test_three(shared): pass
+
+def test_wrong():
+    b.small(1)
+    assert False
+
+def test_thread(): threading.Thread(target=b.small, args=[1]).start()
+
+def test_none(): pass
+
+@pytest.mark.slow
+def test_slow(): assert b.small(1)
+"""
+
+@pytest.fixture
+def small(tree, bare):
+    "A module of two functions, and tests of them."
+    (tree/'fastai_xent'/'b.py').write_text('def big(x): return x > 3\ndef small(x): return x < 3\n')
+    (tree/'tests'/'test_a.py').write_text(TESTS)
+    return tree
 
 
-def test_endless_mutant_is_ended(tree, bare):
-    (tree/'tests'/'test_a.py').write_text('def test():\n    while True: pass')
-    with mutants.Runner() as run: assert run(tree, ['tests'], limit=1) == 'too slow'
+def test_lines_of_tests(small, tmp_path):
+    "A fixture of several tests, a thread; what a test that fails passes is known, too."
+    with mutants.Runner() as run: found = mutants.noted(run, small, ['tests'], ['b'], tmp_path/'lines.json')
+    names = {o: {found['tests'][i][0].partition('::')[2] for i in which} for o, which in found['lines'].items()}
+    assert names == {'b:1': {'test_one', 'test_two', 'test_three'}, 'b:2': {'test_wrong', 'test_thread'}}
+    assert found['failed'] == ['tests/test_a.py::test_wrong'] and len(found['tests']) == 6
 
 
-def test_failing_tests_are_refused(tree, bare):
-    (tree/'tests'/'test_a.py').write_text('def test(): assert False')
-    with pytest.raises(SystemExit, match='do not pass'):
-        mutants.main(['--modules', 'b', '--tests', 'tests', '--root', str(tree)])
+def test_own_tests_first_and_the_quickest_of_each():
+    text, own = 'def big(x): return x > 3\n', 'tests/test_b.py::'
+    tests = [['a', 2.], [own + 'x', 1.], ['c', .5], ['d', .1], [own + 'y', .6], ['e', .1]]
+    found = dict(tests=tests, failed=['e'], lines={'b:1': [0, 1, 2, 4, 5], 'c:1': [3]})
+    m = next(mutants.mutants('b', text))
+    assert mutants.chosen(found, m, text, 9) == ([tests[i] for i in (4, 1, 2, 0)], 0)
+    assert mutants.chosen(found, m, text, 2) == ([tests[i] for i in (4, 1)], 2)
+
+
+def test_survivor_is_shown(small, capsys):
+    mutants.main(['--modules', 'b', '--n', '99', '--root', str(small)])
+    said = capsys.readouterr().out.splitlines()
+    assert said[0] == 'fails without a mutant: tests/test_a.py::test_wrong'
+    assert said[1:4] == ['survived: b.py:1  x > 3  →  x >= 3 (3 tests, 0 left out)', 'survived: b.py:1  3  →  2 (3 tests, 0 left out)',
+                         'survived: b.py:2  x < 3  →  None (1 tests, 0 left out)']
+    assert '| b | 8 | 2 | 0 | 6 |' in said
+
+
+def test_module_is_put_back(small):
+    "The bytes, and the time by which Python knows the bytecode."
+    fn = small/'fastai_xent'/'b.py'
+    before, seen = (fn.read_bytes(), fn.stat().st_mtime_ns), []
+    def run(*args): seen.append(fn.read_text())
+    m = next(mutants.mutants('b', before[0].decode()))
+    mutants.fate(run, small, m, [['tests/test_a.py::test_one', 0.]])
+    assert seen == [m.text] and (fn.read_bytes(), fn.stat().st_mtime_ns) == before
+
+
+def test_endless_mutant_is_ended(small):
+    (small/'tests'/'test_a.py').write_text('def test():\n    while True: pass')
+    with mutants.Runner() as run: assert run(1, 'trying', small, ['tests/test_a.py::test']) == 'too slow'
+
+
+def test_failing_tests_are_refused(small):
+    (small/'tests'/'test_a.py').write_text('def test(): assert False')
+    with pytest.raises(SystemExit, match='no test passes'): mutants.main(['--modules', 'b', '--root', str(small)])
 
 
 def test_journeys():

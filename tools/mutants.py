@@ -1,13 +1,21 @@
 """Do the tests notice a mistake? Make small mistakes in the modules, one at a time, and see which ones no test notices.
 
-`python tools/mutants.py --modules losses rows --n 100 --seed 1 --tests tests/test_losses.py tests/test_rows.py`
-Each mutant is a copy of this tree with one expression changed. A row that survives is a missing test, or a change that makes no difference.
+`python tools/mutants.py --modules losses rows --n 50 --seed 1`
+Each mutant is a copy of this tree with one expression changed.
+One that survives shows a missing test, or a change that makes no difference.
+First the tests run once, to see which lines each passes and how long it takes. Then a mutant meets only
+those that pass its statement: its module's own, then the others, the quickest first, up to the first that fails.
+Tests marked `slow` are left out.
 Left alone: annotations, decorators, texts, and what stands in f-strings.
 """
-import argparse, ast, copy, importlib, json, os, random, shutil, signal, subprocess, sys, tempfile, time
-from collections import Counter
+import argparse, ast, bisect, copy, importlib, itertools, json
+import os, random, resource, shutil, signal, subprocess, sys, tempfile, threading, time
+from collections import Counter, defaultdict
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+
+import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LEFT_OUT = '.git', '.venv', '_docs', '_proc', 'runs', '__pycache__', '.*_cache', '.hypothesis', 'benchmarks'
@@ -96,8 +104,90 @@ def mutants(module, text):
             yield Mutant(module, old.lineno, ast.unparse(old), ast.unparse(new), now)
 
 
+def head(node):
+    "The first and last line of a statement without the statements in it."
+    body = getattr(node, 'body', None)
+    return (node.lineno, max(node.lineno, body[0].lineno - 1)) if body else (node.lineno, node.end_lineno)
+
+
+def lines_of(text, line):
+    """The lines whose tests a change on `line` concerns: the statement's.
+    Of what is done on import, a function's head concerns all who call it, and anything else the whole module."""
+    around = [o for o in ast.walk(ast.parse(text)) if isinstance(o, ast.stmt) and o.lineno <= line <= o.end_lineno]
+    inner, functions = around[-1], [o for o in around if isinstance(o, (ast.FunctionDef, ast.AsyncFunctionDef))]
+    if not functions: return set(range(1, len(text.splitlines()) + 1))
+    first, last = (inner.lineno, inner.end_lineno) if inner is functions[-1] else head(inner)
+    return {line, *range(first, last + 1)}
+
+
+class Plugin:
+    "For pytest: it knows the mark `slow`, which another tree may not have."
+    def pytest_configure(self, config): config.addinivalue_line('markers', 'slow: left out here')
+
+
+class Lines(Plugin):
+    """For pytest: which lines of our modules each test passes, and how long it takes.
+    What a fixture of several tests does counts for each of them. What other processes do is not seen."""
+    def __init__(self, tree, modules, to):
+        self.modules, self.to = {str(tree/'fastai_xent'/f'{o}.py'): o for o in modules}, to
+        self.tests, self.failed, self.lines = [], [], defaultdict(list)  # line → numbers of tests
+        self.passed, self.shared = set(), {}  # since a test or fixture began; by fixtures of several tests
+
+    def call(self, frame, event, arg): return self.line if frame.f_code.co_filename in self.modules else None
+
+    def line(self, frame, event, arg):
+        self.passed.add((self.modules[frame.f_code.co_filename], frame.f_lineno))
+        return self.line
+
+    @contextmanager
+    def noted(self):
+        "Yields a function that says processor seconds and lines so far."
+        before, self.passed, start = self.passed, set(), time.process_time()
+        for o in sys, threading: o.settrace(self.call)
+        try: yield lambda: (time.process_time() - start, self.passed)
+        finally: self.passed = before | self.passed
+
+    def of_fixtures(self, item):
+        "Seconds and lines of each fixture that `item` shares and that has been set up."
+        defs = {o for each in item._fixtureinfo.name2fixturedefs.values() for o in each}
+        return [self.shared[o] for o in defs if o in self.shared]
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_runtest_protocol(self, item, nextitem):
+        ready = self.of_fixtures(item)
+        with self.noted() as so_far:
+            result = yield
+            seconds, passed = so_far()
+        for o in sys, threading: o.settrace(None)
+        for o in passed.union(*(lines for _, lines in self.of_fixtures(item))): self.lines[o].append(len(self.tests))
+        self.tests.append((item.nodeid, seconds + sum(t for t, _ in ready)))
+        return result
+
+    @pytest.hookimpl(wrapper=True)
+    def pytest_fixture_setup(self, fixturedef, request):
+        with self.noted() as so_far:
+            result = yield
+            if fixturedef.scope != 'function': self.shared[fixturedef] = so_far()
+        return result
+
+    def pytest_runtest_logreport(self, report):
+        if report.failed: self.failed.append(report.nodeid)
+
+    def pytest_sessionfinish(self):
+        lines = {f'{module}:{line}': o for (module, line), o in self.lines.items()}
+        self.to.write_text(json.dumps(dict(tests=self.tests, failed=self.failed, lines=lines)))
+
+
+class Chosen(Plugin):
+    "For pytest: these tests alone, in this order."
+    def __init__(self, tests): self.place = {o: i for i, o in enumerate(tests)}
+
+    def pytest_collection_modifyitems(self, items):
+        items[:] = sorted((o for o in items if o.nodeid in self.place), key=lambda o: self.place[o.nodeid])
+
+
 HEAVY = ('torch', 'torch.utils.data', 'fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'pandas', 'pyarrow.parquet',
-         'duckdb', 'sklearn', 'hypothesis', 'pytest', '_pytest.assertion.rewrite')
+         'duckdb', 'sklearn', 'numba', 'hypothesis', 'pytest', '_pytest.assertion.rewrite')
 
 
 def warm(names):
@@ -108,27 +198,42 @@ def warm(names):
         except ImportError: print(f'{o} is not installed: left to the tests', file=sys.stderr)
 
 
-def child(tree, tests, said):
-    "In a fork: run `tests` in `tree`, what they say goes to the file `said`."
+def child(tree, args, plugin):
+    "In a fork: run tests in `tree`, what they say goes to the file `said.txt` beside it."
     os.setsid()  # so that what the tests start can be killed with them
-    out = os.open(said, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    out = os.open(tree.parent/'said.txt', os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
     for o in 1, 2: os.dup2(out, o)
     os.chdir(tree)
     sys.path[:0] = [str(tree), str(tree/'tests')]
-    os.environ |= dict(PYTHONPATH=str(tree), PYTHONDONTWRITEBYTECODE='1')
-    sys.dont_write_bytecode = True
+    os.environ['PYTHONPATH'] = str(tree)
     rc = 1
-    try: rc = importlib.import_module('pytest').main(['-x', '-q', '-p', 'no:cacheprovider', *tests])
+    args = ['-q', '-m', 'not slow', '-p', 'no:cacheprovider', '--rootdir', str(tree), *args]
+    try: rc = importlib.import_module('pytest').main(args, plugins=[plugin])
     finally: os._exit(int(rc))
 
 
-def forked(tree, tests, limit):
-    "What a fork of this process says of `tests` in `tree`: passed, failed, or over the time limit (seconds)."
+def noting(tree, args, modules, to):
+    "In a fork: run the tests and write the file `to`, with the lines that they pass. The bytecode stays for later runs."
+    child(Path(tree), args, Lines(Path(tree), modules, Path(to)))
+
+
+def trying(tree, tests):
+    "In a fork: run these tests up to the first that fails."
+    os.environ['PYTHONDONTWRITEBYTECODE'], sys.dont_write_bytecode = '1', True  # a mutant's is not the module's
+    child(Path(tree), ['-x', *dict.fromkeys(o.partition('::')[0] for o in tests)], Chosen(tests))
+
+
+def forked(limit, job, *args):
+    """What a fork of this process says of the tests of a job: passed, failed, or over the limit of processor seconds.
+    Who sleeps uses none: ten times as long a time by the clock ends that."""
     pid = os.fork()
-    if not pid: child(tree, tests, tree.parent/'said.txt')
-    end = time.monotonic() + limit
+    if not pid:
+        resource.setrlimit(resource.RLIMIT_CPU, (limit, limit + 1))
+        job(*args)
+    end = time.monotonic() + 10 * limit
     while time.monotonic() < end:
         done, status = os.waitpid(pid, os.WNOHANG)
+        if done and os.WIFSIGNALED(status): return 'too slow' if os.WTERMSIG(status) == signal.SIGXCPU else 'failed'
         if done: return 'passed' if status == 0 else 'failed'
         time.sleep(.05)
     os.killpg(pid, signal.SIGKILL)  # what the tests started, too
@@ -136,23 +241,26 @@ def forked(tree, tests, limit):
     return 'too slow'
 
 
+JOBS = dict(noting=noting, trying=trying)
+
+
 def serve(heavy):
-    "Answer each line of stdin, `[tree, tests, limit]` as JSON, with a line."
+    "Answer each line of stdin, `[limit, job, what it takes…]` as JSON, with a line."
     warm(heavy)
     for line in sys.stdin:
-        tree, tests, limit = json.loads(line)
-        print(forked(Path(tree), tests, limit), flush=True)
+        limit, job, *args = json.loads(line)
+        print(forked(limit, JOBS[job], *args), flush=True)
 
 
 class Runner:
-    "A process that has imported what all runs need; `run(tree, tests, limit)` says passed, failed or too slow."
+    "A process that has imported what all runs need; `run(limit, job, …)` says passed, failed or too slow."
     def __enter__(self):
         cmd = [sys.executable, __file__, '--serve', *HEAVY]
         self.server = subprocess.Popen(cmd, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
         return self
 
-    def __call__(self, tree, tests, limit):
-        print(json.dumps([str(tree), tests, limit]), file=self.server.stdin, flush=True)
+    def __call__(self, limit, job, *args):
+        print(json.dumps([limit, job, *args], default=str), file=self.server.stdin, flush=True)
         return self.server.stdout.readline().strip()
 
     def __exit__(self, *_):
@@ -161,13 +269,38 @@ class Runner:
         self.server.wait()
 
 
-def fate(run, tree, mutant, tests, limit):
-    "What the tests say of a mutant; the module is put back."
+def noted(run, tree, tests, modules, file):
+    "What `Lines` writes into `file`, unless that is there; tests that fail without a mutant are named and left out."
+    if not file.exists(): run(7200, 'noting', tree, tests, modules, file)
+    if not file.exists(): sys.exit((tree.parent/'said.txt').read_text())
+    found = json.loads(file.read_text())
+    for o in found['failed']: print('fails without a mutant:', o, flush=True)
+    if len(found['failed']) >= len(found['tests']): sys.exit('no test passes without a mutant')
+    return found
+
+
+def chosen(found, mutant, text, seconds):
+    """Names and seconds of the tests that pass the mutant's line, as many as take so long; how many more there are.
+    Those of the module's own file come first, and the quickest of each."""
+    numbers = {i for o in lines_of(text, mutant.line) for i in found['lines'].get(f'{mutant.module}:{o}', ())}
+    own = f'tests/test_{mutant.module}.py::'
+    tests = sorted((o for o in map(found['tests'].__getitem__, numbers) if o[0] not in found['failed']),
+                   key=lambda o: (not o[0].startswith(own), o[1], o[0]))
+    n = bisect.bisect(list(itertools.accumulate(o[1] for o in tests)), seconds)
+    return tests[:n], len(tests) - n
+
+
+def fate(run, tree, mutant, tests):
+    "What the tests say of a mutant; the module is put back, with its time, by which Python knows its bytecode."
+    if not tests: return 'passed'
     fn = tree/'fastai_xent'/f'{mutant.module}.py'
-    before = fn.read_text(encoding='utf-8')
+    before, stat = fn.read_text(encoding='utf-8'), fn.stat()
     fn.write_text(mutant.text, encoding='utf-8')
-    try: return run(tree, tests, limit)
-    finally: fn.write_text(before, encoding='utf-8')
+    os.utime(fn, (0, 0))
+    try: return run(60 + int(2 * sum(t for _, t in tests)), 'trying', tree, [o for o, _ in tests])
+    finally:
+        fn.write_text(before, encoding='utf-8')
+        os.utime(fn, ns=(stat.st_atime_ns, stat.st_mtime_ns))
 
 
 def told(m): return f'{m.module}.py:{m.line}  {m.was}  →  {m.now}'
@@ -182,34 +315,39 @@ def table(modules, fates):
     return '\n'.join(rows)
 
 
-def sample(root, modules, n, seed):
-    "`n` mutants of the modules, in the order of the text."
-    texts = {o: (root/'fastai_xent'/f'{o}.py').read_text(encoding='utf-8') for o in modules}
-    every = [m for o, text in texts.items() for m in mutants(o, text)]
-    chosen = sorted(random.Random(seed).sample(range(len(every)), min(n, len(every))))
-    return [every[i] for i in chosen]
+def sample(text, module, n, seed):
+    "`n` mutants of a module, in the order of the text."
+    every = list(mutants(module, text))
+    return [every[i] for i in sorted(random.Random(seed).sample(range(len(every)), min(n, len(every))))]
+
+
+def arguments(argv):
+    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
+    ap.add_argument('--modules', nargs='+', required=True, help='names of modules: losses rows')
+    ap.add_argument('--tests', nargs='+', default=['tests'], help='test files or node ids, as pytest takes them')
+    ap.add_argument('--n', type=int, default=50, help='how many mutants of each module')
+    ap.add_argument('--seed', type=int, default=0)
+    ap.add_argument('--root', type=Path, default=ROOT, help='the tree, if not this one: another commit')
+    ap.add_argument('--seconds', type=float, default=20, help='processor seconds that the tests of one mutant may take')
+    ap.add_argument('--lines', type=Path, help='file of which tests pass which lines: read if it is there, else written')
+    return ap.parse_args(argv)
 
 
 def main(argv=None):
     "Make the mutants, try them, print the table and the survivors."
-    ap = argparse.ArgumentParser(description=__doc__.split('\n')[0])
-    ap.add_argument('--modules', nargs='+', required=True, help='names of modules: losses rows')
-    ap.add_argument('--tests', nargs='+', required=True, help='test files or node ids, as pytest takes them')
-    ap.add_argument('--n', type=int, default=50, help='how many mutants')
-    ap.add_argument('--seed', type=int, default=0)
-    ap.add_argument('--root', type=Path, default=ROOT, help='the tree, if not this one: another commit')
-    ap.add_argument('--limit', type=float, help='seconds for each; default: thrice what the tests take now, and 30')
-    a = ap.parse_args(argv)
+    a = arguments(argv)
     with tempfile.TemporaryDirectory() as d, Runner() as run:
         tree = Path(d)/'tree'
         shutil.copytree(a.root, tree, ignore=shutil.ignore_patterns(*LEFT_OUT))
-        start = time.monotonic()
-        if run(tree, a.tests, 3600) != 'passed': sys.exit('the tests do not pass without a mutant')
-        limit = a.limit or 3 * (time.monotonic() - start) + 30
+        found = noted(run, tree, a.tests, a.modules, (a.lines or Path(d)/'lines.json').resolve())
         fates = []
-        for m in sample(tree, a.modules, a.n, a.seed):
-            fates.append((m, fate(run, tree, m, a.tests, limit)))
-            if fates[-1][1] == 'passed': print('survived:', told(m), flush=True)
+        for module in a.modules:
+            text = (tree/'fastai_xent'/f'{module}.py').read_text(encoding='utf-8')
+            for m in sample(text, module, a.n, a.seed):
+                tests, more = chosen(found, m, text, a.seconds)
+                fates.append((m, fate(run, tree, m, tests)))
+                if fates[-1][1] != 'passed': continue
+                print('survived:', told(m), f'({len(tests)} tests, {more} left out)', flush=True)
     print(table(a.modules, fates))
 
 
