@@ -216,6 +216,7 @@ def test_measure_of_a_commit(tree, monkeypatch, capsys):
     ('if a: f()', ['if (not a): f()', 'if (True): f()', 'if a: (None)']),
     ('x = [a for a in b if c]', ['x = [a for a in b if (True)]']),
     ('def f(): return x', ['def f(): return (None)']),
+    ('def f(): return None', []),
     ('x = f(a,\n      b)', ['x = (f(a))']),
     ('x = f(a, k=b)', ['x = (f(a))']),
     ('def f(x: 1 < 2) -> 1: "text"', []),

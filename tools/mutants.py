@@ -100,6 +100,7 @@ def mutants(module, text):
     source = text.encode()
     for node in nodes(ast.parse(text)):
         for old, new in others(node):
+            if ast.unparse(old) == ast.unparse(new): continue  # `return None`
             now = spliced(source, old, new)
             yield Mutant(module, old.lineno, ast.unparse(old), ast.unparse(new), now)
 
