@@ -18,7 +18,7 @@ $(INSTALLED): pyproject.toml settings.ini setup.py
 demo: $(INSTALLED)
 	$(PY) -m fastai_xent.demo
 
-# Run every notebook and every test but the slow ones (of the notebooks: several_gpus).
+# Run every notebook and every test but the slow ones.
 test: $(INSTALLED)
 	$(PY) -m pytest -n auto --dist worksteal -m 'not slow'
 

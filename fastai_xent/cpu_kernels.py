@@ -524,7 +524,7 @@ def traced(x: Tensor) -> bool:
 
 def in_memory(x: Tensor) -> bool:
     "Is `x` made of numbers in the memory of a CPU?"
-    return x.is_cpu and x.layout is torch.strided
+    return x.is_cpu and x.layout is torch.strided and not x.is_neg()
 
 LARGE = 2**12 # logits of a batch from which on a kernel is faster than torch's operations
 

@@ -24,9 +24,10 @@ from torch import Tensor, nn
 
 from .backward import FusedLoss, _rows_loss, _versions
 from .cpu_kernels import fused_pass, in_memory, is_large, traced
-from .numerics import (
+from fastai_xent.numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
-    _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _wide, _wide_dtype, xent_stats)
+    _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _soft_loss, _soft_targ, _wide, _wide_dtype,
+    xent_stats)
 from .smoothing import smoothable, smoothed_pass
 from .weights import _some, in_order, named_weights
 
@@ -185,11 +186,15 @@ def _mean_by_torch(z, y, kw: dict) -> Tensor:
     return _reduce(F.cross_entropy(z, y, reduction='sum', **kw), counts, 'mean')
 
 def _of_probs(z, targ, axis: int, reduction: str, kw: dict) -> Tensor:
-    "Loss of probabilities as targets; 0 if there are none."
+    "Loss of probabilities as targets; 0 if there are none. A class without a share may have the logit −∞."
     targ = targ.to(z.dtype)
     if targ.ndim > 1: targ = targ.movedim(axis, 1)
     if reduction == 'mean' and not z.numel(): reduction = 'sum'
-    return F.cross_entropy(z, targ, reduction=reduction, **kw)
+    loss = F.cross_entropy(z, targ, reduction=reduction, **kw)
+    if not z.is_cpu or traced(z) or traced(targ) or loss.isfinite().all(): return loss
+    at = min(1, z.ndim - 1)
+    rows = _soft_loss(z, _soft_targ(z, targ, kw['weight'], kw['label_smoothing'], at), at)
+    return rows if reduction == 'none' else rows.sum() if reduction == 'sum' else rows.mean()
 
 # %% ../nbs/01_losses.ipynb #87cedfd3
 class XentLoss(nn.CrossEntropyLoss):

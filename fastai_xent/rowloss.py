@@ -58,15 +58,6 @@ def xent_settings(
         return None
     return XentSettings(axis, **given, log_probs=func is F.nll_loss)
 
-def own_loss(
-    loss_func, # A Learner's loss
-) -> XentLoss|None: # None for subclasses too, and where a method was replaced
-    "The `XentLoss` that a loss of ours is, or holds."
-    kind, func = type(loss_func), loss_func
-    if kind is XentLossFlat and kind.__call__ is _CALLS[1]: func = loss_func.func
-    plain = type(func) is XentLoss and XentLoss.forward is _FORWARDS[1] and 'forward' not in func.__dict__
-    return func if plain else None
-
 def _of_smoothing(func, axis):
     "fastai's label smoothing gives an ignored row the part of the loss that is the same for all labels."
     if func.weight is not None or not 0 <= func.eps <= 1: return None
@@ -84,6 +75,16 @@ def _of_module(func, axis):
     if not _is_own(func): return None
     smoothing, log_probs = getattr(func, 'label_smoothing', 0.), isinstance(func, nn.NLLLoss)
     return XentSettings(axis, func.weight, func.ignore_index, smoothing, func.reduction, log_probs)
+
+# %% ../nbs/02a_rowloss.ipynb #3531ca4b
+def own_loss(
+    loss_func, # A Learner's loss
+) -> XentLoss|None: # None for subclasses too, and where a method was replaced
+    "The `XentLoss` that a loss of ours is, or holds."
+    kind, func = type(loss_func), loss_func
+    if kind is XentLossFlat and kind.__call__ is _CALLS[1]: func = loss_func.func
+    plain = type(func) is XentLoss and XentLoss.forward is _FORWARDS[1] and 'forward' not in func.__dict__
+    return func if plain else None
 
 # %% ../nbs/02a_rowloss.ipynb #2aff98a0
 def focused(

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels import (
-    _LOOSE, _SHARE, _STRICT, FusedPass, _in_threads, _kernels, _log, fused_pass, traced, usable)
+    _LOOSE, _SHARE, _STRICT, FusedPass, _fill, _in_threads, _kernels, _log, _teach, fused_pass, traced, usable)
 from .numerics import (XentStats, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
                                   _plain_targ, _rows, _wide, xent_stats)
 
@@ -96,7 +96,8 @@ def _share_all(z, g, t, top, h, total, per, part, keep, even):
 def _share_kernel(z, t, targ, klass, keep, even, per, part, g, out, first, last):
     """Rows `first` to `last` of `z`, n × c, with the shares `t` · `keep` + `even`.
 
-    Their facts for the class `targ` are in `out`, the gradient of its loss in `g`; others are as in `_smooth_kernel`."""
+    Their facts for the class `targ` are in `out`, the gradient of its loss in `g`; the rest is as in
+    `_smooth_kernel`."""
     for i in range(first, last):
         k, j = targ[i], klass[i]
         zi, gi, ti, top = z[i], g[i], t[i], z[i][j]
@@ -106,15 +107,17 @@ def _share_kernel(z, t, targ, klass, keep, even, per, part, g, out, first, last)
         total = others + own
         loss, square = _share_all(zi[:k], gi[:k], ti[:k], top, h, total, per, part, keep, even)
         far, s = _share_all(zi[k + 1:], gi[k + 1:], ti[k + 1:], top, h, total, per, part, keep, even)
-        label = total * (gi[k] * per) + others
+        label = total * (gi[k] * per) + others if out[3][i] >= .5 else total * out[3][i] - own
         gi[k] = label * part
         out[1][i] = math.sqrt(square + s + label * label)
         out[0][i] = loss + far + (own * (h + (top - zi[k])) if own != 0 else top - top)
+        if out[0][i] != out[0][i]: _fill(gi, out[0][i])   # a loss of nan has no gradient
 
 # %% ../nbs/00ba_smoothing.ipynb #f8084540
 def _compiled(shares: bool, keep: bool):
     import numba
     from numba.extending import register_jitable
+    _teach()                                              # `_log` and `_fill`
     for f in (_spread, _part, _share): register_jitable(**_LOOSE, forceinline=True)(f)
     for f in (_spread_all, _total_of, _share_all): register_jitable(**_STRICT)(f)
     return numba.njit(nogil=True, cache=keep, **_STRICT)(_share_kernel if shares else _smooth_kernel)
@@ -126,9 +129,9 @@ def _kernel(dtype, shares: bool = False):
         try:
             kernel, one, zero = _compiled(shares, keep), dtype.type(1), np.zeros(1, np.int64)
             g, out = np.array([[-.5, .5]], dtype), np.zeros((6, 1), dtype)
-            out[0] = math.log(2)
-            how = (np.array([[.75, .25]], dtype), zero, zero, one, one - one) if shares else (zero, zero, one / 2, one / 4)
-            kernel(np.zeros((1, 2), dtype), *how, one, one, g, out, 0, 1)
+            out[0], out[3] = math.log(2), .5              # of the label: the loss, the probability
+            how = (np.array([[.75, .25]], dtype), zero, zero, one, one - one), (zero, zero, one / 2, one / 4)
+            kernel(np.zeros((1, 2), dtype), *how[not shares], one, one, g, out, 0, 1)
             if np.allclose([*g[0], *out[:2, 0]], [-.25, .25, math.log(2), math.sqrt(.125)]): return kernel
             raise ArithmeticError(f"two equal logits give {[*g[0], *out[:2, 0]]}")
         except Exception as e:
@@ -139,8 +142,9 @@ def _kernel(dtype, shares: bool = False):
 
 def smoothable(pred: Tensor, targ: Tensor, weight: Tensor|None, axis: int) -> bool:
     "Can `smoothed_pass` take rows like these?"
-    plain = not targ.is_floating_point() or (targ.is_contiguous() and not (targ.requires_grad or traced(targ)))
-    return plain and weight is None and pred.ndim == 2 and axis == 1 and pred.is_contiguous()
+    odd = targ.requires_grad or targ.is_neg() or traced(targ) or not targ.is_contiguous()
+    if targ.is_floating_point() and odd: return False
+    return weight is None and pred.ndim == 2 and axis == 1 and pred.is_contiguous()
 
 def smoothed_pass(
     z: Tensor, # Logits, `n c`, contiguous, float32 or float64, on a CPU

@@ -45,7 +45,8 @@ def write_notebook(path, *sources):
     return path
 
 
-SLOW = 'several_gpus',  # it starts `torchrun`; `test_distributed` trains on two ranks without it
+SLOW = {'several_gpus',  # it starts `torchrun`; `test_distributed` trains on two ranks without it
+        'texts', 'noisy_labels'}  # seven and nineteen trainings; `08a_show` trains on texts, `07_acts` and `clean` act on what was found
 
 
 @pytest.mark.parametrize('nb', [pytest.param(o, marks=[pytest.mark.slow] * (o.stem in SLOW)) for o in NOTEBOOKS], ids=name)

@@ -1,4 +1,7 @@
 "Label smoothing and shares as targets by the CPU's kernels: against float64 truth, torch, and itself in threads."
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -271,3 +274,48 @@ def test_shares_in_the_rows_of_a_pass(make, n, c):
         for name, want in zip(xent_stats(z, t)._fields, xent_stats(z, t)): assert_close(torch.tensor(cols[name][at]), want.to(torch.tensor(cols[name]).dtype))
         assert (cols['targ'][at] == t.argmax(1).numpy()).all()
     assert not rows.balance().differ.any()
+
+def test_shares_may_be_the_first_loss_of_a_process(tmp_path):
+    "With an empty cache of compiled code, and before any other kernel."
+    code = ("import torch, warnings; warnings.simplefilter('error', RuntimeWarning); from fastai_xent.losses import XentLoss; f = XentLoss()\n"
+            "f(torch.zeros(64, 100), torch.full((64, 100), .01)); assert f._last.done is not None")
+    subprocess.run([sys.executable, '-c', code], env={**os.environ, 'NUMBA_CACHE_DIR': str(tmp_path)}, check=True)
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('n, c', [(64, 100), (6, 5)], ids=['large', 'small'])
+def test_a_class_without_a_share_may_be_impossible(n, c, reduction):
+    "Large and small batches agree: its logit is −∞, and adds nothing."
+    z, t = problem(n, c)[0], shares(n, c)
+    z[:, 1], t[:, 1] = -inf, 0
+    z.requires_grad_()
+    loss, want = XentLoss(reduction=reduction)(z, t), xent_stats(z.detach(), t).loss
+    assert_close(loss.detach(), want if reduction == 'none' else getattr(want, reduction)())
+    loss.sum().backward()
+    assert_close(z.grad, xent_grad(z.detach(), t) / (n if reduction == 'mean' else 1))
+
+def test_a_loss_of_nan_has_no_gradient():
+    "As torch has it, so that whoever looks for it finds it."
+    z, t = problem(64, 100)[0], shares(64, 100)
+    z[0, 0], t[1, 0] = inf, float('nan')
+    z, other = (z.clone().requires_grad_() for _ in range(2))
+    for f, x in ((XentLoss(reduction='none'), z), (lambda z, t: F.cross_entropy(z, t, reduction='none'), other)): f(x, t).sum().backward()
+    assert z.grad[:2].isnan().all()
+    assert_close(z.grad, other.grad, equal_nan=True)
+
+@pytest.mark.parametrize('c, near', [(1000, .01), (100_000, .01), (100_000, .001)])
+def test_shares_of_a_student_near_its_teacher(c, near):
+    "Many shares, none of them large: the gradient has the digits that torch's has."
+    gen = torch.Generator().manual_seed(0)
+    t = torch.randn(4, c, generator=gen).softmax(1)
+    z = t.log() + near * torch.randn(4, c, generator=gen)
+    want, done = xent_grad(z.double(), t.double()), smoothed_pass(z, t)
+    other = z.clone().requires_grad_()
+    F.cross_entropy(other, t, reduction='sum').backward()
+    error = lambda g: (g.double() - want).abs().max()
+    assert error(done.grad) <= 2 * error(other.grad)
+
+def test_numbers_with_the_negative_bit():
+    z, t = problem(64, 100)[0], shares(64, 100)
+    y = t.argmax(1)
+    for f in (XentLoss(), XentLoss(label_smoothing=.1)):
+        for a, b in ((torch._neg_view(-z), t), (z, torch._neg_view(-t)), (torch._neg_view(-z), y)): assert_close(f(a, b), f(z, b.resolve_neg()))
