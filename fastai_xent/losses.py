@@ -194,7 +194,7 @@ def _of_probs(z, targ, axis: int, reduction: str, kw: dict) -> Tensor:
     if not z.is_cpu or traced(z) or traced(targ) or loss.isfinite().all(): return loss
     at = min(1, z.ndim - 1)
     rows = _soft_loss(z, _soft_targ(z, targ, kw['weight'], kw['label_smoothing'], at), at)
-    return rows if reduction == 'none' else rows.sum() if reduction == 'sum' else rows.mean()
+    return rows if reduction == 'none' else getattr(rows, reduction)()
 
 # %% ../nbs/01_losses.ipynb #87cedfd3
 class XentLoss(nn.CrossEntropyLoss):
