@@ -275,6 +275,7 @@ def test_shares_in_the_rows_of_a_pass(make, n, c):
         assert (cols['targ'][at] == t.argmax(1).numpy()).all()
     assert not rows.balance().differ.any()
 
+@pytest.mark.slow
 def test_shares_may_be_the_first_loss_of_a_process(tmp_path):
     "With an empty cache of compiled code, and before any other kernel."
     code = ("import torch, warnings; warnings.simplefilter('error', RuntimeWarning); from fastai_xent.losses import XentLoss; f = XentLoss()\n"
