@@ -160,8 +160,7 @@ def _sums(p: Tensor, axis: int) -> Tensor: # How many are wrong; of the first th
     "Which rows are no probabilities that add up to one?"
     total = p.sum(axis, dtype=torch.float64 if p.is_cpu else torch.float32).flatten()
     least = p.amin(axis).flatten()
-    near = 1e-3 if torch.finfo(p.dtype).eps < 1e-5 else 2e-2
-    bad = ~((total - 1).abs() <= near) | (least < 0)
+    bad = ~((total - 1).abs() <= 2e-2) | (least < 0)      # a teacher's, in half precision, are off by .01
     first = bad.to(torch.uint8).argmax()
     # `take`, since an index would wait for `first`
     return torch.stack([bad.sum(), first, total.take(first), least.take(first)])
@@ -187,7 +186,7 @@ def _look_at_sums(b: Batch) -> None:
     soft = [(o, _MULTI_HOT) for o in (b.targ, *(b.mix or ())[:1]) if o.is_floating_point()]
     if b.settings is not None and b.settings.log_probs: soft.append((b.pred.exp(), _NO_LOG))
     for p, what in soft:
-        if p.is_cpu and p.dtype is torch.float32 and _all_probs(p, b.axis, slack=5e-4, least=0): continue # seen at once
+        if p.is_cpu and p.dtype is torch.float32 and _all_probs(p, b.axis, slack=1e-2, least=0): continue # seen at once
         if p.is_cpu: check_sums(_sums(p, b.axis).tolist(), what)
         else: b.doubts += ((_sums(p, b.axis), what),)
 

@@ -354,7 +354,9 @@ def _same(a, b) -> bool:
     if type(a) is not type(b): return False
     if isinstance(a, pd.Index): return a.dtype == b.dtype and a.equals(b)
     if isinstance(a, np.ndarray): return np.array_equal(a, b)
-    return isinstance(a, (int, list, tuple, range)) and a == b
+    if not isinstance(a, (int, list, tuple, range)): return False
+    try: return bool(a == b)
+    except Exception: return False                        # of tensors or arrays: then the names decide
 
 def _tried_state(ds, key_fn, n) -> list:
     try: return [n, *_state(ds, key_fn)]

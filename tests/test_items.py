@@ -2,6 +2,7 @@
 import hashlib
 import os
 import random
+import warnings
 from collections import UserList, deque
 from operator import attrgetter
 from pathlib import Path
@@ -481,3 +482,29 @@ def test_a_dataset_may_have_slots():
         def __len__(self): return self.n
         def __getitem__(self, i): return i, 0
     assert (labels_of(Slots(3), 3) == -1).all()
+
+# -- datasets that are lists
+
+@pytest.mark.parametrize('kind', ['tensors', 'arrays', 'numbers'])
+def test_lists_of_one_length_are_recorded(kind):
+    "Train and valid alike, and loaders that are made anew: items that cannot be compared are told apart by their names."
+    from fastai.data.core import DataLoaders
+    from fastai.learner import Learner
+    from helpers import quiet
+
+    from fastai_xent.all import XentLossFlat, XentRecorder
+    def items(seed):
+        x = torch.randn(12, 4, generator=torch.Generator().manual_seed(seed))
+        of = dict(tensors=lambda o: o, arrays=lambda o: o.numpy(), numbers=lambda o: float(o[0]))[kind]
+        return [(of(o), i % 3) for i, o in enumerate(x)]
+    class First(torch.nn.Linear):
+        def forward(self, x): return super().forward(x.float().reshape(len(x), -1).expand(-1, 4))
+    def dls(): return DataLoaders.from_dsets(items(0), items(1), bs=4, device='cpu', num_workers=0)
+    learn = quiet(Learner(dls(), First(4, 3), loss_func=XentLossFlat(), cbs=XentRecorder()))
+    with warnings.catch_warnings():
+        warnings.simplefilter('error', UserWarning)
+        learn.fit(1)
+        learn.dls = dls()
+        learn.fit(1)
+    df = learn.xent_recorder.record.to_df()
+    assert len(df) == 48 and not df[df.split == 'valid'].duplicated(['epoch', 'item']).any()
