@@ -145,7 +145,9 @@ def _fitting(targ, pred, axis, loss_func, settings) -> Tensor:
         why = ": a regression, or one logit for two classes; expected a logit for each class"
     elif not soft and list(targ.shape) == rows: return targ
     elif soft and known and targ.shape == pred.shape: return targ
-    elif soft: why = ": a regression, or several labels an item; expected classes"
+    elif soft:
+        why = ": a regression, or several labels an item; expected classes"
+        if targ.shape == pred.shape: why += ", or, if these are probabilities, a cross-entropy such as `XentLossFlat()`"
     elif _without_ones(targ.shape) == _without_ones(rows): return targ.view(rows)
     elif targ.shape == pred.shape:
         why = f": several labels an item; expected one class an item, in shape {rows}"
