@@ -121,6 +121,10 @@ def through_learner(train, valid=None, cbs=None, **kw):
     dls = DataLoaders(train, valid if valid is not None else TfmdDL(Coded(7), bs=4, num_workers=0))
     return quiet(Learner(dls, Through(), loss_func=XentLossFlat(), cbs=cbs, lr=.1, **kw))
 
+def end_workers(dl):
+    "End workers that stay: torch waits 5 s for each if loader and queues are collected together, as in a Learner's cycle."
+    if dl._iterator is not None: dl._iterator._shutdown_workers()
+
 def check(train, valid=None, epochs=2, cbs=(), learn=None, said_none=True) -> Learner:
     "Train on `Coded` items, and check every recorded row: against its item's own numbers, and against what the model saw."
     saw, recorder = Saw(), XentRecorder()

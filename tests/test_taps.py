@@ -23,7 +23,7 @@ from fastai.learner import Learner
 from fastai.tabular.core import TabDataLoader, TabularPandas
 from fastai.text.data import LMDataLoader, SortedDL
 from fastai.torch_core import set_seed
-from helpers import C, CHECKED, MIDDLE, UNIT, Coded, OneRow, Saw, Through, at_most, check, coded, decoded, ended, little_memory, quiet, same_bits, through_learner, warned, wrong_rows
+from helpers import C, CHECKED, MIDDLE, UNIT, Coded, OneRow, Saw, Through, at_most, check, coded, decoded, end_workers, ended, little_memory, quiet, same_bits, through_learner, warned, wrong_rows
 from torch.utils.data import DistributedSampler
 
 import fastai_xent
@@ -165,6 +165,7 @@ def test_torch_workers_that_stay(started):
     assert len(list(dl)) == 13                         # and they go on after the fit
     check(dl, torch_dl(9, batch_size=4), epochs=1)
     assert (dl.sampler, dl.batch_sampler) == old
+    end_workers(dl)
 
 def test_torch_loader_is_as_before():
     dl = torch_dl(batch_size=4, shuffle=True)
@@ -425,6 +426,7 @@ def test_workers_that_stay_and_serve_somebody_else(taken):
     learn = through_learner(dl, cbs=[recorder,
         At('after_batch', take, 0, lambda learn: learn.training and learn.iter == 8)])
     with warned() as said: learn.fit(1)
+    end_workers(dl)
     df = recorder.record.to_df()
     assert not wrong_rows(df).any()
     assert len(said) == 1 and 'somebody else took batches' in said[0] and set(df['split']) == {'valid'}
@@ -525,13 +527,14 @@ if __name__ == '__main__':
     torch.set_num_threads(1)
     torch.multiprocessing.set_start_method({method!r})
     if {method!r} == 'forkserver': torch.multiprocessing.set_forkserver_preload(['helpers'])
-    from helpers import CHECKED, Coded, TfmdDL, check
+    from helpers import CHECKED, Coded, TfmdDL, check, end_workers
     check(TfmdDL(Coded(50, {SKIPS['several']}), bs=4, shuffle=True, drop_last=True, num_workers=2), epochs=1)
     if {method!r} == 'forkserver':
         from accelerate.data_loader import DataLoaderShard
         valid = torch.utils.data.DataLoader(Coded(9), batch_size=4)
         dl = torch.utils.data.DataLoader(Coded(50), batch_size=4, shuffle=True, num_workers=1, persistent_workers=True)
         check(dl, valid, epochs=2)
+        end_workers(dl)
         check(DataLoaderShard(Coded(50), batch_sampler=dl.batch_sampler, num_workers=1), valid, epochs=1)
     print('rows', CHECKED['rows'])
 """
