@@ -3,7 +3,7 @@
 Fits with and without take turns in a drawn order, in one process, on one thread; the figures are ratios of medians. "off / off" is the same fit
 twice: what differs there is the machine.
 `--instructions` counts instead, which no neighbour disturbs: the instructions of 200 training batches in two epochs, with their passes over
-valid, the writer's thread and what is done once a fit, by valgrind's callgrind, which sees nothing of the start. A quarter of an hour.
+valid, the writer's thread and what is done once a fit, by valgrind's callgrind, which sees nothing of the start. Each name takes half an hour.
 Data: `XENT_DATA` (default ../shared/data); Fashion-MNIST from Debian's package dataset-fashion-mnist, MNIST's test set in its place."""
 import gzip
 import os

@@ -130,8 +130,9 @@ def _kernel(dtype, shares: bool = False):
             kernel, one, zero = _compiled(shares, keep), dtype.type(1), np.zeros(1, np.int64)
             g, out = np.array([[-.5, .5]], dtype), np.zeros((6, 1), dtype)
             out[0], out[3] = math.log(2), .5              # of the label: the loss, the probability
-            how = (np.array([[.75, .25]], dtype), zero, zero, one, one - one), (zero, zero, one / 2, one / 4)
-            kernel(np.zeros((1, 2), dtype), *how[not shares], one, one, g, out, 0, 1)
+            how = zero, zero, one / 2, one / 4
+            if shares: how = np.array([[.75, .25]], dtype), zero, zero, one, one - one
+            kernel(np.zeros((1, 2), dtype), *how, one, one, g, out, 0, 1)
             if np.allclose([*g[0], *out[:2, 0]], [-.25, .25, math.log(2), math.sqrt(.125)]): return kernel
             raise ArithmeticError(f"two equal logits give {[*g[0], *out[:2, 0]]}")
         except Exception as e:
