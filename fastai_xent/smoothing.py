@@ -141,6 +141,7 @@ def _kernel(dtype, shares: bool = False):
     warnings.warn(f"numba does not compile the {what} of fastai_xent, so such losses on the CPU are slower: "
                   f"{type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
 
+# %% ../nbs/00ba_smoothing.ipynb #52983da8
 def smoothable(pred: Tensor, targ: Tensor, weight: Tensor|None, axis: int) -> bool:
     "Can `smoothed_pass` take rows like these?"
     odd = targ.requires_grad or targ.is_neg() or traced(targ) or not targ.is_contiguous()
