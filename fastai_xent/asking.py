@@ -24,7 +24,6 @@ from fastai.losses import BaseLoss
 from fastcore.basics import patch
 from torch import Tensor, nn
 
-from .losses import XentLoss
 from .numerics import _plain
 from .reach import DATA, KEEPS, NotAsked, Reach, is_known, variables
 
@@ -146,8 +145,7 @@ def _state(x):
     if inspect.ismethod(x): return [x.__self__]
     if not hasattr(x, '__dict__'): return None
     get = getattr(type(x), '__getstate__', vars)      # a loss may leave out what belongs to one call
-    state = get(x) or {}
-    return {k: v for k, v in state.items() if k != '_fits'} if isinstance(x, XentLoss) else state
+    return get(x) or {}
 
 def _same_value(a, b) -> bool:
     if isinstance(a, Tensor):

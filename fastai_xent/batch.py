@@ -11,6 +11,7 @@ __all__ = ['NotRecordable', 'MixTap', 'put_back', 'Batch', 'check_sums', 'read_b
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from types import MethodType
 
 import torch
 from fastai.callback.mixup import MixHandler
@@ -19,9 +20,9 @@ from torch.overrides import TorchFunctionMode
 
 from .cpu_kernels import FusedPass
 from .linear import Features
-from .losses import XentLoss
+from .losses import XentLoss, XentSettings
 from .numerics import XentStats, _all_probs, _plain, _rows
-from .rowloss import XentSettings, own_loss, xent_settings
+from .rowloss import own_loss, xent_settings
 
 # %% ../nbs/02b_batch.ipynb #2dbdd5bc
 class NotRecordable(Exception):
@@ -199,7 +200,7 @@ def read_batch(
 ) -> Batch:
     "Logits and classes of the current batch, or `NotRecordable`."
     loss_func = learn.loss_func
-    if isinstance(getattr(loss_func, '__self__', None), MixHandler):
+    if type(loss_func) is MethodType and isinstance(loss_func.__self__, MixHandler):
         loss_func = loss_func.__self__.old_lf
     pred, targ = _one_tensor(learn.pred), _one_target(learn.yb if mix_tap is None else mix_tap.own)
     loss = getattr(learn, 'loss', None)
@@ -207,7 +208,9 @@ def read_batch(
         loss = loss.as_subclass(Tensor)                   # who asks a subclass makes thirty calls each time
     own = None if mix_tap is not None else own_loss(loss_func)
     last = None if own is None else _last_call(own, pred, targ)
-    if last is not None and last.pred.ndim > 1: return _called_batch(last, loss_func, own, loss)
+    if last is not None and last.pred.ndim > 1:
+        if last.gave is not None: _check_trained(learn, last)
+        return _called_batch(last, loss_func, own, loss)
     if isinstance(pred, Features): return _features_batch(pred, targ, loss_func, loss, mix_tap)
     pred, targ, settings = _plain(pred).detach(), targ.detach(), xent_settings(loss_func, mix_tap is not None)
     axis = _class_axis(pred, loss_func, settings)
@@ -221,12 +224,17 @@ def read_batch(
         _look_at_sums(batch)
     return batch
 
+def _check_trained(learn, last) -> None:
+    "Of a loss that was called twice on these logits: was this its call?"
+    if last.gave() is not None and last.gave() is getattr(learn, 'loss_grad', None): return
+    raise NotRecordable("the loss was called again on this batch's logits, with other settings or weights, by a "
+                        "callback perhaps, and what was trained is not known; let it call a loss of its own")
+
 def _called_batch(last, loss_func, func, loss) -> Batch:
     "The batch of a call of our own loss, which has looked at shapes and settings already."
-    ignore_index, eps, axis = last.settings
-    batch = Batch(last.pred, last.targ, loss_func, axis, loss=loss)
-    weight = None if last.weight is None else func.weight
-    batch.settings = XentSettings(axis, weight, ignore_index, eps, func.reduction)
+    settings, now = last.settings, func.reduction
+    batch = Batch(last.pred, last.targ, loss_func, settings.axis, loss=loss)
+    batch.settings = settings if settings.reduction == now else settings._replace(reduction=now)
     batch.came = last.stats if last.done is None else last.done
     if batch.came is None and last.versions != last.edits():
         raise NotRecordable("the logits, targets or weights were changed in place after the loss was called, by a "

@@ -29,7 +29,7 @@ class Scalars:
     def __init__(self): self.values, self.places, self.rooms = [], [], []
     def add(self, x: float|Tensor) -> None:
         "Keep one more; a tensor may change afterwards."
-        if isinstance(x, Tensor): x = _number(x) if x.is_cpu else self._leave(x.detach())
+        if type(x) is not float and isinstance(x, Tensor): x = _number(x) if x.is_cpu else self._leave(x.detach())
         self.values.append(x)
 
     def _leave(self, x):
@@ -61,13 +61,11 @@ def divisor(
     asked: Asked|None = None, # If the loss is no known cross-entropy
 ) -> float|Tensor|None: # nan: the number of rows that count, which is known in the end; None: not known
     "What the sum of the rows' losses is to be divided by to be the batch's loss."
-    s = batch.settings
+    s, soft = batch.settings, batch.mix is not None or batch.targ.is_floating_point()
     reduction = s.reduction if s is not None else _asked_reduction(batch, asked)
     if reduction is None: return None
     if reduction == 'sum': return 1.
-    soft = batch.mix is not None or batch.targ.is_floating_point()
-    if reduction == 'none' or s is None or soft: return float(_positions(batch))
-    if s.over_all: return float(_positions(batch))
+    if reduction == 'none' or s is None or soft or s.over_all: return float(_positions(batch))
     if s.weight is None: return math.nan
     if type(batch.came) is FusedPass: return batch.came.divisor
     y = batch.targ.long()
@@ -149,13 +147,14 @@ class Ledger:
         asked: Asked|None = None, # If the loss is no known cross-entropy
     ) -> None:
         "Keep a batch's loss, if it has one that can be compared."
-        loss, by = batch.loss, None if batch.loss is None else divisor(batch, asked)
+        loss, s = batch.loss, batch.settings
+        by = None if loss is None else divisor(batch, asked)
         if by is None: return
         self.at.append(k)
         self.losses.add(loss.mean() if loss.ndim else loss)
         self.divisors.add(by)
-        s, mixed = batch.settings, batch.mix is not None
-        whole = asked is not None or (mixed and batch.dense) or (s is not None and s.over_all)
+        mixed = batch.mix is not None and batch.dense
+        whole = asked is not None or mixed or (s is not None and s.over_all)
         self.all.append(_positions(batch) if whole else 0)
         if loss.dtype not in self.types: self.types.add(loss.dtype)
         if asked is not None: self.types.add(batch.pred.dtype)

@@ -54,10 +54,14 @@ class Pass:
         raise NotRecordable(f"{len(mixers)} callbacks mix the rows of a batch one after the other: "
                             "what they make of them is not known")
 
+    @property
+    def hears_begin(self) -> bool:
+        "Is there something to do before the next batch?"
+        return self.tap.started is None or self.head is not None
+
     def before_batch(self) -> None:
         "A batch begins. The order of the walk is fixed when its first batch is here."
         self.tap.freeze()
-        self.tap.check()
         if self.head is not None: self.head.seen.clear()
 
     def stop(self) -> None:
@@ -73,7 +77,8 @@ def take(self: Pass,
     step: int = -1, # Number of the training batch in its fit
 ) -> None:
     "Take the rows of a batch."
-    if self.rows.at[-1:] == [i]: return
+    if self.rows.at and self.rows.at[-1] == i: return
+    self.tap.check()
     for o in self.keepers: o.take(batch, i, self)
     self.rows.add(i, batch, step, None if self.head is None else dict(grand=self.head.factor(batch.pred)))
 

@@ -57,6 +57,12 @@ class _Life:
     fit_seconds: float = 0.    # Of all fits
     told: set = field(default_factory=set) # What this fit has told, without its numbers
 
+    def hears(self, event: str) -> bool:
+        "Is there something to do at this event of a batch?"
+        if self.now is None: return False
+        if event == 'before_batch': return self.now.hears_begin
+        return event == 'after_loss' or self.strange
+
 _NUMBER = re.compile(r'[-+]?\d[\d.,e+-]*')
 _WRITERS = weakref.WeakValueDictionary() # which recorder of this process writes to a path
 
@@ -188,7 +194,7 @@ def __call__(self: XentRecorder, event_name):
     if event_name not in _HEARD: return
     if event_name == 'before_fit': name_weights(self.learn)
     life, in_batch = self._life, event_name in _IN_BATCH
-    if in_batch and (life.now is None or (event_name == 'before_backward' and not life.strange)): return
+    if in_batch and not life.hears(event_name): return
     if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')): return
     start = time.perf_counter()
     try:

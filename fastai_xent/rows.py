@@ -92,9 +92,11 @@ def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Ten
     return {**cols, **stats._asdict(), 'targ': targ}
 
 # %% ../nbs/02d_rows.ipynb #26fcf177
-def _may_wait(b: Batch) -> bool:
-    "A small batch, whose statistics nobody has."
-    if b.came is not None or b.settings is None or b.axis != 1 or b.dense: return False
+def _may_wait(b: Batch, late) -> bool:
+    "A small batch, whose statistics nobody has; `late` are those that wait."
+    if b.came is not None: return False
+    if late is not None and b.settings is late.settings: return True   # its shape and type too are the same
+    if b.settings is None or b.axis != 1 or b.dense: return False
     return not is_large(b.pred) if b.pred.is_cpu else b.pred.numel() <= _DEVICE // 4
 
 _BY_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64}
@@ -119,12 +121,12 @@ class _Late:
 
     def takes(self, b: Batch, to: slice) -> bool:
         "Copy what the statistics are computed from, if there is room and these rows are the next, of the same loss."
-        now = slice(self.n, to.stop - self.start)
-        fits = to.start == self.start + self.n and now.stop <= self.most
-        if not (fits and self._like(b) == self.like and self._has_weight(b.settings.weight)): return False
+        at, end, s = self.n, to.stop - self.start, b.settings
+        if to.start != self.start + at or end > self.most: return False
+        if s is not self.settings and self._like(b) != self.like or not self._has_weight(s.weight): return False
         for room, x in zip(self.room, self._tensors(b)):  # of so few, numpy makes a copy faster than torch
-            room[now] = x.numpy() if self.by_numpy else x
-        self.n = now.stop
+            room[at:end] = x.numpy() if self.by_numpy else x
+        self.n = end
         return True
 
     def _has_weight(self, w) -> bool:
@@ -174,8 +176,8 @@ class RowBuffer:
         known, n = batch.settings is not None, batch.n
         if not known: self._try(batch)
         self.ledger.add(len(self.at), batch, None if known else self.asked)
-        self.doubts += batch.doubts
-        self._take(batch, extra or {}, self.room.add(n))
+        if batch.doubts: self.doubts += batch.doubts
+        self._take(batch, extra, self.room.add(n))
         self.at.append(i)
         self.sizes.append(n)
         self.steps.append(step)
@@ -192,14 +194,15 @@ class RowBuffer:
 
     def _take(self, b, extra, to):
         "The statistics of a batch: as they came with the loss, from its logits, or the logits for later."
-        if type(b.came) is FusedPass and not b.dense:
-            self.room.floats[:, to], self.room.ints[:, to] = b.came.facts, b.came.ints
+        came, late = b.came, self.late
+        if type(came) is FusedPass and not b.dense:
+            self.room.floats[:, to], self.room.ints[:, to] = came.facts, came.ints
             if extra: self.room.put(extra, to)
             return
-        if b.mix is not None: extra = dict(extra, lam=b.mix[1], partner=b.partner + to.start)
+        if b.mix is not None: extra = dict(extra or {}, lam=b.mix[1], partner=b.partner + to.start)
         if extra: self._keep({k: v.detach().clone() for k, v in extra.items()}, to)
-        if not _may_wait(b): return self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
-        if self.late is None or not self.late.takes(b, to): self._flush(_Late(b, to, self.capacity))
+        if not _may_wait(b, late): return self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
+        if late is None or not late.takes(b, to): self._flush(_Late(b, to, self.capacity))
 
 # %% ../nbs/02d_rows.ipynb #b086e527
 @patch

@@ -32,7 +32,7 @@ class _Pass:
         n: int|None = None, # Most items that it may ask for; default: as many as there are now
     ):
         self.idxs, self.bs, self.drop_last, self.workers = idxs, bs or 1, drop_last, workers
-        self.pulled, self.own, self.error = 0, None, None
+        self.pulled, self.last, self.own, self.error = 0, None, None, None
         self.alive = torch.ones(len(idxs) if n is None else n, dtype=torch.uint8)
         if workers: self.alive.share_memory_()
 
@@ -47,7 +47,7 @@ class _Pass:
             queues.append([own[i:i + self.bs] for i in range(0, len(own), self.bs)])
         return [q[turn] for turn in range(max(map(len, queues))) for q in queues if turn < len(q)]
 
-    def __getstate__(self): return {**vars(self), 'idxs': ()}     # a worker needs no order
+    def __getstate__(self): return {**vars(self), 'idxs': (), 'last': None}     # a worker needs no order
 
 # %% ../nbs/03a_taps.ipynb #320df821
 class RowTap:
@@ -262,19 +262,23 @@ class _FastaiTap(RowTap):
         return self._original('create_batches')(self._handed_out(samps))
 
     def _handed_out(self, samps):
-        "Pass `samps` on, and remember which of them is being read."
+        "Pass `samps` on, and remember which of them is being read. This runs for every item, so it does little."
         p = self.passes[-1] if self.passes else _Pass([], None, False)
-        for p.pulled, s in enumerate(samps, 1):
-            self.current = p, s
-            if isinstance(p.idxs, list) and not p.error: self._grow(p, s)
-            yield s
+        grows = isinstance(p.idxs, list)
+        for p.pulled, p.last in enumerate(samps, 1):
+            self.current = p
+            if grows and not p.error: self._grow(p, p.last)
+            yield p.last
 
     def do_item(self, s):
-        if self.read is None:
-            self.read = self._original('do_item')  # looked up once: it runs for every item
-        res = self.read(s)
-        if res is None and s is not None and self.current is not None: self._skipped(s)
+        res = (self.read or self._reader())(s)
+        if res is None and s is not None: self._skipped(s)
         return res
+
+    def _reader(self):
+        "The loader's own way to an item, looked up once."
+        self.read = self._original('do_item')
+        return self.read
 
     def __getstate__(self):
         return {**vars(self), 'passes': self.passes[-1:], 'started': None, 'error': None, 'read': None}
@@ -307,10 +311,11 @@ def _grow(self: _FastaiTap, p, s):
 @patch
 def _skipped(self: _FastaiTap, s):
     "Note that the item handed out last gave no row."
-    p, handed_out = self.current
+    p = self.current
+    if p is None or s is not p.last: return               # somebody else asks for an item
     k, bs = p.pulled - 1, p.bs
     k = (k // bs * self.dl.num_workers + self.dl.offs) * bs + k % bs
-    if s is handed_out and k < len(p.alive): p.alive[k] = 0
+    if k < len(p.alive): p.alive[k] = 0
 
 @patch
 def _can_have_given(self: _FastaiTap, p, n_batches):

@@ -1765,7 +1765,7 @@ def test_what_the_kernel_found_is_told_when_it_has_arrived(by_triton, monkeypatc
     monkeypatch.setattr(losses._LateCheck, 'put', lambda self, found, tell: sent.append((found, tell)))
     class Cuda(torch.Tensor):
         is_cuda = True
-    call = losses._Call(Z, Y, None, (-100, 0., 1))
+    call = losses._Call(Z, Y, None, losses.XentSettings(1))
     assert losses._by_triton(Z, Y.as_subclass(Cuda), call, 'mean', losses._LateCheck()) is by_triton.loss
     (found, tell), = sent
     assert found is by_triton.found

@@ -212,7 +212,7 @@ def test_rows_that_stay_on_a_device_are_the_same(monkeypatch, waits):
         for i, (a, b) in enumerate(zip(z.split(7), y.split(7))): rows.add(i, Batch(a, b, nn.CrossEntropyLoss(), 1), i, extra=dict(grand=a[:, 0].bfloat16(), k=b) if i % 2 else None)
         return rows.cols()
     want = add_all(RowBuffer(60))
-    monkeypatch.setattr(rows_module, '_may_wait', lambda b: waits)
+    monkeypatch.setattr(rows_module, '_may_wait', lambda b, late: waits)
     got = add_all(OnDevice(20))
     assert list(got)[:8] == list(want)[:8] and got.keys() == want.keys()
     for k in want: assert_close(torch.tensor(got[k]), torch.tensor(want[k]), rtol=1e-5, atol=1e-6, equal_nan=True)
@@ -275,7 +275,7 @@ def test_room_grows_by_half_so_that_few_rows_are_copied():
 @pytest.mark.parametrize('device, most', [('cpu', LARGE - 1), ('meta', rows_module._DEVICE // 4)])
 def test_small_batches_wait_for_their_statistics(device, most):
     "Small is what a kernel of the processor would not take, or what a device has room for several times."
-    def waits(c): return _may_wait(Batch(torch.empty(1, c, device=device), torch.zeros(1, dtype=torch.long, device=device), nn.CrossEntropyLoss(), 1))
+    def waits(c): return _may_wait(Batch(torch.empty(1, c, device=device), torch.zeros(1, dtype=torch.long, device=device), nn.CrossEntropyLoss(), 1), None)
     assert waits(most) and not waits(most + 1)
 
 
