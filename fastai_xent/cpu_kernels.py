@@ -8,12 +8,13 @@ Docs: https://fastai-xent.github.io/fastai_xent/cpu_kernels.html.md"""
 __all__ = ['LARGE', 'FusedPass', 'fused_pass', 'traced', 'in_memory', 'is_large', 'usable']
 
 # %% ../nbs/00b_cpu_kernels.ipynb #dd03036d
+import ctypes
 import math
 import os
 import warnings
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -23,399 +24,378 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .numerics import XentStats, _is_wrapped, _raise_bad_targ
+from .vectors import Code, Numbers, Value, build, larger, smaller, sqrt, where
 
 # %% ../nbs/00b_cpu_kernels.ipynb #f0bd6d9e
 _LN2 = math.log(2)
 
+class _Kind(NamedTuple):
+    "What differs between float32 and float64."
+    dtype: type
+    int: type      # A whole number of as many bits
+    lanes: int     # Logits that are handled at once
+    coef: list     # Of the polynomial, the constant first
+    low: float     # Below this, eˣ counts as 0
+    hi: float      # ln 2 in two parts: n times the first is exact
+    lo: float
+    digits: int    # Bits behind the leading one
+    bias: int      # Of the exponent
+
 _NEAR = Chebyshev.interpolate(np.exp, 6, domain=[-_LN2 / 2, _LN2 / 2])   # as good as the series to one more power
-_C32 = tuple(map(np.float32, _NEAR.convert(kind=Polynomial).coef))
-_C64 = tuple(1 / math.factorial(k) for k in range(14))
-_ZERO32, _LOW32, _PER32, _BIG32 = map(np.float32, (0, -88, 1 / _LN2, 1.5 * 2**23))
-_ZERO64, _LOW64, _PER64, _BIG64 = map(np.float64, (0, -709.4, 1 / _LN2, 1.5 * 2**52))
-_HI32, _LO32 = np.float32(.693359375), np.float32(_LN2 - .693359375)     # ln 2 in two parts: n times the first is exact
-_HI64, _LO64 = np.float64(int(_LN2 * 2**32) / 2**32), np.float64(1.9082149292705877e-10)
+_NARROW = _Kind(np.float32, np.int32, 16, [*map(np.float32, _NEAR.convert(kind=Polynomial).coef)],
+                -88, .693359375, _LN2 - .693359375, 23, 127)
+_WIDE = _Kind(np.float64, np.int64, 8, [1 / math.factorial(k) for k in range(14)],
+              -709.4, int(_LN2 * 2**32) / 2**32, 1.9082149292705877e-10, 52, 1023)
 
-def _exp32(x):
-    x = _ZERO32 if x > _ZERO32 else x
-    x = _LOW32 if x < _LOW32 else x
-    t = x * _PER32 + _BIG32
-    n = t - _BIG32
-    r = x - n * _HI32 - n * _LO32
-    p = ((_C32[6] * r + _C32[5]) * r + _C32[4]) * r + _C32[3]
-    p = ((p * r + _C32[2]) * r + _C32[1]) * r + _C32[0]
-    e = p * np.int32((np.float32(t).view(np.int32) + np.int32(127)) << np.int32(23)).view(np.float32)
-    return e, e * x
+def _kind(dtype) -> _Kind: return _NARROW if dtype == np.float32 else _WIDE
 
-def _exp64(x):
-    x = _ZERO64 if x > _ZERO64 else x
-    x = _LOW64 if x < _LOW64 else x
-    t = x * _PER64 + _BIG64
-    n = t - _BIG64
-    r = x - n * _HI64 - n * _LO64
-    p = ((_C64[13] * r + _C64[12]) * r + _C64[11]) * r + _C64[10]
-    p = (p * r + _C64[9]) * r + _C64[8]
-    p = (((p * r + _C64[7]) * r + _C64[6]) * r + _C64[5]) * r + _C64[4]
-    p = (((p * r + _C64[3]) * r + _C64[2]) * r + _C64[1]) * r + _C64[0]
-    e = p * np.int64((np.float64(t).view(np.int64) + np.int64(1023)) << np.int64(52)).view(np.float64)
-    return e, e * x
+def _horner(coef, x):
+    "A polynomial, the highest power first."
+    p = coef[0]
+    for a in coef[1:]: p = p * x + a
+    return p
 
 def _exp(x):
     "exp(x) and x exp(x) for x ≤ 0"
-    return _exp32(x) if isinstance(x, np.float32) else _exp64(x)
+    of = _kind(x.dtype)
+    x = where(x < of.low, of.dtype(of.low), x)
+    big = of.dtype(1.5 * 2**of.digits)
+    t = x * of.dtype(1 / _LN2) + big
+    n = t - big
+    r = x - n * of.dtype(of.hi) - n * of.dtype(of.lo)
+    e = _horner(of.coef[::-1], r) * ((t.view(of.int) + of.bias) << of.digits).view(of.dtype)
+    return e, e * x
 
 # %% ../nbs/00b_cpu_kernels.ipynb #ad0be140
 _HALF = int(np.float64(math.sqrt(.5)).view(np.int64))
 
 def _artanh2(s):
     "2 artanh(s) for |s| ≤ 0.172"
-    q = s * s
-    p = (((q / 21 + 1 / 19) * q + 1 / 17) * q + 1 / 15) * q + 1 / 13
-    p = (((p * q + 1 / 11) * q + 1 / 9) * q + 1 / 7) * q + 1 / 5
-    return 2 * s * ((p * q + 1 / 3) * q + 1)
+    return 2 * s * _horner([1 / k for k in range(21, 0, -2)], s * s)
 
 def _log(x):
     "ln x for x ≥ 1; nan stays nan, and 0 gives a number"
-    b = np.float64(x).view(np.int64)
-    n = np.int64((b - _HALF) >> 52)
-    m = np.int64(b - (n << 52)).view(np.float64)
-    return n * _LN2 + _artanh2((m - 1) / (m + 1)) + (x - x)
+    b = x.view(np.int64)
+    n = (b - _HALF) >> 52
+    m = (b - (n << 52)).view(np.float64)
+    return n.astype(np.float64) * _LN2 + _artanh2((m - 1) / (m + 1)) + (x - x)
 
 def _log1p(t):
     "ln(1 + t) for t from 0 to 1"
     far = t > .41421356
-    return (_LN2 if far else 0.) + _artanh2((t - 1) / (t + 3) if far else t / (t + 2))
-
-# %% ../nbs/00b_cpu_kernels.ipynb #fa297bd3
-_BITS32, _BITS64 = np.int32(2**31 - 1), np.int64(2**63 - 1)
-_LEAST32, _LEAST64 = np.float32(-np.inf).view(np.int32) ^ _BITS32, np.float64(-np.inf).view(np.int64) ^ _BITS64
-_LOWEST32, _LOWEST64 = np.finfo(np.float32).min, np.finfo(np.float64).min
-
-def _top32(z):
-    top = _LEAST32
-    for j in range(len(z)):
-        b = np.float32(z[j]).view(np.int32)
-        top = max(top, np.int32(b ^ ((b >> np.int32(31)) & _BITS32)))
-    return np.int32(top ^ ((top >> np.int32(31)) & _BITS32)).view(np.float32)
-
-def _top64(z):
-    top = _LEAST64
-    for j in range(len(z)):
-        b = np.float64(z[j]).view(np.int64)
-        top = max(top, np.int64(b ^ ((b >> np.int64(63)) & _BITS64)))
-    return np.int64(top ^ ((top >> np.int64(63)) & _BITS64)).view(np.float64)
-
-def _top(z):
-    "The largest of `z`; −inf if there is none"
-    return _top32(z) if z.dtype == np.float32 else _top64(z)
-
-def _finite(m):
-    "`m`, but not −∞: −∞ − −∞ would be nan"
-    if isinstance(m, np.float32): return _LOWEST32 if m < _LOWEST32 else m
-    return _LOWEST64 if m < _LOWEST64 else m
-
-def _sums(z, m, e):
-    "Write exp(z − m) to `e`; its sum, that of its squares, and of e ln e"
-    S = Q = X = m - m                                 # 0; nan if m is infinite
-    for j in range(len(z)):
-        e[j], x = _exp(z[j] - m)
-        S += e[j]
-        Q += e[j] * e[j]
-        X += x
-    return S, Q, X
+    near = _artanh2(where(far, (t - 1) / (t + 3), t / (t + 2)))
+    return where(far, _LN2 + near, near)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #1d72c097
 _TINY, _HUGE = 2.**-1022, 2.**1000
-_ZY, _M, _S, _Q, _X, _W, _PART, _LNS, _D, _T, _LOG1P, _HIT, _MISS, _LINES = range(14)  # lines of the scratch
-_REST, _LABEL = range(2)          # the factors of the gradient
 
-def _facts(f, r, out, at, h):
-    """From the first lines of the scratch `f` of `r` rows, up to the weight and the share, to `out`, from `at` on.
+def _facts(zy, m, S, Q, X, w, share):
+    """The six facts of rows, from the label's logit, the largest other, three sums, weight, and share in the loss.
 
-    The factors of the gradient, for the rest and for the label, go to `h`."""
-    zy, m, S, Q, X, w, share = f[_ZY], f[_M], f[_S], f[_Q], f[_X], f[_W], f[_PART]
-    lnS, d, t, lg, hit, miss = f[_LNS], f[_D], f[_T], f[_LOG1P], f[_HIT], f[_MISS]
-    for i in range(r):
-        lnS[i] = _log(S[i])
-        S[i] = S[i] if S[i] > _TINY else _TINY
-    for i in range(r): d[i] = zy[i] - m[i] - lnS[i]
-    for i in range(r):
-        t[i], _ = _exp64(-abs(d[i]))
-        lg[i] = _log1p(t[i])
-    for i in range(r):
-        small, large = t[i] / (1 + t[i]), 1 / (1 + t[i])
-        hit[i] = small if d[i] < 0 else large
-        miss[i] = large if d[i] < 0 else small
-    to = at + r
-    loss, norm, el2n = out[0][at:to], out[1][at:to], out[2][at:to]
-    p, margin, H = out[3][at:to], out[4][at:to], out[5][at:to]
-    rest, label = h[_REST], h[_LABEL]
-    for i in range(r): loss[i] = w[i] * ((-d[i] if d[i] < 0 else 0.) + lg[i])
-    for i in range(r): Q[i] = miss[i] * math.sqrt(1 + Q[i] / S[i] / S[i])
-    for i in range(r): norm[i] = abs(w[i]) * Q[i]
-    for i in range(r): el2n[i] = Q[i]
-    for i in range(r): p[i] = hit[i]
-    for i in range(r): margin[i] = zy[i] - m[i]
-    for i in range(r):
-        far = min(abs(d[i]), _HUGE)                   # ∞ · 0 is 0 here
-        H[i] = lg[i] + far * t[i] / (1 + t[i]) + miss[i] * (lnS[i] - X[i] / S[i])
-    for i in range(r): label[i] = -w[i] * share[i] * miss[i]
-    for i in range(r): rest[i] = w[i] * share[i] * miss[i] / S[i]
+    And what the gradient of the rest, and that of the label, is multiplied by. All are float64."""
+    lnS, S = _log(S), where(S > _TINY, S, _TINY)
+    d = zy - m - lnS
+    far = where(d < 0, -d, d)
+    t = _exp(-far)[0]
+    lg, far = _log1p(t), where(far < _HUGE, far, _HUGE)        # ∞ · 0 is 0 here
+    small, large = t / (1 + t), 1 / (1 + t)
+    hit, miss = where(d < 0, small, large), where(d < 0, large, small)
+    loss = w * (where(d < 0, -d, 0.) + lg)
+    el2n = miss * sqrt(1 + Q / S / S)
+    entropy = lg + far * small + miss * (lnS - X / S)
+    facts = loss, where(w < 0, -w, w) * el2n, el2n, hit, zy - m, entropy
+    return facts, w * share * miss / S, -w * share * miss
 
-# %% ../nbs/00b_cpu_kernels.ipynb #9aa8f90a
-def _block(c):
+# %% ../nbs/00b_cpu_kernels.ipynb #1cc2f8d3
+_LINES = range(10)
+_ZY, _M, _S, _Q, _X, _W, _PART, _KLASS, _REST, _LABEL = _LINES
+_ARGS = 'z targ weight share many ignore g out ints n c d per first last room'.split()
+
+class _Kernel:
+    "Writes a kernel for logits of one kind."
+    def __init__(self, dtype, *args: str):
+        self.of, self.dtype, self.int, self.L = of, *_ = _kind(dtype), *_kind(dtype)[:3]
+        self.code = Code('kernel', *args)
+        self.lanes = self.code.number(range(self.L), self.int)
+        self.low, self.none = self.vector(-math.inf), self.vector(0.)
+
+    def vector(self, x, dtype=None) -> Value: return self.code.number([x] * self.L, dtype or self.dtype)
+
+    def each(self, n: Value, f, *carried: Value):
+        "`f(i, at, there, *carried)` for each vector of `n` numbers: its place, its lanes' places, and a mask or None."
+        whole, code = n & -self.L, self.code
+        def end():
+            at = self.lanes + whole.astype(self.int)
+            return f(whole, at, at < n.astype(self.int), *carried)
+        carried = _tuple(code.when(whole < n, end, lambda: carried))
+        def step(i, at, *carried): return at + self.L, *_tuple(f(i, at, None, *carried))
+        return code.loop(0, whole, self.L, step, self.lanes, *carried)[1:]
+
+    def sums(self, n: Value, count: int, f) -> list:
+        "The sums of the `count` vectors that `f(i, at, there)` gives for each vector of `n` numbers."
+        whole, code, none = n & -self.L, self.code, [self.none] * count
+        def end():
+            at = self.lanes + whole.astype(self.int)
+            return _tuple(f(whole, at, at < n.astype(self.int)))
+        def step(i, at, *sums): return at + self.L, *(a + b for a, b in zip(sums, _tuple(f(i, at, None))))
+        def strip(i, at, *sums):
+            at, *part = code.loop(i, smaller(whole, i + 2048), self.L, step, at, *sums[count:])
+            part = [o.fold(lambda a, b: a + b).astype(np.float64) for o in part]
+            return at, *(a + b for a, b in zip(sums, part)), *none
+        first = _tuple(code.when(whole < n, end, lambda: tuple(none)))
+        totals = [code.number(0., np.float64)] * count
+        return code.loop(0, larger(whole, 1), 2048, strip, self.lanes, *totals, *first)[1:count + 1]
+
+def _tuple(x) -> tuple: return x if isinstance(x, tuple) else (x,)
+
+# %% ../nbs/00b_cpu_kernels.ipynb #4784610e
+class _Pass(_Kernel):
+    "Writes a kernel for blocks of rows: facts to `out` and `ints`, gradient to `g`, unless that is 0."
+    def __init__(self, dtype):
+        super().__init__(dtype, *_ARGS)
+        arg = self.code.__getitem__
+        self.n, self.c, self.d, self.per, self.ignore = map(arg, ('n', 'c', 'd', 'per', 'ignore'))
+        self.z, self.g, self.out = (Numbers(arg(o), dtype) for o in ('z', 'g', 'out'))
+        self.targ, self.ints = (Numbers(arg(o), np.int64) for o in ('targ', 'ints'))
+        self.weight, self.share = (Numbers(arg(o), np.float64) for o in ('weight', 'share'))
+        self.wide = self.per + 15 & -16                      # a line's numbers, so that whole vectors fit
+        room = Numbers(arg('room'), np.float64)
+        self.line = [Numbers(room.at(self.wide * o).address, np.int64 if o == _KLASS else np.float64) for o in _LINES]
+        self.room = Numbers(room.at(self.wide * len(_LINES)).address, dtype)
+        self.rows = self.n * self.d
+        self.code.loop(arg('first'), arg('last'), 1, self.block)
+
+    def keep(self, i, *known: Value) -> None:
+        "What is known of a row, or of a vector of rows, in the order of the lines."
+        for line, x in zip(self.line, known): line.put(x, i)
+
+    def weigh(self, i, k) -> Value:
+        "The weight of the class `k`."
+        return self.code.when(self.weight.address != 0, lambda: self.weight[k], lambda: self.code.number(1., np.float64))
+
+    def facts(self, i, row, there=None) -> None:
+        "From the lines at `i` to where the facts of eight rows, from `row` on, belong."
+        known = [line.get(i, 8) for line in self.line[:_KLASS + 1]]
+        facts, rest, label = _facts(*known[:_KLASS])
+        counts = known[_KLASS] >= 0
+        for k, fact in enumerate(facts):
+            self.out.at(self.rows * k).put(where(counts, fact, math.nan).astype(self.dtype), row, there)
+        self.ints.put(known[_KLASS], row, there)
+        self.ints.at(self.rows).put(self.targ.get(row, 8, there), row, there)
+        self.line[_REST].put(where(counts, rest, 0.), i)
+        self.line[_LABEL].put(where(counts, label, 0.), i)
+
+# %% ../nbs/00b_cpu_kernels.ipynb #9d4978a1
+def _block(c: int) -> int:
     "Rows that are handled at once: some 32,000 logits"
     return max(1, min(256, 32768 // c))
 
-def _first(z, v):
-    "Where `z` is `v` first; −1 if nowhere"
-    for a in range(0, len(z), 64):
-        piece, found = z[a:a + 64], 0
-        for j in range(len(piece)): found += piece[j] == v
-        if found:
-            for j in range(len(piece)):
-                if piece[j] == v: return a + j
-    return -1
+class _Rows(_Pass):
+    "Writes the kernel for rows `n c`."
+    def block(self, b):
+        start = b * self.per
+        r = smaller(self.n - start, self.per)
+        self.code.loop(0, r, 1, lambda q: self.row(q, start + q))
+        eight = self.code.number(range(8), np.int64)
+        self.code.loop(0, r, 8, lambda q: self.facts(q, start + q, eight + q < r))
+        write = partial(self.code.loop, 0, r, 1, lambda q: self.grad(q, start + q))
+        self.code.when(self.g.address != 0, write)
 
-def _first_nan(z):
-    for j in range(len(z)):
-        if z[j] != z[j]: return j
-    return -1
+    def row(self, q, i):
+        k = self.targ[i]
+        nothing = [self.code.number(o, np.float64) for o in (0, 0, 1, 1, 0, 0, 0)]
+        def ignored(): self.keep(q, *nothing, self.code.number(-1, np.int64))
+        self.code.when(k == self.ignore, ignored, lambda: self.sum_up(q, i, k))
 
-def _nothing(f, q):
-    "A row that does not count"
-    f[_ZY][q] = f[_M][q] = f[_X][q] = f[_W][q] = f[_PART][q] = 0
-    f[_S][q] = f[_Q][q] = 1
+    def sum_up(self, q, i, k):
+        L, z, y = self.L, self.z.at(i * self.c), k.astype(self.int).spread(self.L)
+        e = Numbers(where(self.g.address != 0, self.g.at(i * self.c).address, self.room.address), self.dtype)
+        def other(j, at, there): return where(at != y, z.get(j, L, there, -math.inf), self.low)
+        def top(j, at, there, m, first):
+            x = other(j, at, there)
+            return larger(x, m), where(x > m, at, first)
+        tops, first = self.each(self.c, top, self.low, self.vector(0, self.int))
+        m, zy = tops.fold(larger), z[k]
+        first = where(tops == m, first, 2**31 - 1).fold(smaller).astype(np.int64)
+        m0 = larger(m, float(np.finfo(self.dtype).min)).spread(L)            # −∞ − −∞ would be nan
+        def exps(j, at, there):
+            ej, x = _exp(other(j, at, there) - m0)
+            e.put(ej, j, there)
+            return ej, ej * ej, x
+        S, Q, X = self.sums(self.c, 3, exps)
+        klass = where(zy > m, k, where(zy == m, smaller(k, first), first))
+        def seek(): return self.code.loop(0, self.c, 1, partial(self.seek, z, k), klass, m)
+        klass, m = self.code.when((S != S) | (zy != zy), seek, lambda: (klass, m))
+        share = self.share[where(self.code['many'] != 0, i, 0)]
+        self.keep(q, *(o.astype(np.float64) for o in (zy, m, S, Q, X, self.weigh(i, k), share)), klass)
 
-def _scale(e, factor):
-    for j in range(len(e)): e[j] *= factor
+    def seek(self, z, k, j, klass, m):
+        "The first nan, from the end; the largest of the others is nan if it is one of them."
+        j = self.c - 1 - j
+        bad = z[j] != z[j]
+        return where(bad, j, klass), where(bad & (j != k), math.nan, m)
 
-def _fill(x, value):
-    for j in range(len(x)): x[j] = value
+    def grad(self, q, i):
+        g, rest, label = self.g.at(i * self.c), *(self.line[o][q].astype(self.dtype) for o in (_REST, _LABEL))
+        rest = rest.spread(self.L)
+        counts = (self.line[_KLASS][q] >= 0).spread(self.L)
+        def scale(j, at, there):
+            g.put(where(counts, g.get(j, self.L, there) * rest, self.none), j, there)
+            return ()
+        self.each(self.c, scale)
+        def own(): g[self.targ[i]] = label
+        self.code.when(self.line[_KLASS][q] >= 0, own)
 
-def _forget(klass, out, at):
-    "No facts where there is no class"
-    for i in range(at, at + len(klass)):
-        if klass[i - at] < 0:
-            for line in range(6): out[line][i] = np.nan
-
-# %% ../nbs/00b_cpu_kernels.ipynb #9d4978a1
-def _rows_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, last):
-    """Blocks `first` to `last` of the rows `z`, n × c.
-
-    Their facts go to `out` and `klass`, their gradient to `g`, unless that is empty."""
-    n, c = z.shape
-    R = _block(c)
-    f, h, scratch = np.zeros((_LINES, R)), np.empty((2, R), z.dtype), np.empty(c, z.dtype)
-    for start in range(first * R, min(last * R, n), R):
-        r = min(R, n - start)
-        for q in range(r):
-            k, zi, e = targ[start + q], z[start + q], g[start + q] if len(g) else scratch
-            if k == ignore_index:
-                _nothing(f, q)
-                klass[start + q] = -1
-                continue
-            m = max(_top(zi[:k]), _top(zi[k + 1:]))
-            f[_ZY][q], f[_M][q] = zi[k], m
-            f[_W][q] = weight[k] if len(weight) else 1.
-            f[_PART][q] = share[start + q if len(share) > 1 else 0]
-            m0 = _finite(m)
-            S, Q, X = 0., 0., 0.
-            for a in range(0, c, 2048):
-                s, s2, x = _sums(zi[a:a + 2048], m0, e[a:a + 2048])
-                S, Q, X = S + s, Q + s2, X + x
-            ek, xk = _exp(zi[k] - m0)
-            f[_S][q], f[_Q][q], f[_X][q] = S - e[k], Q - e[k] * e[k], X - xk
-            klass[start + q] = k if zi[k] > m else _first(zi, max(m, zi[k]))
-            if S != S or zi[k] != zi[k]:
-                j = _first_nan(zi)
-                if j >= 0: klass[start + q] = j
-                if max(_first_nan(zi[:k]), _first_nan(zi[k + 1:])) >= 0: f[_M][q] = np.nan
-        _facts(f, r, out, start, h)
-        for q in range(r):
-            i = start + q
-            if len(g) and klass[i] < 0: _fill(g[i], 0)
-            elif len(g):
-                _scale(g[i], h[_REST][q])
-                g[i][targ[i]] = h[_LABEL][q]
-        _forget(klass[start:start + r], out, start)
-
-# %% ../nbs/00b_cpu_kernels.ipynb #a5550b1a
-def _block_of_plane(c):
+# %% ../nbs/00b_cpu_kernels.ipynb #43f5c4d0
+def _block_of_plane(c: int) -> int:
     "Positions that are handled at once"
     return max(64, min(512, 32768 // c))
 
-def _labels(targ, ignore_index, y, w):
-    "Labels, −1 where ignored, and weights, 0 where ignored"
-    for p in range(len(y)):
-        y[p] = -1 if targ[p] == ignore_index else targ[p]
-        w[p] = 0. if targ[p] == ignore_index else 1.
+class _Planes(_Pass):
+    "Writes the kernel for masks `n c d`, with at least 16 positions."
+    def block(self, b):
+        blocks = (self.d + self.per - 1) // self.per
+        o, start = b // blocks, b % blocks * self.per
+        end = smaller(start + self.per, self.d)
+        size, last = end - start, end - self.L
+        self.zo, self.go, self.base = self.z.at(o * self.c * self.d), self.g.at(o * self.c * self.d), o * self.d
+        def place(i): return smaller(start + (i & -self.L), last) + (i & (self.L - 1))
+        def each(step, f): return self.code.loop(0, (size + (self.L - 1)) & -self.L, step, lambda i: f(i, place(i)))
+        each(self.L, self.positions)
+        each(8, lambda i, p: self.facts(i, self.base + p))
+        self.code.when(self.g.address != 0, lambda: each(self.L, self.grad))
 
-def _winners(y, zy, m, top, klass):
-    "The label or its strongest rival, whichever is larger, or first; −1 where ignored"
-    for p in range(len(y)):
-        k = min(y[p], top[p]) if zy[p] == m[p] else top[p]
-        k = y[p] if zy[p] > m[p] else k
-        klass[p] = -1 if y[p] < 0 else k
+    def positions(self, i, p):
+        L, row = self.L, self.base + p
+        targ = self.targ.get(row, L)
+        y, counts = targ.astype(self.int), targ != self.ignore
+        def at(k): return k.astype(self.int).spread(L), self.zo.get(k * self.d + p, L)
+        def top(k, m, first, zy):
+            k, z = at(k)
+            other = where(y != k, z, self.low)
+            return larger(other, m), where(other > m, k, first), where(y == k, z, zy)
+        m, first, zy = self.code.loop(0, self.c, 1, top, self.low, self.vector(0, self.int), self.none)
+        m0 = larger(m, self.vector(float(np.finfo(self.dtype).min)))
+        def exps(k, S, Q, X):
+            cls, z = at(k)
+            e, x = _exp(where(y != cls, z, self.low) - m0)
+            self.room.put(e, k * self.wide + i)
+            return S + e, Q + e * e, X + x
+        S, Q, X = self.code.loop(0, self.c, 1, exps, *[self.none] * 3)
+        klass = where(zy > m, y, where(zy == m, smaller(y, first), first))
+        def seek(k, klass, m):
+            k, z = at(self.c - 1 - k)
+            return where(z != z, k, klass), where((z != z) & (y != k), math.nan, m)
+        klass, m = self.code.when(((S != S) | (zy != zy)).any(), lambda: self.code.loop(0, self.c, 1, seek, klass, m),
+                                  lambda: (klass, m))
+        known = [o.astype(np.float64) for o in (zy, m, S, Q, X)]
+        nothing = (0., 0., 1., 1., 0.)
+        self.keep(i, *(where(counts, a, b) for a, b in zip(known, nothing)))
+        self.line[_KLASS].put(where(counts, klass, -1).astype(np.int64), i)
+        def own(j):
+            k = self.targ[row + j]
+            self.line[_W][i + j] = self.weigh(row, where(k == self.ignore, 0, k))
+            self.line[_PART][i + j] = self.share[where(self.code['many'] != 0, row + j, 0)]
+        self.code.loop(0, L, 1, own)
 
-def _copy(x, out):
-    for i in range(len(out)): out[i] = x[i]
-
-def _raise_top(z, y, k, m, top):
-    "Let class `k` compete, where it is not the label"
-    for p in range(len(z)):
-        up = (z[p] > m[p]) & (y[p] != k)
-        m[p] = z[p] if up else m[p]
-        top[p] = k if up else top[p]
-
-def _exp_plane(z, y, k, m, e, x):
-    for p in range(len(z)):
-        a, b = _exp(z[p] - m[p])
-        counts = (y[p] != k) & (y[p] >= 0)
-        e[p] = a if counts else _ZERO32
-        x[p] = b if counts else _ZERO32
-
-def _add_squares(e, S, Q):
-    for p in range(len(e)):
-        S[p] += e[p]
-        Q[p] += e[p] * e[p]
-
-def _add(x, X):
-    for p in range(len(x)): X[p] += x[p]
-
-def _plane_grad(e, y, k, ours, own, g):
-    for p in range(len(e)): g[p] = own[p] if y[p] == k else e[p] * ours[p]
-
-# %% ../nbs/00b_cpu_kernels.ipynb #43f5c4d0
-def _planes_kernel(z, targ, weight, share, ignore_index, g, out, klass, first, last):
-    "As `_rows_kernel`, for blocks of positions of `z`, n × c × d."
-    n, c, d = z.shape
-    R = _block_of_plane(c)
-    per, f, h = (d + R - 1) // R, np.zeros((_LINES, R)), np.empty((2, R), z.dtype)
-    v, e = np.empty((6, R), z.dtype), np.empty((c, R), z.dtype)
-    y, top = np.empty(R, np.int32), np.empty(R, np.int32)
-    for block in range(first, min(last, n * per)):
-        o, at = block // per, block % per * R
-        r, base = min(R, d - at), o * d + at
-        zy, m, S, Q, X, x = v[0][:r], v[1][:r], v[2][:r], v[3][:r], v[4][:r], v[5][:r]
-        yr, tr = y[:r], top[:r]
-        _labels(targ[base:base + r], ignore_index, yr, f[_W][:r])
-        _fill(m, -np.inf)
-        _fill(tr, 0)
-        _fill(S, 0)
-        _fill(Q, 0)
-        _fill(X, 0)
-        for p in range(r):
-            k = max(yr[p], 0)
-            zy[p] = z[o, k, at + p]
-            if len(weight): f[_W][p] *= weight[k]
-            f[_PART][p] = share[base + p if len(share) > 1 else 0]
-        for k in range(c): _raise_top(z[o, k][at:at + r], yr, np.int32(k), m, tr)
-        _copy(m, f[_M][:r])
-        for p in range(r): m[p] = _finite(m[p])
-        for k in range(c):
-            ek = e[k][:r]
-            _exp_plane(z[o, k][at:at + r], yr, np.int32(k), m, ek, x)
-            _add_squares(ek, S, Q)
-            _add(x, X)
-        _copy(zy, f[_ZY][:r])
-        _copy(S, f[_S][:r])
-        _copy(Q, f[_Q][:r])
-        _copy(X, f[_X][:r])
-        _winners(yr, zy, f[_M][:r], tr, klass[base:base + r])
-        for p in range(r):
-            if yr[p] >= 0 and (S[p] != S[p] or zy[p] != zy[p]):
-                for j in range(c - 1, -1, -1):
-                    if z[o, j, at + p] != z[o, j, at + p]:
-                        klass[base + p] = j
-                        if j != yr[p]: f[_M][p] = np.nan
-        _facts(f, r, out, base, h)
-        if len(g):
-            rest, label = h[_REST][:r], h[_LABEL][:r]
-            for k in range(c):
-                _plane_grad(e[k][:r], yr, np.int32(k), rest, label, g[o, k][at:at + r])
-        _forget(klass[base:base + r], out, base)
+    def grad(self, i, p):
+        rest, label = (self.line[o].get(i, self.L).astype(self.dtype) for o in (_REST, _LABEL))
+        y, counts = self.targ.get(self.base + p, self.L).astype(self.int), self.line[_KLASS].get(i, self.L) >= 0
+        def scale(k):
+            e = self.room.get(k * self.wide + i, self.L) * rest
+            own = where(y == k.astype(self.int), label, e)
+            self.go.put(where(counts, own, self.none), k * self.d + p)
+        self.code.loop(0, self.c, 1, scale)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #7065c615
-def _count(targ, weight, c, ignore_index):
-    "What a mean is divided by: the weight of the rows that count, 1 if none does. And is every target a class?"
-    total, some = 0., False
-    for i in range(len(targ)):
-        k = targ[i]
-        if k != ignore_index:
-            if k < 0 or k >= c: return 0., False
-            w = weight[k] if len(weight) else 1.
-            total += w
-            some |= w != 0
-    return total if some else 1., True
+def _count(dtype) -> Code:
+    """Writes: what a mean is divided by, to `to`; 0 behind it if some target is no class.
 
-def _total(losses, klass):
-    "The sum of the losses that count, in their order, so that it does not depend on the number of threads"
-    total = 0.
-    for i in range(len(losses)):
-        if klass[i] >= 0: total += losses[i]
-    return total
+    This is the weight of the rows that count, and 1 if none does."""
+    code = Code('count', *'targ weight n c ignore to'.split())
+    targ, weight, to = (Numbers(code[o], t) for o, t in (('targ', np.int64), ('weight', np.float64), ('to', np.float64)))
+    one, none = (code.number(o, np.float64) for o in (1, 0))
+    def row(i, total, some, good):
+        k = targ[i]
+        counts, known = k != code['ignore'], (k >= 0) & (k < code['c'])
+        w = code.when((weight.address != 0) & counts & known, lambda: weight[k], lambda: where(counts, one, none))
+        return total + w, where(w != 0, one, some), where(counts & (known == False), none, good)   # noqa: E712
+    total, some, good = code.loop(0, code['n'], 1, row, none, none, one)
+    to[0], to[1] = where(some != 0, total, one), good
+    return code
+
+def _total(dtype) -> Code:
+    "Writes: the sum of the losses that count, to `to`."
+    of = _Kernel(np.float64, *'out ints n to'.split())
+    code, out, ints = of.code, Numbers(of.code['out'], dtype), Numbers(of.code['ints'], np.int64)
+    def losses(i, at, there):
+        loss = out.get(i, of.L, there).astype(np.float64)
+        return where(ints.get(i, of.L, there, -1) >= 0, loss, of.none)
+    Numbers(code['to'], np.float64)[0], = of.sums(code['n'], 1, losses)
+    return code
 
 # %% ../nbs/00b_cpu_kernels.ipynb #876a7d58
-_STRICT = dict(error_model='numpy', fastmath={'contract'})                    # a product and a sum may be rounded once
-_LOOSE = dict(error_model='numpy', fastmath={'contract', 'reassoc', 'nsz'})   # sums may be taken in any order
-_PARTS = [_exp32, _exp64, _artanh2, _log, _log1p, _top32, _top64, _copy, _facts, _block, _first, _first_nan, _nothing,
-          _scale, _fill, _forget, _block_of_plane, _labels, _winners, _raise_top, _exp_plane, _add_squares, _add,
-          _plane_grad]
-
-@cache
-def _teach() -> None:
-    "Make the parts known to numba."
-    import numba
-    from numba.core import types
-    from numba.extending import overload, register_jitable
-    if numba.config.DISABLE_JIT:
-        raise RuntimeError("numba's compiler is switched off (NUMBA_DISABLE_JIT)")
-    def by_type(f, narrow, wide):
-        @overload(f, jit_options=_STRICT)
-        def choose(x): return narrow if getattr(x, 'dtype', x) == types.float32 else wide
-    for f in _PARTS: register_jitable(**_STRICT)(f)
-    register_jitable(**_LOOSE, forceinline=True)(_sums)     # else who compiles and who loads add up in other orders
-    by_type(_exp, lambda x: _exp32(x), lambda x: _exp64(x))
-    by_type(_top, lambda x: _top32(x), lambda x: _top64(x))
-    by_type(_finite, lambda x: _LOWEST32 if x < _LOWEST32 else x, lambda x: _LOWEST64 if x < _LOWEST64 else x)
-
 class _Kernels(NamedTuple):
-    "The compiled kernels."
-    rows: object
-    planes: object
+    "Functions of whole numbers, some of which are addresses."
+    rows: object     # Or planes
     count: object
     total: object
 
-def _compile(keep: bool) -> _Kernels:
-    "The kernels; each is compiled for a dtype when it meets that first."
-    import numba
-    _teach()
-    fs = _rows_kernel, _planes_kernel, _count, _total
-    return _Kernels(*(numba.njit(nogil=True, cache=keep, **_STRICT)(f) for f in fs))
+def _address(x: np.ndarray) -> int:
+    "Where the numbers of `x` lie."
+    return ctypes.addressof(ctypes.c_char.from_buffer(x)) if x.size else 0
+
+def _room(planes: bool, c: int) -> tuple:
+    "Rows or positions in a block, and how many float64 of room it takes."
+    per = (_block_of_plane if planes else _block)(c)
+    wide = -(-per // 16) * 16
+    return per, len(_LINES) * wide + c * (wide if planes else 1)
+
+def _run(kernel, z: int, targ: int, weight: int, share: int, many: bool, ignore: int, g: int, out: int, ints: int,
+         shape: tuple, threads: int = 1) -> None:
+    "Let `kernel` do all rows of logits of the shape `n c d`, some in each thread."
+    n, c, d = shape
+    per, size = _room(kernel.planes, c)
+    blocks = n * -(-d // per) if kernel.planes else -(-n // per)
+    def some(first, last):
+        room = np.empty(size)
+        kernel(z, targ, weight, share, many, ignore, g, out, ints, n, c, d, per, first, last, _address(room))
+    _in_threads(some, blocks, threads)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #38b7965a
-def _try(kernels: _Kernels, dtype, planes: bool) -> None:
+def _try(kernels: _Kernels, dtype) -> None:
     "Two equal logits have the loss ln 2 and the gradient (−½, ½)."
-    z, y, none = np.zeros((1, 2, 1) if planes else (1, 2), dtype), np.zeros(1, np.int64), np.empty(0)
-    g, out, klass = np.empty_like(z), np.empty((6, 1), dtype), np.empty(1, np.int64)
-    kernels[planes](z, y, none, np.ones(1), -100, g, out, klass, 0, 1)
-    got = [*g.ravel(), *out[:, 0], klass[0], *kernels.count(y, none, 2, -100), kernels.total(out[0], klass)]
-    want = [-.5, .5, _LN2, math.sqrt(.5), math.sqrt(.5), .5, 0, _LN2, 0, 1, True, _LN2]
+    n, d = 20, 20 if kernels.rows.planes else 1
+    z, y, one, to = np.zeros((n, 2, d), dtype), np.zeros(n * d, np.int64), np.ones(1), np.empty(3)
+    g, out, ints = np.empty_like(z), np.empty((6, n * d), dtype), np.empty((2, n * d), np.int64)
+    y[0] = -100
+    z_, y_, one_, to_, g_, out_, ints_ = map(_address, (z, y, one, to, g, out, ints))
+    kernels.count(y_, 0, len(y), 2, -100, to_)
+    _run(kernels.rows, z_, y_, 0, one_, False, -100, g_, out_, ints_, z.shape)
+    kernels.total(out_, ints_, len(y), to_ + 16)
+    got = [*to, *g[-1, :, -1], *g[0, :, 0], *out[:, 1], ints[0, 0], ints[0, 1]]
+    want = [len(y) - 1, 1, _LN2 * (len(y) - 1), -.5, .5, 0, 0, _LN2, math.sqrt(.5), math.sqrt(.5), .5, 0, _LN2, -1, 0]
     if np.allclose(got, want, rtol=1e-6, atol=1e-6): return
     raise ArithmeticError(f"two equal logits give {[float(o) for o in got]}, expected {want}")
 
+def _make(dtype, planes: bool) -> _Kernels:
+    "The kernels for logits of `dtype` in this layout."
+    codes = (_Planes if planes else _Rows)(dtype).code, _count(dtype), _total(dtype)
+    for code, name in zip(codes, _Kernels._fields): code.name = name
+    kernels = _Kernels(*build(*codes))
+    kernels.rows.planes = planes
+    return kernels
+
 @cache
 def _kernels(dtype, planes: bool) -> _Kernels|None:
-    "The kernels, if they work for logits of `dtype` in this layout; None, with a warning, if not."
-    for keep in (True, False):                        # numba refuses, or fails, where it cannot write a cache
-        try:
-            kernels = _compile(keep)
-            _try(kernels, dtype, planes)
-            return kernels
-        except Exception as e:
-            why = e  # whatever an import or a compiler may raise
-    warnings.warn("numba does not compile the loss of fastai_xent, so losses on the CPU are slower: "
-                  f"{type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
+    "The kernels, if they work; None, with a warning, if not."
+    try:
+        kernels = _make(dtype, planes)
+        _try(kernels, dtype)
+        return kernels
+    except Exception as e:                                # whatever an import or a compiler may raise
+        warnings.warn("llvmlite does not make the loss of fastai_xent, so losses on the CPU are slower: "
+                      f"{type(e).__name__}: {e}", RuntimeWarning, stacklevel=4)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #aa37f21c
 @dataclass(slots=True)
@@ -435,7 +415,7 @@ class FusedPass:
 
 _SHARE = 2**16 # logits that are worth a thread of their own
 _FEW = 32      # positions that are worth to be handled at once
-_NONE, _ONE = np.empty(0), np.ones(1)
+_ONE = np.ones(1)
 _pools = {}    # by process: a pool does not survive a fork
 
 def _pool(threads: int) -> ThreadPoolExecutor:
@@ -446,41 +426,28 @@ def _pool(threads: int) -> ThreadPoolExecutor:
         _pools[key] = ThreadPoolExecutor(threads, thread_name_prefix='xent')
     return _pools[key]
 
-def _in_threads(kernel, args: tuple, blocks: int, threads: int) -> None:
-    "Let `kernel` do all blocks, some in each thread."
-    if threads < 2: return kernel(*args, 0, blocks)
+def _in_threads(some, blocks: int, threads: int) -> None:
+    "Let `some(first, last)` do all blocks, some in each thread."
+    if threads < 2: return some(0, blocks)
     at = [blocks * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(kernel, *args, *o) for o in zip(at[1:], at[2:])]
-    kernel(*args, *at[:2])
+    others = [_pool(threads - 1).submit(some, *o) for o in zip(at[1:], at[2:])]
+    some(*at[:2])
     for o in others: o.result()
 
-def _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, ints, loss) -> float:
-    "All of a batch of any size, in one thread or in many. What a mean is divided by; nan for a bad target."
-    planes, c = flat.ndim == 3, flat.shape[1]
-    divisor, good = kernels.count(targ, w, c, ignore_index)
-    if not good: return math.nan
-    share = _ONE
-    if scale is not None: share = scale.detach().double().numpy().reshape(-1)
-    elif reduction == 'mean': share = np.array([1 / divisor if divisor else math.inf])
-    blocks = len(flat) * -(-flat.shape[2] // _block_of_plane(c)) if planes else -(-len(flat) // _block(c))
-    threads = 1 if flat.size < 2 * _SHARE else min(torch.get_num_threads(), blocks, flat.size // _SHARE)
-    _in_threads(kernels[planes], (flat, targ, w, share, ignore_index, g, facts, ints[0]), blocks, threads)
-    if reduction != 'none': loss[()] = kernels.total(facts[0], ints[0]) * share[0]
-    ints[1] = targ
-    return divisor
+def _threads(logits: int) -> int:
+    "Threads for so many logits."
+    return 1 if logits < 2 * _SHARE else min(torch.get_num_threads(), logits // _SHARE)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #2b2cfdd2
-def _layout(z: np.ndarray, axis: int) -> tuple:
+def _layout(z: Tensor, axis: int) -> tuple:
     "`z` as rows, `n c`, or planes, `n c d`; and whether its classes were moved to the end for that"
-    shape = z.shape
-    if axis == len(shape) - 1 and z.flags.c_contiguous:
-        return z if axis == 1 else z.reshape(math.prod(shape[:-1]), shape[-1]), False
+    shape, solid = z.shape, z.is_contiguous()
+    if z.ndim == 2 and axis == 1 and solid: return z, False
     n, c, d = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1:])
-    if z.flags.c_contiguous and (d == 1 or d >= _FEW):
-        return z.reshape((n, c) if d == 1 else (n, c, d)), False
-    last = np.moveaxis(z, axis, -1)
-    if last.flags.c_contiguous or d < _FEW: return last.reshape(n * d, c), True
-    return _layout(np.ascontiguousarray(z), axis)
+    if solid and (d == 1 or d >= _FEW): return z.reshape((n, c) if d == 1 else (n, c, d)), False
+    last = z.movedim(axis, -1)
+    if last.is_contiguous() or d < _FEW: return last.reshape(n * d, c).contiguous(), True
+    return _layout(z.contiguous(), axis)
 
 def _as(g: Tensor, shape, moved: int|None) -> Tensor:
     "The buffer `g` in the shape of the logits."
@@ -488,6 +455,10 @@ def _as(g: Tensor, shape, moved: int|None) -> Tensor:
     return g.view([*shape[:moved], *shape[moved + 1:], shape[moved]]).movedim(-1, moved)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #795b3cfc
+def _dtype(z: Tensor): return np.float32 if z.dtype is torch.float32 else np.float64
+
+def _pointer(x: Tensor|None) -> int: return 0 if x is None else x.data_ptr()
+
 def fused_pass(
     z: Tensor, # Logits, `n c d…`, float32 or float64, on a CPU
     y: Tensor, # Classes, `n d…`, int64
@@ -499,21 +470,30 @@ def fused_pass(
     scale: Tensor|None = None, # For 'none': the gradient of each row is multiplied by this, `n d…`
 ) -> FusedPass|None: # None where there is no compiler
     "Loss, gradient and facts of every row, in one pass."
-    flat, moved = _layout((z.detach() if z.requires_grad else z).numpy(), axis)
-    planes, c, dtype = flat.ndim == 3, flat.shape[1], flat.dtype
-    kernels = _kernels(dtype, planes)
+    flat, moved = _layout(z.detach() if z.requires_grad else z, axis)
+    n, c, d = *flat.shape, *(1,) * (3 - flat.ndim)
+    dtype, rows = _dtype(z), n * d
+    kernels = _kernels(dtype, flat.ndim == 3)
     if kernels is None: return None
-    targ, w = y.numpy(), _NONE if weight is None else weight.detach().double().numpy()
-    if targ.ndim != 1: targ = targ.reshape(-1)
-    none = (0,) * planes + (0, c)
-    g = np.empty(flat.shape if want_grad else none, dtype)     # numpy asks the system for large pages, torch does not
-    facts, ints, loss = np.empty((6, len(targ)), dtype), np.empty((2, len(targ)), np.int64), np.empty((), dtype)
-    divisor = _in_blocks(kernels, flat, targ, w, scale, ignore_index, reduction, g, facts, ints, loss)
-    if math.isnan(divisor): _raise_bad_targ(y, c, ignore_index)
-    grad = torch.from_numpy(g) if want_grad else None
-    if want_grad and (moved or g.ndim != z.ndim):
-        grad = _as(grad, z.shape, axis if moved else None)
-    return FusedPass(None if reduction == 'none' else torch.from_numpy(loss), grad, facts, ints, divisor)
+    y, facts, ints, to = y.contiguous(), np.empty((6, rows), dtype), np.empty((2, rows), np.int64), np.empty(2)
+    w = None if weight is None else weight.detach().double().contiguous()
+    labels, weights, at, out, known = _pointer(y), _pointer(w), _address(to), _address(facts), _address(ints)
+    kernels.count(labels, weights, rows, c, ignore_index, at)
+    divisor, good = to.tolist()
+    if not good: _raise_bad_targ(y, c, ignore_index)
+    share = 1. if reduction != 'mean' else 1 / divisor if divisor else math.inf
+    to[0], grad = share, None
+    if want_grad: grad = torch.from_numpy(np.empty(flat.shape, dtype))     # numpy asks for large pages, torch does not
+    if scale is not None: scale = scale.detach().double().contiguous()
+    shares = at if scale is None else _pointer(scale)
+    _run(kernels.rows, _pointer(flat), labels, weights, shares, scale is not None, ignore_index, _pointer(grad), out,
+         known, (n, c, d), _threads(rows * c))
+    loss = None
+    if reduction != 'none':
+        kernels.total(out, known, rows, at)
+        loss = torch.from_numpy(np.array(to[0] * share, dtype))
+    if want_grad and (moved or flat.ndim != z.ndim): grad = _as(grad, z.shape, axis if moved else None)
+    return FusedPass(loss, grad, facts, ints, divisor)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #0b106c81
 _dispatchers, _is_compiling = torch._C._len_torch_dispatch_stack, torch.compiler.is_compiling

@@ -16,130 +16,109 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_kernels import (
-    _LOOSE, _SHARE, _STRICT, FusedPass, _fill, _in_threads, _kernels, _log, _teach, fused_pass, traced, usable)
+from .cpu_kernels import (FusedPass, _address, _dtype, _in_threads, _Kernel, _kernels, _log, _threads, fused_pass,
+                                     traced, usable)
 from .numerics import (XentStats, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
                                   _plain_targ, _rows, _wide, xent_stats)
+from .vectors import Numbers, build, sqrt, where
 
 # %% ../nbs/00ba_smoothing.ipynb #729ae849
-def _spread(z, g, top, per, part, even):
-    "Take `even` off the probabilities in `g`, which is in units of `part`; how far logits are from `top`, and squares."
-    far = square = top - top
-    for j in range(len(z)):
-        d = g[j] * per - even
-        far += top - z[j]
-        square += d * d
-        g[j] = d * part
-    return far, square
+_ARGS = 'z targ numbers g out ints n c first last'.split()
 
-def _spread_all(z, g, top, per, part, even):
-    "`_spread` of any length: sums of at most 2,048 numbers, so that they stay exact."
-    far = square = 0.
-    for a in range(0, len(z), 2048):
-        f, s = _spread(z[a:a + 2048], g[a:a + 2048], top, per, part, even)
-        far, square = far + f, square + s
-    return far, square
+class _Shares(_Kernel):
+    """Writes a kernel for rows `first` to `last` of `z`, n × c, whose facts are in `out` and `ints`.
 
-def _smooth_kernel(z, targ, klass, eps, even, per, part, g, out, first, last):
-    """Rows `first` to `last` of `z`, n × c, whose facts are in `out` and whose gradient is in `g`.
+    Their gradient is in `g`. The `numbers` are: what targets are multiplied by, or the smoothing; what is added to
+    each target; what undoes the gradient's unit, and that unit."""
+    def __init__(self, dtype):
+        super().__init__(dtype, *_ARGS)
+        arg = self.code.__getitem__
+        self.n, self.c = arg('n'), arg('c')
+        self.z, self.targ, self.g, self.out, numbers = (Numbers(arg(o), dtype) for o in ('z', 'targ', 'g', 'out', 'numbers'))
+        self.ints = Numbers(arg('ints'), np.int64)
+        self.keep, self.even, self.per, self.part = (numbers[i] for i in range(4))
+        def row(i): self.code.when(self.ints[i] >= 0, lambda: self.row(i, self.ints[self.n + i], self.ints[i]))
+        self.code.loop(arg('first'), arg('last'), 1, row)
 
-    `even` is `eps` / c, `part` what the gradient is multiplied by, and `per` what undoes that."""
-    c = z.shape[1]
-    for i in range(first, last):
-        k = targ[i]
-        if klass[i] < 0: continue
-        zi, gi, loss = z[i], g[i], out[0][i]
-        top = zi[klass[i]]
-        far, square = _spread_all(zi[:k], gi[:k], top, per, part, even)
-        f, s = _spread_all(zi[k + 1:], gi[k + 1:], top, per, part, even)
-        h = loss + zi[k] - top
-        label = gi[k] * per - even + eps
-        gi[k] = label * part
-        out[1][i] = math.sqrt(square + s + label * label)
-        if loss < np.inf or loss != loss:                 # ∞ − ∞ would be nan
-            out[0][i] = (1 - eps) * loss + even * (far + f + top - zi[k] + c * (h if h > 0 or h != h else 0.))
+    def fact(self, k: int, i) -> Numbers: return self.out.at(self.n * k + i)
+
+    def others(self, y, at, there):
+        "Which lanes hold another class than `y`?"
+        others = at != y.astype(self.int).spread(self.L)
+        return others if there is None else others & there
+
+class _Smooth(_Shares):
+    "Writes the kernel for a class and label smoothing."
+    def row(self, i, k, klass):
+        z, g, loss, L = self.z.at(i * self.c), self.g.at(i * self.c), self.fact(0, i)[0], self.L
+        peak = z[klass]
+        eps, even, per, part, top, zk, gk = (o.astype(np.float64) for o in (
+            self.keep, self.even, self.per, self.part, peak, z[k], g[k]))
+        def spread(j, at, there):
+            others, d = self.others(k, at, there), g.get(j, L, there) * self.per - self.even
+            g.put(d * self.part, j, there)
+            return where(others, peak - z.get(j, L, there), self.none), where(others, d * d, self.none)
+        far, square = self.sums(self.c, 2, spread)
+        old = loss.astype(np.float64)
+        h, label = old + zk - top, gk * per - even + eps
+        g[k] = label * part
+        self.fact(1, i)[0] = sqrt(square + label * label)
+        h = where((h > 0) | (h != h), h, 0.)
+        new = (1 - eps) * old + even * (far + top - zk + self.c.astype(np.float64) * h)
+        finite = (loss < math.inf) | (loss != loss)           # ∞ − ∞ would be nan
+        self.fact(0, i)[0] = where(finite, new, old)
 
 # %% ../nbs/00ba_smoothing.ipynb #26ed02cc
-def _part(t, keep, even):
-    "The sum of some shares."
-    total = even - even
-    for j in range(len(t)): total += t[j] * keep + even
-    return total
-
-def _total_of(t, keep, even):
-    "`_part` of any length."
-    total = even - even
-    for a in range(0, len(t), 2048): total += _part(t[a:a + 2048], keep, even)
-    return total
-
-def _share(z, g, t, top, h, total, per, part, keep, even):
-    "Write T p − t over p in `g`, which is in units of `part`; what these classes add to the loss, and squares."
-    loss = square = top - top
-    for j in range(len(z)):
-        share = t[j] * keep + even
-        d = total * (g[j] * per) - share
-        far = share * (h + (top - z[j]))
-        loss += far if share != 0 else top - top
-        square += d * d
-        g[j] = d * part
-    return loss, square
-
-def _share_all(z, g, t, top, h, total, per, part, keep, even):
-    "`_share` of any length."
-    loss = square = top - top
-    for a in range(0, len(z), 2048):
-        b = a + 2048
-        far, s = _share(z[a:b], g[a:b], t[a:b], top, h, total, per, part, keep, even)
-        loss, square = loss + far, square + s
-    return loss, square
-
-def _share_kernel(z, t, targ, klass, keep, even, per, part, g, out, first, last):
-    """Rows `first` to `last` of `z`, n × c, with the shares `t` · `keep` + `even`.
-
-    Their facts for the class `targ` are in `out`, the gradient of its loss in `g`; the rest is as in
-    `_smooth_kernel`."""
-    for i in range(first, last):
-        k, j = targ[i], klass[i]
-        zi, gi, ti, top = z[i], g[i], t[i], z[i][j]
-        h = out[0][i] if j == k else z.dtype.type(_log(1 / (gi[j] * per)))
-        others = _total_of(ti[:k], keep, even) + _total_of(ti[k + 1:], keep, even)
-        own = ti[k] * keep + even
-        total = others + own
-        loss, square = _share_all(zi[:k], gi[:k], ti[:k], top, h, total, per, part, keep, even)
-        far, s = _share_all(zi[k + 1:], gi[k + 1:], ti[k + 1:], top, h, total, per, part, keep, even)
-        label = total * (gi[k] * per) + others if out[3][i] >= .5 else total * out[3][i] - own
-        gi[k] = label * part
-        out[1][i] = math.sqrt(square + s + label * label)
-        out[0][i] = loss + far + (own * (h + (top - zi[k])) if own != 0 else top - top)
-        if out[0][i] != out[0][i]: _fill(gi, out[0][i])   # a loss of nan has no gradient
+class _Share(_Shares):
+    "Writes the kernel for any shares."
+    def row(self, i, k, klass):
+        z, g, t, L = (*(o.at(i * self.c) for o in (self.z, self.g, self.targ)), self.L)
+        keep, even, per, part, peak, zk, gk, tk = (o.astype(np.float64) for o in (
+            self.keep, self.even, self.per, self.part, z[klass], z[k], g[k], t[k]))
+        def share(j, there): return t.get(j, L, there) * self.keep + self.even
+        def add(j, at, there): return where(self.others(k, at, there), share(j, there), self.none)
+        (others,), own = self.sums(self.c, 1, add), tk * keep + even
+        total, p = others + own, self.fact(3, i)[0].astype(np.float64)
+        h = where(klass == k, self.fact(0, i)[0].astype(np.float64), _log(1 / ((g[klass]).astype(np.float64) * per)))
+        narrow = [o.astype(self.dtype).spread(L) for o in (total, h, peak)]
+        def change(j, at, there):
+            T, to, top = narrow
+            counts, s = self.others(k, at, there), share(j, there)
+            d, far = T * (g.get(j, L, there) * self.per) - s, s * (to + (top - z.get(j, L, there)))
+            g.put(d * self.part, j, there)
+            return where(counts & (s != 0), far, self.none), where(counts, d * d, self.none)
+        loss, square = self.sums(self.c, 2, change)
+        label = where(p >= .5, total * (gk * per) + others, total * p - own)
+        g[k] = label * part
+        self.fact(1, i)[0] = sqrt(square + label * label)
+        loss = loss + where(own != 0, own * (h + (peak - zk)), 0.)
+        self.fact(0, i)[0] = loss
+        nan = self.vector(math.nan)
+        def no_gradient(): self.each(self.c, lambda j, at, there: g.put(nan, j, there) or ())
+        self.code.when(loss != loss, no_gradient)
 
 # %% ../nbs/00ba_smoothing.ipynb #f8084540
-def _compiled(shares: bool, keep: bool):
-    import numba
-    from numba.extending import register_jitable
-    _teach()                                              # `_log` and `_fill`
-    for f in (_spread, _part, _share): register_jitable(**_LOOSE, forceinline=True)(f)
-    for f in (_spread_all, _total_of, _share_all): register_jitable(**_STRICT)(f)
-    return numba.njit(nogil=True, cache=keep, **_STRICT)(_share_kernel if shares else _smooth_kernel)
+def _try(kernel, dtype, shares: bool) -> None:
+    "Two equal logits, of which the first has the share ¾."
+    z, g, out, ints = np.zeros((1, 2), dtype), np.array([[-.5, .5]], dtype), np.zeros((6, 1), dtype), np.zeros((2, 1), np.int64)
+    out[0], out[3] = math.log(2), .5                          # of the label: the loss, the probability
+    numbers, t = np.array([1, 0, 1, 1] if shares else [.5, .25, 1, 1], dtype), np.array([[.75, .25]], dtype)
+    kernel(*map(_address, (z, t, numbers, g, out, ints)), 1, 2, 0, 1)
+    got = [float(o) for o in (*g[0], *out[:2, 0])]
+    if np.allclose(got, [-.25, .25, math.log(2), math.sqrt(.125)]): return
+    raise ArithmeticError(f"two equal logits give {got}")
 
 @cache
 def _kernel(dtype, shares: bool = False):
     "The kernel, if it works for logits of `dtype`; None, with a warning, if not."
-    for keep in (True, False):
-        try:
-            kernel, one, zero = _compiled(shares, keep), dtype.type(1), np.zeros(1, np.int64)
-            g, out = np.array([[-.5, .5]], dtype), np.zeros((6, 1), dtype)
-            out[0], out[3] = math.log(2), .5              # of the label: the loss, the probability
-            how = zero, zero, one / 2, one / 4
-            if shares: how = np.array([[.75, .25]], dtype), zero, zero, one, one - one
-            kernel(np.zeros((1, 2), dtype), *how, one, one, g, out, 0, 1)
-            if np.allclose([*g[0], *out[:2, 0]], [-.25, .25, math.log(2), math.sqrt(.125)]): return kernel
-            raise ArithmeticError(f"two equal logits give {[*g[0], *out[:2, 0]]}")
-        except Exception as e:
-            why = e  # whatever an import or a compiler may raise
-    what = 'loss of probabilities' if shares else 'label smoothing'
-    warnings.warn(f"numba does not compile the {what} of fastai_xent, so such losses on the CPU are slower: "
-                  f"{type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
+    try:
+        kernel, = build((_Share if shares else _Smooth)(dtype).code)
+        _try(kernel, dtype, shares)
+        return kernel
+    except Exception as e:                                    # whatever an import or a compiler may raise
+        what = 'loss of probabilities' if shares else 'label smoothing'
+        warnings.warn(f"llvmlite does not make the {what} of fastai_xent, so such losses on the CPU are slower: "
+                      f"{type(e).__name__}: {e}", RuntimeWarning, stacklevel=4)
 
 # %% ../nbs/00ba_smoothing.ipynb #52983da8
 def smoothable(pred: Tensor, targ: Tensor, weight: Tensor|None, axis: int) -> bool:
@@ -157,21 +136,23 @@ def smoothed_pass(
     want_grad: bool = True, # Keep the gradient?
 ) -> FusedPass|None: # None where there is no compiler
     "Loss, gradient and facts of every row, with label smoothing or shares, and without class weights."
-    x, eps, shares = z.detach().numpy(), label_smoothing, ()
+    eps, dtype, shares, (n, c) = label_smoothing, _dtype(z), None, z.shape
     if y.is_floating_point():
-        shares = y.detach().to(z.dtype).numpy(),
-        y, ignore_index = torch.from_numpy(shares[0].argmax(1)), -1
-    kernel = _kernel(x.dtype, bool(shares))
+        shares = y.detach().to(z.dtype)
+        y, ignore_index = torch.from_numpy(shares.numpy().argmax(1)), -1
+    kernel = _kernel(dtype, shares is not None)
     done = None if kernel is None else fused_pass(z, y, None, ignore_index, 1, reduction)
     if done is None: return None
-    g, (n, c), kind = done.grad.numpy(), x.shape, x.dtype.type
     part = 1 / done.divisor if reduction == 'mean' else 1.
-    numbers = [kind(o) for o in (1 - eps if shares else eps, eps / c, 1 / part, part)]
-    threads = 1 if x.size < 2 * _SHARE else min(torch.get_num_threads(), n, x.size // _SHARE)
-    _in_threads(kernel, (x, *shares, done.ints[1], done.ints[0], *numbers, g, done.facts), n, threads)
+    numbers = np.array([eps if shares is None else 1 - eps, eps / c, 1 / part, part], dtype)
+    targ = 0 if shares is None else shares.data_ptr()
+    out, ints = _address(done.facts), _address(done.ints)
+    args = z.data_ptr(), targ, _address(numbers), done.grad.data_ptr(), out, ints, n, c
+    _in_threads(lambda first, last: kernel(*args, first, last), n, _threads(n * c))
     if reduction != 'none':
-        total = _kernels(x.dtype, False).total(done.facts[0], done.ints[0])
-        done.loss = torch.tensor(total * part, dtype=z.dtype)
+        total = np.empty(1)
+        _kernels(dtype, False).total(out, ints, n, _address(total))
+        done.loss = torch.tensor(total[0] * part, dtype=z.dtype)
     if not want_grad: done.grad = None
     done.label_smoothing = eps
     return done
