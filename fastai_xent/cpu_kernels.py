@@ -107,10 +107,6 @@ def _facts(zy, m, S, Q, X, w, share):
     return facts, w * share * miss / S, -w * share * miss
 
 # %% ../nbs/00b_cpu_kernels.ipynb #1cc2f8d3
-_LINES = range(10)
-_ZY, _M, _S, _Q, _X, _W, _PART, _KLASS, _REST, _LABEL = _LINES
-_ARGS = 'z targ weight share many ignore g out ints n c d per first last room'.split()
-
 class _Kernel:
     "Writes a kernel for logits of one kind."
     def __init__(self, dtype, *args: str):
@@ -148,30 +144,64 @@ class _Kernel:
 
 def _tuple(x) -> tuple: return x if isinstance(x, tuple) else (x,)
 
-# %% ../nbs/00b_cpu_kernels.ipynb #4784610e
+# %% ../nbs/00b_cpu_kernels.ipynb #1b9b54fb
+_LINES = range(10)
+_ZY, _M, _S, _Q, _X, _W, _PART, _KLASS, _REST, _LABEL = _LINES
+_ARGS = 'z targ weight scale ignore mean g out ints n c d per first last spare to parts'.split()
+_COUNT, _WALK, _TOTAL = 1, 2, 4        # parts of the work; small batches do all in one call
+_DIVISOR, _GOOD, _FACTOR, _LOSS = range(4)  # what goes to `to`
+_MOST = 512                            # rows in a block
+
 class _Pass(_Kernel):
-    "Writes a kernel for blocks of rows: facts to `out` and `ints`, gradient to `g`, unless that is 0."
+    """Writes a kernel: facts to `out` and `ints`, gradient to `g`, unless that is 0; 0 stands for no `weight` or `scale` too.
+
+    It counts, walks through the blocks from `first` to `last`, or adds up the losses, as `parts` say."""
     def __init__(self, dtype):
         super().__init__(dtype, *_ARGS)
-        arg = self.code.__getitem__
+        arg, code = self.code.__getitem__, self.code
         self.n, self.c, self.d, self.per, self.ignore = map(arg, ('n', 'c', 'd', 'per', 'ignore'))
-        self.z, self.g, self.out = (Numbers(arg(o), dtype) for o in ('z', 'g', 'out'))
+        self.z, self.g, self.out, self.spare = (Numbers(arg(o), dtype) for o in ('z', 'g', 'out', 'spare'))
         self.targ, self.ints = (Numbers(arg(o), np.int64) for o in ('targ', 'ints'))
-        self.weight, self.share = (Numbers(arg(o), np.float64) for o in ('weight', 'share'))
-        self.wide = self.per + 15 & -16                      # a line's numbers, so that whole vectors fit
-        room = Numbers(arg('room'), np.float64)
-        self.line = [Numbers(room.at(self.wide * o).address, np.int64 if o == _KLASS else np.float64) for o in _LINES]
-        self.room = Numbers(room.at(self.wide * len(_LINES)).address, dtype)
-        self.rows = self.n * self.d
-        self.code.loop(arg('first'), arg('last'), 1, self.block)
+        self.weight, self.scale, self.to = (Numbers(arg(o), np.float64) for o in ('weight', 'scale', 'to'))
+        self.line = [code.room(_MOST, np.int64 if o == _KLASS else np.float64) for o in _LINES]
+        self.rows, does = self.n * self.d, lambda part: (arg('parts') & part) != 0
+        code.when(does(_COUNT), self.count)
+        walk = partial(code.loop, arg('first'), arg('last'), 1, self.block)
+        code.when(does(_WALK) & (self.to[_GOOD] != 0), lambda: walk() and None)
+        code.when(does(_TOTAL), self.total)
+
+    def count(self):
+        "The weight of the rows that count, or 1 if none does; is every target a class; the gradient's unit."
+        one, none = (self.code.number(o, np.float64) for o in (1, 0))
+        def row(i, total, some, good):
+            k = self.targ[i]
+            counts, known = k != self.ignore, (k >= 0) & (k < self.c)
+            w = where(counts, self.code.when(counts & known, lambda: self.weigh(k), lambda: one), none)
+            return total + w, where(w != 0, one, some), where(counts & (known == False), none, good)   # noqa: E712
+        total, some, good = self.code.loop(0, self.rows, 1, row, none, none, one)
+        divisor = where(some != 0, total, one)
+        inverse = where(divisor != 0, 1 / divisor, math.inf)
+        for at, x in ((_DIVISOR, divisor), (_GOOD, good), (_FACTOR, where(self.code['mean'] != 0, inverse, 1.))):
+            self.to[at] = x
+
+    def total(self):
+        "The sum of the losses that count, in the gradient's unit."
+        def losses(i, at, there):
+            counts = self.ints.get(i, self.L, there, -1) >= 0
+            return where(counts, self.out.get(i, self.L, there), self.none)
+        self.to[_LOSS] = self.sums(self.rows, 1, losses)[0] * self.to[_FACTOR]
+
+    def weigh(self, k) -> Value:
+        "The weight of the class `k`."
+        return self.code.when(self.weight.address != 0, lambda: self.weight[k], lambda: self.code.number(1., np.float64))
+
+    def part(self, i) -> Value:
+        "What the gradient of row `i` is multiplied by."
+        return self.code.when(self.scale.address != 0, lambda: self.scale[i], lambda: self.to[_FACTOR])
 
     def keep(self, i, *known: Value) -> None:
         "What is known of a row, or of a vector of rows, in the order of the lines."
         for line, x in zip(self.line, known): line.put(x, i)
-
-    def weigh(self, i, k) -> Value:
-        "The weight of the class `k`."
-        return self.code.when(self.weight.address != 0, lambda: self.weight[k], lambda: self.code.number(1., np.float64))
 
     def facts(self, i, row, there=None) -> None:
         "From the lines at `i` to where the facts of eight rows, from `row` on, belong."
@@ -209,7 +239,7 @@ class _Rows(_Pass):
 
     def sum_up(self, q, i, k):
         L, z, y = self.L, self.z.at(i * self.c), k.astype(self.int).spread(self.L)
-        e = Numbers(where(self.g.address != 0, self.g.at(i * self.c).address, self.room.address), self.dtype)
+        e = Numbers(where(self.g.address != 0, self.g.at(i * self.c).address, self.spare.address), self.dtype)
         def other(j, at, there): return where(at != y, z.get(j, L, there, -math.inf), self.low)
         def top(j, at, there, m, first):
             x = other(j, at, there)
@@ -226,8 +256,7 @@ class _Rows(_Pass):
         klass = where(zy > m, k, where(zy == m, smaller(k, first), first))
         def seek(): return self.code.loop(0, self.c, 1, partial(self.seek, z, k), klass, m)
         klass, m = self.code.when((S != S) | (zy != zy), seek, lambda: (klass, m))
-        share = self.share[where(self.code['many'] != 0, i, 0)]
-        self.keep(q, *(o.astype(np.float64) for o in (zy, m, S, Q, X, self.weigh(i, k), share)), klass)
+        self.keep(q, *(o.astype(np.float64) for o in (zy, m, S, Q, X, self.weigh(k), self.part(i))), klass)
 
     def seek(self, z, k, j, klass, m):
         "The first nan, from the end; the largest of the others is nan if it is one of them."
@@ -249,7 +278,7 @@ class _Rows(_Pass):
 # %% ../nbs/00b_cpu_kernels.ipynb #43f5c4d0
 def _block_of_plane(c: int) -> int:
     "Positions that are handled at once"
-    return max(64, min(512, 32768 // c))
+    return max(64, min(_MOST, 32768 // c)) & -16
 
 class _Planes(_Pass):
     "Writes the kernel for masks `n c d`, with at least 16 positions."
@@ -279,7 +308,7 @@ class _Planes(_Pass):
         def exps(k, S, Q, X):
             cls, z = at(k)
             e, x = _exp(where(y != cls, z, self.low) - m0)
-            self.room.put(e, k * self.wide + i)
+            self.spare.put(e, k * self.per + i)
             return S + e, Q + e * e, X + x
         S, Q, X = self.code.loop(0, self.c, 1, exps, *[self.none] * 3)
         klass = where(zy > m, y, where(zy == m, smaller(y, first), first))
@@ -294,105 +323,45 @@ class _Planes(_Pass):
         self.line[_KLASS].put(where(counts, klass, -1).astype(np.int64), i)
         def own(j):
             k = self.targ[row + j]
-            self.line[_W][i + j] = self.weigh(row, where(k == self.ignore, 0, k))
-            self.line[_PART][i + j] = self.share[where(self.code['many'] != 0, row + j, 0)]
+            self.line[_W][i + j] = self.weigh(where(k == self.ignore, 0, k))
+            self.line[_PART][i + j] = self.part(row + j)
         self.code.loop(0, L, 1, own)
 
     def grad(self, i, p):
         rest, label = (self.line[o].get(i, self.L).astype(self.dtype) for o in (_REST, _LABEL))
         y, counts = self.targ.get(self.base + p, self.L).astype(self.int), self.line[_KLASS].get(i, self.L) >= 0
         def scale(k):
-            e = self.room.get(k * self.wide + i, self.L) * rest
+            e = self.spare.get(k * self.per + i, self.L) * rest
             own = where(y == k.astype(self.int), label, e)
             self.go.put(where(counts, own, self.none), k * self.d + p)
         self.code.loop(0, self.c, 1, scale)
 
-# %% ../nbs/00b_cpu_kernels.ipynb #7065c615
-def _count(dtype) -> Code:
-    """Writes: what a mean is divided by, to `to`; 0 behind it if some target is no class.
-
-    This is the weight of the rows that count, and 1 if none does."""
-    code = Code('count', *'targ weight n c ignore to'.split())
-    targ, weight, to = (Numbers(code[o], t) for o, t in (('targ', np.int64), ('weight', np.float64), ('to', np.float64)))
-    one, none = (code.number(o, np.float64) for o in (1, 0))
-    def row(i, total, some, good):
-        k = targ[i]
-        counts, known = k != code['ignore'], (k >= 0) & (k < code['c'])
-        w = code.when((weight.address != 0) & counts & known, lambda: weight[k], lambda: where(counts, one, none))
-        return total + w, where(w != 0, one, some), where(counts & (known == False), none, good)   # noqa: E712
-    total, some, good = code.loop(0, code['n'], 1, row, none, none, one)
-    to[0], to[1] = where(some != 0, total, one), good
-    return code
-
-def _total(dtype) -> Code:
-    "Writes: the sum of the losses that count, to `to`."
-    of = _Kernel(np.float64, *'out ints n to'.split())
-    code, out, ints = of.code, Numbers(of.code['out'], dtype), Numbers(of.code['ints'], np.int64)
-    def losses(i, at, there):
-        loss = out.get(i, of.L, there).astype(np.float64)
-        return where(ints.get(i, of.L, there, -1) >= 0, loss, of.none)
-    Numbers(code['to'], np.float64)[0], = of.sums(code['n'], 1, losses)
-    return code
-
 # %% ../nbs/00b_cpu_kernels.ipynb #876a7d58
-class _Kernels(NamedTuple):
-    "Functions of whole numbers, some of which are addresses."
-    rows: object     # Or planes
-    count: object
-    total: object
-
 def _address(x: np.ndarray) -> int:
     "Where the numbers of `x` lie."
     return ctypes.addressof(ctypes.c_char.from_buffer(x)) if x.size else 0
 
-def _room(planes: bool, c: int) -> tuple:
-    "Rows or positions in a block, and how many float64 of room it takes."
-    per = (_block_of_plane if planes else _block)(c)
-    wide = -(-per // 16) * 16
-    return per, len(_LINES) * wide + c * (wide if planes else 1)
-
-def _run(kernel, z: int, targ: int, weight: int, share: int, many: bool, ignore: int, g: int, out: int, ints: int,
-         shape: tuple, threads: int = 1) -> None:
-    "Let `kernel` do all rows of logits of the shape `n c d`, some in each thread."
-    n, c, d = shape
-    per, size = _room(kernel.planes, c)
-    blocks = n * -(-d // per) if kernel.planes else -(-n // per)
-    def some(first, last):
-        room = np.empty(size)
-        kernel(z, targ, weight, share, many, ignore, g, out, ints, n, c, d, per, first, last, _address(room))
-    _in_threads(some, blocks, threads)
-
-# %% ../nbs/00b_cpu_kernels.ipynb #38b7965a
-def _try(kernels: _Kernels, dtype) -> None:
-    "Two equal logits have the loss ln 2 and the gradient (−½, ½)."
-    n, d = 20, 20 if kernels.rows.planes else 1
-    z, y, one, to = np.zeros((n, 2, d), dtype), np.zeros(n * d, np.int64), np.ones(1), np.empty(3)
+def _try(kernel, dtype, planes: bool) -> None:
+    "Two equal logits have the loss ln 2 and the gradient (−½, ½); the first row is ignored."
+    n, d = 20, 20 if planes else 1
+    z, y, to, spare = np.zeros((n, 2, d), dtype), np.zeros(n * d, np.int64), np.empty(4), np.empty((2, 512), dtype)
     g, out, ints = np.empty_like(z), np.empty((6, n * d), dtype), np.empty((2, n * d), np.int64)
     y[0] = -100
-    z_, y_, one_, to_, g_, out_, ints_ = map(_address, (z, y, one, to, g, out, ints))
-    kernels.count(y_, 0, len(y), 2, -100, to_)
-    _run(kernels.rows, z_, y_, 0, one_, False, -100, g_, out_, ints_, z.shape)
-    kernels.total(out_, ints_, len(y), to_ + 16)
+    kernel(_address(z), _address(y), 0, 0, -100, 0, *map(_address, (g, out, ints)), n, 2, d, 256, 0, n if planes else 1,
+           _address(spare), _address(to), _COUNT | _WALK | _TOTAL)
     got = [*to, *g[-1, :, -1], *g[0, :, 0], *out[:, 1], ints[0, 0], ints[0, 1]]
-    want = [len(y) - 1, 1, _LN2 * (len(y) - 1), -.5, .5, 0, 0, _LN2, math.sqrt(.5), math.sqrt(.5), .5, 0, _LN2, -1, 0]
+    m = len(y) - 1
+    want = [m, 1, 1, _LN2 * m, -.5, .5, 0, 0, _LN2, math.sqrt(.5), math.sqrt(.5), .5, 0, _LN2, -1, 0]
     if np.allclose(got, want, rtol=1e-6, atol=1e-6): return
     raise ArithmeticError(f"two equal logits give {[float(o) for o in got]}, expected {want}")
 
-def _make(dtype, planes: bool) -> _Kernels:
-    "The kernels for logits of `dtype` in this layout."
-    codes = (_Planes if planes else _Rows)(dtype).code, _count(dtype), _total(dtype)
-    for code, name in zip(codes, _Kernels._fields): code.name = name
-    kernels = _Kernels(*build(*codes))
-    kernels.rows.planes = planes
-    return kernels
-
 @cache
-def _kernels(dtype, planes: bool) -> _Kernels|None:
-    "The kernels, if they work; None, with a warning, if not."
+def _kernel(dtype, planes: bool):
+    "The kernel for logits of `dtype` in this layout, if it works; None, with a warning, if not."
     try:
-        kernels = _make(dtype, planes)
-        _try(kernels, dtype)
-        return kernels
+        kernel, = build((_Planes if planes else _Rows)(dtype).code)
+        _try(kernel, dtype, planes)
+        return kernel
     except Exception as e:                                # whatever an import or a compiler may raise
         warnings.warn("llvmlite does not make the loss of fastai_xent, so losses on the CPU are slower: "
                       f"{type(e).__name__}: {e}", RuntimeWarning, stacklevel=4)
@@ -415,7 +384,6 @@ class FusedPass:
 
 _SHARE = 2**16 # logits that are worth a thread of their own
 _FEW = 32      # positions that are worth to be handled at once
-_ONE = np.ones(1)
 _pools = {}    # by process: a pool does not survive a fork
 
 def _pool(threads: int) -> ThreadPoolExecutor:
@@ -428,15 +396,14 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _in_threads(some, blocks: int, threads: int) -> None:
     "Let `some(first, last)` do all blocks, some in each thread."
-    if threads < 2: return some(0, blocks)
     at = [blocks * i // threads for i in range(threads + 1)]
     others = [_pool(threads - 1).submit(some, *o) for o in zip(at[1:], at[2:])]
     some(*at[:2])
     for o in others: o.result()
 
-def _threads(logits: int) -> int:
+def _threads(logits: int, blocks: int) -> int:
     "Threads for so many logits."
-    return 1 if logits < 2 * _SHARE else min(torch.get_num_threads(), logits // _SHARE)
+    return 1 if logits < 2 * _SHARE else min(torch.get_num_threads(), blocks, logits // _SHARE)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #2b2cfdd2
 def _layout(z: Tensor, axis: int) -> tuple:
@@ -459,6 +426,17 @@ def _dtype(z: Tensor): return np.float32 if z.dtype is torch.float32 else np.flo
 
 def _pointer(x: Tensor|None) -> int: return 0 if x is None else x.data_ptr()
 
+def _run(kernel, args: tuple, blocks: int, spare: int, to: np.ndarray, threads: int, dtype) -> None:
+    "All of a batch: in one call, or with blocks in many threads, each with a spare room of its own."
+    def some(first, last, parts=_WALK):
+        room = np.empty(spare, dtype)
+        kernel(*args, first, last, _address(room), at, parts)
+    at = _address(to)
+    if threads < 2: return some(0, blocks, _COUNT | _WALK | _TOTAL)
+    some(0, 0, _COUNT)
+    _in_threads(some, blocks, threads)
+    some(0, 0, _TOTAL)
+
 def fused_pass(
     z: Tensor, # Logits, `n c d…`, float32 or float64, on a CPU
     y: Tensor, # Classes, `n d…`, int64
@@ -471,28 +449,23 @@ def fused_pass(
 ) -> FusedPass|None: # None where there is no compiler
     "Loss, gradient and facts of every row, in one pass."
     flat, moved = _layout(z.detach() if z.requires_grad else z, axis)
-    n, c, d = *flat.shape, *(1,) * (3 - flat.ndim)
-    dtype, rows = _dtype(z), n * d
-    kernels = _kernels(dtype, flat.ndim == 3)
-    if kernels is None: return None
-    y, facts, ints, to = y.contiguous(), np.empty((6, rows), dtype), np.empty((2, rows), np.int64), np.empty(2)
-    w = None if weight is None else weight.detach().double().contiguous()
-    labels, weights, at, out, known = _pointer(y), _pointer(w), _address(to), _address(facts), _address(ints)
-    kernels.count(labels, weights, rows, c, ignore_index, at)
-    divisor, good = to.tolist()
-    if not good: _raise_bad_targ(y, c, ignore_index)
-    share = 1. if reduction != 'mean' else 1 / divisor if divisor else math.inf
-    to[0], grad = share, None
-    if want_grad: grad = torch.from_numpy(np.empty(flat.shape, dtype))     # numpy asks for large pages, torch does not
+    planes, dtype = flat.ndim == 3, _dtype(z)
+    kernel = _kernel(dtype, planes)
+    if kernel is None: return None
+    n, c, d = flat.shape if planes else (*flat.shape, 1)
+    per, rows = (_block_of_plane if planes else _block)(c), n * d
+    blocks, spare = (n * -(-d // per), c * per) if planes else (-(-n // per), 0 if want_grad else c)
+    y, facts, ints, to = y.contiguous(), np.empty((6, rows), dtype), np.empty((2, rows), np.int64), np.empty(4)
+    if weight is not None: weight = weight.detach().double().contiguous()
     if scale is not None: scale = scale.detach().double().contiguous()
-    shares = at if scale is None else _pointer(scale)
-    _run(kernels.rows, _pointer(flat), labels, weights, shares, scale is not None, ignore_index, _pointer(grad), out,
-         known, (n, c, d), _threads(rows * c))
-    loss = None
-    if reduction != 'none':
-        kernels.total(out, known, rows, at)
-        loss = torch.from_numpy(np.array(to[0] * share, dtype))
-    if want_grad and (moved or flat.ndim != z.ndim): grad = _as(grad, z.shape, axis if moved else None)
+    grad = torch.from_numpy(np.empty(flat.shape, dtype)) if want_grad else None   # numpy asks for large pages, torch does not
+    args = (flat.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(scale), ignore_index, reduction == 'mean',
+            _pointer(grad), _address(facts), _address(ints), n, c, d, per)
+    _run(kernel, args, blocks, spare, to, _threads(rows * c, blocks), dtype)
+    divisor, good, _, loss = to.tolist()
+    if not good: _raise_bad_targ(y, c, ignore_index)
+    loss = None if reduction == 'none' else torch.from_numpy(np.array(loss, dtype))
+    if want_grad and (moved or planes or z.ndim != 2): grad = _as(grad, z.shape, axis if moved else None)
     return FusedPass(loss, grad, facts, ints, divisor)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #0b106c81

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .cpu_kernels import (FusedPass, _address, _dtype, _in_threads, _Kernel, _kernels, _log, _threads, fused_pass,
+from .cpu_kernels import (FusedPass, _address, _dtype, _in_threads, _Kernel, _log, _threads, fused_pass,
                                      traced, usable)
 from .numerics import (XentStats, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
                                   _plain_targ, _rows, _wide, xent_stats)
@@ -127,6 +127,10 @@ def smoothable(pred: Tensor, targ: Tensor, weight: Tensor|None, axis: int) -> bo
     if targ.is_floating_point() and odd: return False
     return weight is None and pred.ndim == 2 and axis == 1 and pred.is_contiguous()
 
+def _sum(done: FusedPass) -> float:
+    "Of the losses that count, in their order."
+    return np.where(done.ints[0] < 0, 0, done.facts[0]).sum(dtype=np.float64)
+
 def smoothed_pass(
     z: Tensor, # Logits, `n c`, contiguous, float32 or float64, on a CPU
     y: Tensor, # Classes, `n`, int64; or shares of the classes, `n c`, contiguous
@@ -148,11 +152,8 @@ def smoothed_pass(
     targ = 0 if shares is None else shares.data_ptr()
     out, ints = _address(done.facts), _address(done.ints)
     args = z.data_ptr(), targ, _address(numbers), done.grad.data_ptr(), out, ints, n, c
-    _in_threads(lambda first, last: kernel(*args, first, last), n, _threads(n * c))
-    if reduction != 'none':
-        total = np.empty(1)
-        _kernels(dtype, False).total(out, ints, n, _address(total))
-        done.loss = torch.tensor(total[0] * part, dtype=z.dtype)
+    _in_threads(lambda first, last: kernel(*args, first, last), n, _threads(n * c, n))
+    if reduction != 'none': done.loss = torch.from_numpy(np.array(_sum(done) * part, dtype))
     if not want_grad: done.grad = None
     done.label_smoothing = eps
     return done

@@ -169,6 +169,7 @@ class Code:
     "A function that is being written: of whole numbers, some of which are addresses."
     def __init__(self, name: str, *args: str):
         self.name, self.args, self.lines, self.needs, self.used, self.block = name, args, [], {}, 0, 'entry'
+        self.rooms = []
 
     def __getitem__(self, arg: str) -> Value: return Value(self, np.int64, 0, f"%{arg}")
 
@@ -190,6 +191,12 @@ class Code:
         "A constant; a list is a vector of some."
         if not isinstance(x, (list, range)): return Value(self, dtype, 0, _literal(x, dtype))
         return Value(self, dtype, len(x), f"<{', '.join(f'{_NAMES[dtype]} {_literal(o, dtype)}' for o in x)}>")
+
+    def room(self, n: int, dtype) -> Numbers:
+        "Room for `n` numbers, as long as the function runs."
+        ref = f"%v{self._next()}"
+        self.rooms.append(f"{ref} = alloca [{n} x {_NAMES[dtype]}], align 64")
+        return Numbers(self.new(f"ptrtoint ptr {ref} to i64", np.int64), dtype)
 
     def _begin(self, label: str) -> None:
         self.line(f"{label}:")
@@ -232,7 +239,7 @@ class Code:
 
     def __str__(self):
         args = ', '.join(f"i64 %{o}" for o in self.args)
-        return '\n'.join([f"define void @{self.name}({args}) {{", 'entry:', *self.lines, 'ret void', '}'])
+        return '\n'.join([f"define void @{self.name}({args}) {{", 'entry:', *self.rooms, *self.lines, 'ret void', '}'])
 
 def _listed(x) -> tuple:
     if x is None: return ()
