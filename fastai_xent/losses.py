@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .backward import FusedLoss, _rows_loss, _versions
-from .cpu_kernels import fused_pass, in_memory, is_large, traced
+from .cpu_kernels import fused_pass, in_memory, traced
 from fastai_xent.numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
     _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _soft_loss, _soft_targ, _wide, _wide_dtype,
@@ -32,7 +32,7 @@ from .smoothing import smoothable, smoothed_pass
 from .weights import _some, in_order, named_weights
 
 # %% ../nbs/01_losses.ipynb #9f527e19
-WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; 'numba'; or 'triton'
+WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; or 'triton'
 
 def _way(pred: Tensor, probs: bool, plain: bool = True) -> str:
     "Who computes this batch? `plain`: are targets classes without smoothing, or rows such as `smoothed_pass` takes?"
@@ -41,8 +41,7 @@ def _way(pred: Tensor, probs: bool, plain: bool = True) -> str:
         if probs: return 'torch'
         from fastai_xent import gpu_kernels
         return 'triton' if gpu_kernels.usable(pred, WAY == 'triton') else 'torch'
-    if not plain or not in_memory(pred): return 'torch'
-    return 'fused' if WAY == 'numba' or is_large(pred) else 'torch'
+    return 'fused' if plain and in_memory(pred) else 'torch'
 
 # %% ../nbs/01_losses.ipynb #89ebc440
 class _Call:
