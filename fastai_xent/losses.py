@@ -35,7 +35,7 @@ from .weights import _some, in_order, named_weights
 WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; or 'triton'
 
 def _way(pred: Tensor, probs: bool, plain: bool = True) -> str:
-    "Who computes this batch? `plain`: are targets classes without smoothing, or rows such as `smoothed_pass` takes?"
+    "Who computes this batch? `plain`: are targets classes, or probabilities that `smoothed_pass` takes?"
     if WAY == 'torch' or traced(pred): return 'torch'
     if WAY == 'triton' or pred.is_cuda:
         if probs: return 'torch'
@@ -127,7 +127,7 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
     z = call.pred
     if z.dtype is not torch.float32 and z.dtype is not torch.float64: z = z.float()
-    if eps or y.is_floating_point(): done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad)
+    if eps or y.is_floating_point(): done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad, call.weight, axis)
     else: done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
     call.done = done
     if done is None: return None
@@ -261,8 +261,7 @@ def forward(self: XentLoss,
     if probs and not self._told: self._check_probs(targ.detach(), axis)
     settings = self.ignore_index, eps, axis
     call = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, settings)
-    plain = not (eps or probs) or smoothable(pred, targ, weight, axis)
-    way, loss = _way(pred, probs, plain), None
+    way, loss = _way(pred, probs, not probs or smoothable(targ)), None
     if way == 'fused': loss = _by_fused(pred, y, call, reduction)
     elif way == 'triton': loss = _by_triton(pred, y, call, reduction, self._late)
     if loss is None: loss = _by_torch(pred, y, call, reduction, self._late)

@@ -211,8 +211,8 @@ def test_settings_alone_decide_the_way(keep_stats, monkeypatch):
     monkeypatch.setattr(losses, 'WAY', None)
     targ = torch.zeros(6, dtype=torch.long)
     for kw, y, fused in (({}, targ, True), (dict(weight=torch.ones(4)), targ, True), (dict(label_smoothing=.1), targ, True),
-                          (dict(label_smoothing=.1, weight=torch.ones(4)), targ, False), ({}, torch.ones(6, 4) / 4, True),
-                          (dict(weight=torch.ones(4)), torch.ones(6, 4) / 4, False)):
+                          (dict(label_smoothing=.1, weight=torch.ones(4)), targ, True), ({}, torch.ones(6, 4) / 4, True),
+                          (dict(weight=torch.ones(4)), torch.ones(6, 4) / 4, True), ({}, torch.full((6, 4), .25, requires_grad=True), False)):
         names = graph(XentLoss(**kw, keep_stats=keep_stats)(torch.zeros(6, 4, requires_grad=True), y))
         assert any('FusedLoss' in o for o in names) == fused
 
@@ -788,8 +788,9 @@ def test_stats_are_refused_before_a_call(way, Loss, keep_stats):
 
 
 @pytest.mark.parametrize('like', [torch.Tensor, TensorBase, TensorImage])
-def test_stats_are_refused_after_the_logits_were_edited(like):
-    pred, loss_func = Z.clone().as_subclass(like), XentLossFlat(weight=torch.ones(4), label_smoothing=.1)    # these come later, not with the loss
+def test_stats_are_refused_after_the_logits_were_edited(like, monkeypatch):
+    monkeypatch.setattr(losses, 'WAY', 'torch')                       # then they come later, not with the loss
+    pred, loss_func = Z.clone().as_subclass(like), XentLossFlat()
     loss_func(pred, Y)
     pred += 1
     with pytest.raises(RuntimeError, match='the logits were changed in place after the loss was called'): loss_func.stats
