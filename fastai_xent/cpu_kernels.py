@@ -110,7 +110,7 @@ def _facts(zy, m, S, Q, X, w, share):
 class _Kernel:
     "Writes a kernel for logits of one kind."
     def __init__(self, dtype, *args: str):
-        self.of, self.dtype, self.int, self.L = of, *_ = _kind(dtype), *_kind(dtype)[:3]
+        self.dtype, self.int, self.L, *_ = _kind(dtype)
         self.code = Code('kernel', *args)
         self.lanes = self.code.number(range(self.L), self.int)
         self.low, self.none = self.vector(-math.inf), self.vector(0.)
@@ -153,7 +153,7 @@ _DIVISOR, _GOOD, _FACTOR, _LOSS = range(4)  # what goes to `to`
 _MOST = 512                            # rows in a block
 
 class _Pass(_Kernel):
-    """Writes a kernel: facts to `out` and `ints`, gradient to `g`, unless that is 0; 0 stands for no `weight` or `scale` too.
+    """Writes a kernel: facts to `out` and `ints`, gradient to `g`. An address of 0: no `g`, `weight` or `scale`.
 
     It counts, walks through the blocks from `first` to `last`, or adds up the losses, as `parts` say."""
     def __init__(self, dtype):
@@ -193,7 +193,8 @@ class _Pass(_Kernel):
 
     def weigh(self, k) -> Value:
         "The weight of the class `k`."
-        return self.code.when(self.weight.address != 0, lambda: self.weight[k], lambda: self.code.number(1., np.float64))
+        one = self.code.number(1., np.float64)
+        return self.code.when(self.weight.address != 0, lambda: self.weight[k], lambda: one)
 
     def part(self, i) -> Value:
         "What the gradient of row `i` is multiplied by."
@@ -458,7 +459,8 @@ def fused_pass(
     y, facts, ints, to = y.contiguous(), np.empty((6, rows), dtype), np.empty((2, rows), np.int64), np.empty(4)
     if weight is not None: weight = weight.detach().double().contiguous()
     if scale is not None: scale = scale.detach().double().contiguous()
-    grad = torch.from_numpy(np.empty(flat.shape, dtype)) if want_grad else None   # numpy asks for large pages, torch does not
+    grad = None                                           # its memory is numpy's: that asks for large pages
+    if want_grad: grad = torch.from_numpy(np.empty(flat.shape, dtype))
     args = (flat.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(scale), ignore_index, reduction == 'mean',
             _pointer(grad), _address(facts), _address(ints), n, c, d, per)
     _run(kernel, args, blocks, spare, to, _threads(rows * c, blocks), dtype)

@@ -127,8 +127,9 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
     z = call.pred
     if z.dtype is not torch.float32 and z.dtype is not torch.float64: z = z.float()
-    if eps or y.is_floating_point(): done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad, call.weight, axis)
-    else: done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
+    weight, plain = call.weight, not (eps or y.is_floating_point())
+    if plain: done = fused_pass(z, y, weight, ignore_index, axis, reduction, needs_grad)
+    else: done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad, weight, axis)
     call.done = done
     if done is None: return None
     if needs_grad:

@@ -14,13 +14,14 @@ from functools import cache
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .cpu_kernels import (
-    FusedPass, _address, _as, _dtype, _in_threads, _Kernel, _log, _pointer, _threads, fused_pass, traced, usable)
+    FusedPass, _address, _as, _dtype, _in_threads, _Kernel, _log, _pointer, _threads, fused_pass, usable)
 from .numerics import (XentStats, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
                                   _plain_targ, _raise_bad_targ, _rows, _wide, xent_stats)
-from .vectors import Numbers, Value, build, sqrt, where
+from .vectors import Numbers, build, sqrt, where
 
 # %% ../nbs/00ba_smoothing.ipynb #26ed02cc
 _ARGS = 'z targ weight other lam numbers g out ints n c ignore first last'.split()
@@ -59,47 +60,51 @@ class _Shares(_Kernel):
         else:
             lam, other, rest = self.parts(i, k)
             even = self.even * (lam + rest)
-            both = [(o.astype(self.int).spread(L), (part * self.keep).spread(L)) for o, part in ((k, lam), (other, rest))]
+            both = [(o.astype(self.int).spread(L), (part * self.keep).spread(L))
+                    for o, part in ((k, lam), (other, rest))]
             def share(j, at, there): return sum((where(at == o, part, self.none) for o, part in both), even)
             own = (lam + where(other == k, rest, 0.)) * self.keep + even
         if not self.weighted: return share, own
         return lambda j, at, there: share(j, at, there) * self.weight.get(j, L, there), own * self.weight[k]
 
-    def row(self, i, k, klass):
-        z, g, L = self.z.at(i * self.c), self.g.at(i * self.c), self.L
-        share, own = self.shares(i, k)
-        own, peak, zk, gk, loss, p, unit = (o.astype(np.float64) for o in (
-            own, z[klass], z[k], g[k], self.out[i], self.out[self.n * 3 + i], self.unit))
-        y = k.astype(self.int).spread(L)
-        def counts(at, there): return at != y if there is None else (at != y) & there
-        others, = self.sums(self.c, 1, lambda j, at, there: where(counts(at, there), share(j, at, there), self.none))
-        T = others + own
-        h = where(klass == k, loss, _log(1 / g[klass].astype(np.float64)))
-        narrow = [o.astype(self.dtype).spread(L) for o in (T, h, peak)]
-        def change(j, at, there):
-            total, up, top = narrow
-            t, p = share(j, at, there), g.get(j, L, there)
-            d, far = total * p - t, t * (up + (top - z.get(j, L, there)))
-            g.put(d * self.unit, j, there)
-            here = counts(at, there)
-            return where(here & (t != 0), far, self.none), where(here, d * d, self.none)
-        far, square = self.sums(self.c, 2, change)
-        label = where(p >= .5, T * gk + others, T * p - own)
-        g[k] = label * unit
-        self.out[self.n + i] = sqrt(square + label * label)
-        self.out[i] = loss = far + where(own != 0, own * (h + (peak - zk)), 0.)
-        nan = self.vector(math.nan)
-        def no_gradient(): self.each(self.c, lambda j, at, there: g.put(nan, j, there) or ())
-        self.code.when(loss != loss, no_gradient)
+# %% ../nbs/00ba_smoothing.ipynb #51ba96d5
+@patch
+def row(self: _Shares, i, k, klass):
+    z, g, L = self.z.at(i * self.c), self.g.at(i * self.c), self.L
+    share, own = self.shares(i, k)
+    own, peak, zk, gk, loss, p, unit = (o.astype(np.float64) for o in (
+        own, z[klass], z[k], g[k], self.out[i], self.out[self.n * 3 + i], self.unit))
+    y = k.astype(self.int).spread(L)
+    def counts(at, there): return at != y if there is None else (at != y) & there
+    others, = self.sums(self.c, 1, lambda j, at, there: where(counts(at, there), share(j, at, there), self.none))
+    T = others + own
+    h = where(klass == k, loss, _log(1 / g[klass].astype(np.float64)))
+    narrow = [o.astype(self.dtype).spread(L) for o in (T, h, peak)]
+    def change(j, at, there):
+        total, up, top = narrow
+        t, p = share(j, at, there), g.get(j, L, there)
+        d, far = total * p - t, t * (up + (top - z.get(j, L, there)))
+        g.put(d * self.unit, j, there)
+        here = counts(at, there)
+        return where(here & (t != 0), far, self.none), where(here, d * d, self.none)
+    far, square = self.sums(self.c, 2, change)
+    label = where(p >= .5, T * gk + others, T * p - own)
+    g[k] = label * unit
+    self.out[self.n + i] = sqrt(square + label * label)
+    self.out[i] = loss = far + where(own != 0, own * (h + (peak - zk)), 0.)
+    nan = self.vector(math.nan)
+    def no_gradient(): self.each(self.c, lambda j, at, there: g.put(nan, j, there) or ())
+    self.code.when(loss != loss, no_gradient)
 
 # %% ../nbs/00ba_smoothing.ipynb #f8084540
 def _try(kernel, dtype, given: bool) -> None:
     "Two equal logits, of which the first has the share ¾."
-    z, g, out, ints = np.zeros((1, 2), dtype), np.array([[-.5, .5]], dtype), np.zeros((6, 1), dtype), np.zeros((2, 1), np.int64)
+    z, g, out, ints = np.zeros((1, 2), dtype), np.array([[-.5, .5]], dtype), np.zeros(6, dtype), np.zeros(2, np.int64)
     out[0], out[3] = math.log(2), .5                          # of the label: the loss, the probability
-    numbers, t, w = np.array([1, 0, 1] if given else [.5, .25, 1], dtype), np.array([[.75, .25]], dtype), np.ones(2, dtype)
+    numbers, t, w = [1, 0, 1] if given else [.5, .25, 1], np.array([[.75, .25]], dtype), np.ones(2, dtype)
+    numbers = np.array(numbers, dtype)
     kernel(*map(_address, (z, t, w)), 0, 0, *map(_address, (numbers, g, out, ints)), 1, 2, -100, 0, 1)
-    got = [float(o) for o in (*g[0], *out[:2, 0])]
+    got = [float(o) for o in (*g[0], *out[:2])]
     if np.allclose(got, [-.25, .25, math.log(2), math.sqrt(.125)]): return
     raise ArithmeticError(f"two equal logits give {got}")
 
@@ -159,11 +164,12 @@ def smoothed_pass(
     if weight is not None:
         weight = weight.detach().to(z.dtype).contiguous()
         done.divisor = max(n, 1.) if given else _weighed(y, weight, ignore_index)
-    unit = 1. if reduction != 'mean' else 1 / done.divisor if done.divisor else math.inf
+    unit = 1.
+    if reduction == 'mean': unit = 1 / done.divisor if done.divisor else math.inf
     numbers = np.array([1 - eps, eps / c, unit], dtype)
     other, lam = (None, None) if mix is None else (mix[0].contiguous(), mix[1].to(z.dtype).contiguous())
-    args = *map(_pointer, (flat, shares, weight, other, lam)), _address(numbers), _pointer(done.grad), _address(done.facts)
-    args = *args, _address(done.ints), n, c, ignore_index
+    args = (*map(_pointer, (flat, shares, weight, other, lam)), _address(numbers), done.grad.data_ptr(),
+            _address(done.facts), _address(done.ints), n, c, ignore_index)
     _in_threads(lambda first, last: kernel(*args, first, last), n, _threads(n * c, n))
     if reduction != 'none': done.loss = torch.from_numpy(np.array(_sum(done) * unit, dtype))
     if not want_grad: done.grad = None
@@ -201,7 +207,7 @@ def fused_stats(
 def _mixable(pred: Tensor, targ: Tensor, axis: int, ignore_index: int, mix: tuple) -> bool:
     "Can the kernel take such mixed rows? A row's label must count; torch knows the others."
     other, lam = mix
-    plain = pred.ndim == 2 and axis in (1, -1) and targ.dtype is other.dtype is torch.int64 and usable(other) and usable(lam)
-    if not plain or (targ == ignore_index).any(): return False
+    rows = pred.ndim == 2 and axis in (1, -1) and targ.dtype is other.dtype is torch.int64
+    if not (rows and usable(other) and usable(lam)) or (targ == ignore_index).any(): return False
     _raise_bad_targ(other, pred.shape[1], ignore_index)
     return True

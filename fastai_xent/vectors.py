@@ -9,12 +9,11 @@ __all__ = ['Value', 'where', 'sqrt', 'larger', 'smaller', 'Numbers', 'Code', 'bu
 
 # %% ../nbs/00ab_vectors.ipynb #5d124df1
 import ctypes
-import math
 import struct
 from collections.abc import Callable
-from functools import partial
 
 import numpy as np
+from fastcore.basics import patch
 
 # %% ../nbs/00ab_vectors.ipynb #3693b0ad
 _NAMES = {np.float32: 'float', np.float64: 'double', np.int32: 'i32', np.int64: 'i64', np.bool_: 'i1'}
@@ -52,45 +51,54 @@ class Value:
 
     def _as(self, how, dtype): return self._new(f"{how} {self} to {_type(dtype, self.lanes)}", dtype)
 
-    def view(self, dtype):
-        "The same bits as another kind of number."
-        return self._as('bitcast', dtype)
+# %% ../nbs/00ab_vectors.ipynb #04cc489f
+@patch
+def view(self: Value, dtype):
+    "The same bits as another kind of number."
+    return self._as('bitcast', dtype)
 
-    def astype(self, dtype):
-        "The nearest number of another kind; a wider or narrower one, or a float for a whole number."
-        if dtype is self.dtype: return self
-        wider = _size(dtype) > _size(self.dtype)
-        if not _is_float(dtype): return self._as('sext' if wider else 'trunc', dtype)
-        if not _is_float(self.dtype): return self._as('sitofp', dtype)
-        return self._as('fpext' if wider else 'fptrunc', dtype)
+@patch
+def astype(self: Value, dtype):
+    "The nearest number of another kind; a wider or narrower one, or a float for a whole number."
+    if dtype is self.dtype: return self
+    wider = _size(dtype) > _size(self.dtype)
+    if not _is_float(dtype): return self._as('sext' if wider else 'trunc', dtype)
+    if not _is_float(self.dtype): return self._as('sitofp', dtype)
+    return self._as('fpext' if wider else 'fptrunc', dtype)
 
-    def spread(self, lanes: int):
-        "A vector with this number in each lane."
-        if lanes == self.lanes: return self
-        first = self._new(f"insertelement {_type(self.dtype, lanes)} poison, {self}, i32 0", lanes=lanes)
-        return self._new(f"shufflevector {first}, {first}, <{lanes} x i32> zeroinitializer", lanes=lanes)
+@patch
+def spread(self: Value, lanes: int):
+    "A vector with this number in each lane."
+    if lanes == self.lanes: return self
+    first = self._new(f"insertelement {_type(self.dtype, lanes)} poison, {self}, i32 0", lanes=lanes)
+    return self._new(f"shufflevector {first}, {first}, <{lanes} x i32> zeroinitializer", lanes=lanes)
 
-    def halves(self) -> tuple:
-        "Two vectors of half the length."
-        h = self.lanes // 2
-        def cut(at): return ', '.join(f"i32 {i}" for i in range(at, at + h))
-        return tuple(self._new(f"shufflevector {self}, {self}, <{h} x i32> <{cut(at)}>", lanes=h) for at in (0, h))
+@patch
+def halves(self: Value) -> tuple:
+    "Two vectors of half the length."
+    h = self.lanes // 2
+    def cut(at): return ', '.join(f"i32 {i}" for i in range(at, at + h))
+    return tuple(self._new(f"shufflevector {self}, {self}, <{h} x i32> <{cut(at)}>", lanes=h) for at in (0, h))
 
-    def fold(self, f: Callable):
-        "One number of a vector, by `f` of its halves, of their halves, and so on."
-        x = self
-        while x.lanes > 1: x = f(*x.halves())
-        return x._new(f"extractelement {x}, i32 0", lanes=0)
+@patch
+def fold(self: Value, f: Callable):
+    "One number of a vector, by `f` of its halves, of their halves, and so on."
+    x = self
+    while x.lanes > 1: x = f(*x.halves())
+    return x._new(f"extractelement {x}, i32 0", lanes=0)
 
-    def any(self):
-        "Is this true in some lane?"
-        bits = self._new(f"bitcast {self} to i{self.lanes}", lanes=0)
-        return self._new(f"icmp ne i{self.lanes} {bits.ref}, 0", lanes=0)
+@patch
+def any(self: Value):
+    "Is this true in some lane?"
+    bits = self._new(f"bitcast {self} to i{self.lanes}", lanes=0)
+    return self._new(f"icmp ne i{self.lanes} {bits.ref}, 0", lanes=0)
 
 # %% ../nbs/00ab_vectors.ipynb #ba43de01
-_MATHS = dict(add=('fadd', 'add'), sub=('fsub', 'sub'), mul=('fmul', 'mul'), truediv=('fdiv', None), floordiv=(None, 'sdiv'),
-              mod=(None, 'srem'), and_=(None, 'and'), or_=(None, 'or'), lshift=(None, 'shl'), rshift=(None, 'ashr'))
-_TESTS = dict(lt=('olt', 'slt'), le=('ole', 'sle'), gt=('ogt', 'sgt'), ge=('oge', 'sge'), eq=('oeq', 'eq'), ne=('une', 'ne'))
+_MATHS = dict(
+    add=('fadd', 'add'), sub=('fsub', 'sub'), mul=('fmul', 'mul'), truediv=('fdiv', None), floordiv=(None, 'sdiv'),
+    mod=(None, 'srem'), and_=(None, 'and'), or_=(None, 'or'), lshift=(None, 'shl'), rshift=(None, 'ashr'))
+_TESTS = dict(lt=('olt', 'slt'), le=('ole', 'sle'), gt=('ogt', 'sgt'), ge=('oge', 'sge'), eq=('oeq', 'eq'),
+              ne=('une', 'ne'))
 
 def _maths(names: tuple, swap: bool, self, other) -> Value:
     a, b = _pair(*((other, self) if swap else (self, other)))
@@ -157,8 +165,8 @@ class Numbers:
         "Write a number, or a vector, from `i` on."
         x, p = x.astype(self.dtype), self._place(i).ref
         if mask is None: return self.code.line(f"store {x}, ptr {p}, align {_size(self.dtype)}")
-        name, kind = f"@llvm.masked.store.{self._suffix(x.lanes)}", f"{_type(x.dtype, x.lanes)}, ptr, i32, <{x.lanes} x i1>"
-        self.code.need(f"declare void {name}({kind})")
+        name, of = f"@llvm.masked.store.{self._suffix(x.lanes)}", _type(x.dtype, x.lanes)
+        self.code.need(f"declare void {name}({of}, ptr, i32, <{x.lanes} x i1>)")
         self.code.line(f"call void {name}({x}, ptr {p}, i32 {_size(self.dtype)}, {mask})")
 
     def _suffix(self, lanes: int) -> str:
@@ -204,42 +212,45 @@ class Code:
 
     def _go(self, label: str) -> None: self.line(f"br label %{label}")
 
-    def loop(self, start, stop, step: int, body: Callable, *carried: Value):
-        "Do `body(i, *carried)` for each `i`. What it gives is carried to the next, and the last given back, as a tuple."
-        n, came, known = self._next(), self.block, self.number(0, np.int64)
-        (start, _), (stop, _) = _pair(start, known), _pair(stop, known)
-        self._go(f"test{n}")
-        self._begin(f"test{n}")
-        phis = [Value(self, o.dtype, o.lanes, f"%v{self._next()}") for o in (start, *carried)]
-        at = len(self.lines)
-        self.lines += phis                                # their lines are known when the body is
-        self.line(f"br i1 {(phis[0] < stop).ref}, label %do{n}, label %end{n}")
-        self._begin(f"do{n}")
-        then = phis[0] + step, *_listed(body(*phis))
-        for i, (phi, first, last) in enumerate(zip(phis, (start, *carried), then, strict=True)):
-            kind = _type(phi.dtype, phi.lanes)
-            self.lines[at + i] = f"{phi.ref} = phi {kind} [ {first.ref}, %{came} ], [ {last.ref}, %{self.block} ]"
-        self._go(f"test{n}")
-        self._begin(f"end{n}")
-        return tuple(phis[1:])
-
-    def when(self, test: Value, yes: Callable, no: Callable = lambda: None):
-        "What `yes()` gives if `test` holds, else what `no()` gives."
-        n, ways = self._next(), []
-        self.line(f"br {test}, label %yes{n}, label %no{n}")
-        for label, f in ((f"yes{n}", yes), (f"no{n}", no)):
-            self._begin(label)
-            ways.append((_listed(f()), self.block))
-            self._go(f"either{n}")
-        self._begin(f"either{n}")
-        (a, from_a), (b, from_b) = ways
-        got = [x._new(f"phi {_type(x.dtype, x.lanes)} [ {x.ref}, %{from_a} ], [ {y.ref}, %{from_b} ]")
-               for x, y in zip(a, b, strict=True)]
-        return got[0] if len(got) == 1 else tuple(got)
-
     def __str__(self):
         args = ', '.join(f"i64 %{o}" for o in self.args)
         return '\n'.join([f"define void @{self.name}({args}) {{", 'entry:', *self.rooms, *self.lines, 'ret void', '}'])
+
+# %% ../nbs/00ab_vectors.ipynb #f27de93b
+@patch
+def loop(self: Code, start, stop, step: int, body: Callable, *carried: Value):
+    "Do `body(i, *carried)` for each `i`. What it gives is carried to the next, and the last given back, as a tuple."
+    n, came, known = self._next(), self.block, self.number(0, np.int64)
+    (start, _), (stop, _) = _pair(start, known), _pair(stop, known)
+    self._go(f"test{n}")
+    self._begin(f"test{n}")
+    phis = [Value(self, o.dtype, o.lanes, f"%v{self._next()}") for o in (start, *carried)]
+    at = len(self.lines)
+    self.lines += phis                                # their lines are known when the body is
+    self.line(f"br i1 {(phis[0] < stop).ref}, label %do{n}, label %end{n}")
+    self._begin(f"do{n}")
+    then = phis[0] + step, *_listed(body(*phis))
+    for i, (phi, first, last) in enumerate(zip(phis, (start, *carried), then, strict=True)):
+        kind = _type(phi.dtype, phi.lanes)
+        self.lines[at + i] = f"{phi.ref} = phi {kind} [ {first.ref}, %{came} ], [ {last.ref}, %{self.block} ]"
+    self._go(f"test{n}")
+    self._begin(f"end{n}")
+    return tuple(phis[1:])
+
+@patch
+def when(self: Code, test: Value, yes: Callable, no: Callable = lambda: None):
+    "What `yes()` gives if `test` holds, else what `no()` gives."
+    n, ways = self._next(), []
+    self.line(f"br {test}, label %yes{n}, label %no{n}")
+    for label, f in ((f"yes{n}", yes), (f"no{n}", no)):
+        self._begin(label)
+        ways.append((_listed(f()), self.block))
+        self._go(f"either{n}")
+    self._begin(f"either{n}")
+    (a, from_a), (b, from_b) = ways
+    got = [x._new(f"phi {_type(x.dtype, x.lanes)} [ {x.ref}, %{from_a} ], [ {y.ref}, %{from_b} ]")
+           for x, y in zip(a, b, strict=True)]
+    return got[0] if len(got) == 1 else tuple(got)
 
 def _listed(x) -> tuple:
     if x is None: return ()

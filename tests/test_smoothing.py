@@ -1,5 +1,4 @@
 "Label smoothing and shares as targets by the CPU's kernels: against float64 truth, torch, and itself in threads."
-import os
 import subprocess
 import sys
 from types import SimpleNamespace
