@@ -15,10 +15,11 @@ from fastcore.basics import patch
 from .asking import Asked, _add_up_to_one
 from .backward import _versions
 from .batch import Batch, NotRecordable, check_sums
-from .cpu_kernels import FusedPass, is_large
+from .cpu_kernels import FusedPass
 from .ledger import Balance, Ledger
-from .numerics import XentStats, _rows, xent_stats
+from .numerics import XentStats, _rows
 from .rowloss import focused, row_stats
+from .smoothing import fused_stats
 
 # %% ../nbs/02d_rows.ipynb #4c96727f
 def per_item(
@@ -80,7 +81,7 @@ class _Room:
         return {k: v[:self.n] for k, v in cols.items()}
 
 # %% ../nbs/02d_rows.ipynb #798668e6
-_HOST, _DEVICE = 2**17, 2**20 # logits that are kept until their statistics are computed
+_HOST, _DEVICE = 2**15, 2**20 # logits that are kept until their statistics are computed
 
 def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Tensors by name
     "The columns of a batch whose first row is row `at`."
@@ -92,12 +93,10 @@ def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Ten
     return {**cols, **stats._asdict(), 'targ': targ}
 
 # %% ../nbs/02d_rows.ipynb #26fcf177
-def _may_wait(b: Batch, late) -> bool:
-    "A small batch, whose statistics nobody has; `late` are those that wait."
-    if b.came is not None: return False
-    if late is not None and b.settings is late.settings: return True   # its shape and type too are the same
-    if b.settings is None or b.axis != 1 or b.dense: return False
-    return not is_large(b.pred) if b.pred.is_cpu else b.pred.numel() <= _DEVICE // 4
+def _may_wait(b: Batch) -> bool:
+    "A small batch, whose statistics nobody has."
+    if b.came is not None or b.settings is None or b.axis != 1 or b.dense: return False
+    return b.pred.numel() <= (_HOST // 8 if b.pred.is_cpu else _DEVICE // 4)
 
 _BY_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64}
 
@@ -121,9 +120,9 @@ class _Late:
 
     def takes(self, b: Batch, to: slice) -> bool:
         "Copy what the statistics are computed from, if there is room and these rows are the next, of the same loss."
-        at, end, s = self.n, to.stop - self.start, b.settings
+        at, end = self.n, to.stop - self.start
         if to.start != self.start + at or end > self.most: return False
-        if s is not self.settings and self._like(b) != self.like or not self._has_weight(s.weight): return False
+        if self._like(b) != self.like or not self._has_weight(b.settings.weight): return False
         for room, x in zip(self.room, self._tensors(b)):  # of so few, numpy makes a copy faster than torch
             room[at:end] = x.numpy() if self.by_numpy else x
         self.n = end
@@ -138,7 +137,7 @@ class _Late:
     def columns(self) -> tuple: # Tensors by name, and the rows' place
         "What the rows have."
         s, (z, y, *mix) = self.settings, [o[:self.n] for o in self.cols]
-        try: stats = xent_stats(z, y, self.weight, s.ignore_index, s.label_smoothing, mix=tuple(mix) or None)
+        try: stats = fused_stats(z, y, self.weight, s.ignore_index, s.label_smoothing, mix=tuple(mix) or None)
         except IndexError as e:                           # no class, and a loss that does not mind
             raise NotRecordable(str(e)) from None
         targ = y.argmax(1) if y.is_floating_point() else y
@@ -201,7 +200,7 @@ class RowBuffer:
             return
         if b.mix is not None: extra = dict(extra or {}, lam=b.mix[1], partner=b.partner + to.start)
         if extra: self._keep({k: v.detach().clone() for k, v in extra.items()}, to)
-        if not _may_wait(b, late): return self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
+        if not _may_wait(b): return self._keep(_columns(b, self._stats(b), to.start, self.positions), to)
         if late is None or not late.takes(b, to): self._flush(_Late(b, to, self.capacity))
 
 # %% ../nbs/02d_rows.ipynb #b086e527
