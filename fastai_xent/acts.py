@@ -19,9 +19,9 @@ from fastai.callback.data import WeightedDL
 from fastai.data.core import DataLoaders, TfmdDL
 from fastai.data.load import DataLoader, SkipItemException
 from fastai.tabular.core import TabDataLoader, Tabular, TabWeightedDL
-from fastai.torch_core import no_random
 from torch.utils.data import BatchSampler, RandomSampler, SequentialSampler, WeightedRandomSampler
 
+from .asking import same_draws
 from .chosen import (as_recorded, check_distinct, check_frame, check_items, flagged, item_mask, item_numbers,
                                 items_named, known_score, labels_of, of_train, record_classes, score_name, targets,
                                 train_field)
@@ -348,7 +348,7 @@ def _read_back(ds, new_ds, labels, changed, field, names):
     kinds = {}
     for i, c in changed.items(): kinds.setdefault(label_kind(labels[i]), []).append(i)
     for i in (i for its in kinds.values() for i in its[:3]):
-        with no_random(): now, was = (_typed(o, i, field) for o in (new_ds, ds))
+        with same_draws(): now, was = (_typed(o, i, field) for o in (new_ds, ds))
         if now is None or was is None: continue
         same = now[0] is was[0] and label_kind(now[1]) == label_kind(was[1])
         classes = [class_of(o, names) for o in (now[1], was[1], labels[i])]

@@ -21,7 +21,7 @@ from torch.overrides import TorchFunctionMode
 from .cpu_kernels import FusedPass
 from .linear import Features
 from .losses import XentLoss, XentSettings
-from .numerics import XentStats, _all_probs, _plain, _rows
+from .numerics import XentStats, _all_probs, _first_off, _plain, _rows
 from .rowloss import own_loss, xent_settings
 
 # %% ../nbs/02b_batch.ipynb #2dbdd5bc
@@ -159,15 +159,6 @@ def _fitting(targ, pred, axis, loss_func, settings) -> Tensor:
 def _without_ones(shape) -> list: return [s for s in shape if s != 1]
 
 # %% ../nbs/02b_batch.ipynb #d0a5a31c
-def _sums(p: Tensor, axis: int) -> Tensor: # How many are wrong; of the first the place, sum, least share
-    "Which rows are no probabilities that add up to one?"
-    total = p.sum(axis, dtype=torch.float64 if p.is_cpu else torch.float32).flatten()
-    least = p.amin(axis).flatten()
-    bad = ~((total - 1).abs() <= 2e-2) | (least < 0)      # a teacher's, in half precision, are off by .01
-    first = bad.to(torch.uint8).argmax()
-    # `take`, since an index would wait for `first`
-    return torch.stack([bad.sum(), first, total.take(first), least.take(first)])
-
 _MULTI_HOT = ("rows of targets are no probabilities. For several labels an item (multi-hot) there is a loss "
               "like `BCEWithLogitsLossFlat`, which has no cross-entropy to record; shares that are meant as "
               "probabilities are to be divided by their sum")
@@ -175,7 +166,7 @@ _NO_LOG = ("rows of predictions are no log-probabilities, as `nll_loss` takes th
            "`log_softmax`, or use `XentLossFlat` on its logits")
 
 def check_sums(
-    found: list, # As of `_sums`
+    found: list, # As of `_first_off`
     what: str, # Of what, and what to do
 ) -> None:
     "Raise if there are rows that are no probabilities."
@@ -189,9 +180,8 @@ def _look_at_sums(b: Batch) -> None:
     soft = [(o, _MULTI_HOT) for o in (b.targ, *(b.mix or ())[:1]) if o.is_floating_point()]
     if b.settings is not None and b.settings.log_probs: soft.append((b.pred.exp(), _NO_LOG))
     for p, what in soft:
-        if p.is_cpu and p.dtype is torch.float32 and _all_probs(p, b.axis, slack=1e-2, least=0): continue # seen at once
-        if p.is_cpu: check_sums(_sums(p, b.axis).tolist(), what)
-        else: b.doubts += ((_sums(p, b.axis), what),)
+        if not p.is_cpu: b.doubts += ((_first_off(p, b.axis), what),)
+        elif not _all_probs(p, b.axis): check_sums(_first_off(p, b.axis).tolist(), what)
 
 # %% ../nbs/02b_batch.ipynb #3199a879
 def read_batch(

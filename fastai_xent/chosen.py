@@ -14,8 +14,8 @@ import numpy as np
 import pandas as pd
 from fastai.data.load import SkipItemException
 from fastai.tabular.core import Tabular
-from fastai.torch_core import no_random
 
+from .asking import same_draws
 from .classes import class_index, vocab_difference
 from .datasets import Relabelled, class_of, label_field, label_of
 from .dynamics import RANK_BY, Label, Reducer, get_score
@@ -41,14 +41,14 @@ def train_field(dls, key=None):
         if key is not None and key not in ds.y_names:
             raise KeyError(f"the table has no target {key!r}; it has {', '.join(map(str, ds.y_names))}")
         return ds.y_names[0] if key is None else key
-    with no_random(): return label_field(_first_readable(ds), key, _n_inp(dls))
+    with same_draws(): return label_field(_first_readable(ds), key, _n_inp(dls))
 
 def labels_of(ds, at, field) -> list: # None for an item that cannot be read
     "Labels of a dataset, read without a trace in the random states."
     def read(i):
         try: return label_of(ds, int(i), field)
         except SkipItemException: return None
-    with no_random(): return [read(i) for i in at]
+    with same_draws(): return [read(i) for i in at]
 
 # %% ../nbs/06d_chosen.ipynb #924b6199
 def targets(record) -> np.ndarray: # `n`

@@ -22,9 +22,9 @@ import pyarrow as pa
 import torch
 from fastai.data.core import Datasets, TfmdLists
 from fastai.tabular.core import Tabular
-from fastai.torch_core import no_random
 from torch.utils.data import ConcatDataset, Subset, TensorDataset
 
+from .asking import same_draws
 from .classes import as_names
 
 # %% ../nbs/03_items.ipynb #b1411313
@@ -113,7 +113,7 @@ def _strange(items) -> list:
 
 def _by_key(items, key_fn):
     rows, keys = items.itertuples() if isinstance(items, pd.DataFrame) else items, []
-    with no_random():
+    with same_draws():
         for i, o in enumerate(rows):
             try: keys.append(key_fn(o))
             except Exception as e:
@@ -295,7 +295,7 @@ def _given_labels(tl, at) -> list:
     items = getattr(tl.items, 'iloc', tl.items)
     if _root_of(tl.items) not in _PLAIN | {'fastcore'}: return []
     if not all(_root_of(items[i]) in _PLAIN for i in at): return []
-    with no_random(): return [_label(tl[i]) for i in at]
+    with same_draws(): return [_label(tl[i]) for i in at]
 
 # %% ../nbs/03_items.ipynb #ceec7d2a
 def _array_of(ds):

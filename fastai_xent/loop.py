@@ -15,7 +15,7 @@ from fastcore.basics import patch
 from torch import nn
 
 from .items import items_frame
-from .batch import Batch
+from .batch import Batch, _look_at_sums
 from .dense import Parts
 from .rowloss import xent_settings
 from .rows import RowBuffer
@@ -58,6 +58,7 @@ class Pass:
     def add(self, item, pred: torch.Tensor, targ: torch.Tensor, step: int = -1) -> None:
         "Take a batch."
         batch = self._batch(pred, targ)
+        _look_at_sums(batch)
         if self.n_classes not in (None, batch.n_classes):
             raise ValueError(f"pred has {batch.n_classes} classes, the batches before it {self.n_classes}")
         item = self._checked(item, len(batch.pred))

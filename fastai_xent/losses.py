@@ -28,7 +28,7 @@ from .backward import FusedLoss, _rows_loss, _versions
 from .cpu_kernels import fused_pass, in_memory, traced
 from fastai_xent.numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
-    _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _soft_loss, _soft_targ, _wide, _wide_dtype,
+    _class_axis, _first_off, _plain, _plain_targ, _raise_bad_targ, _rows, _soft_loss, _soft_targ, _wide, _wide_dtype,
     xent_stats)
 from .smoothing import smoothable, smoothed_pass
 from .weights import _some, in_order, named_weights
@@ -357,12 +357,6 @@ def set_vocab(self: XentLoss,
     vars(self).update(_vocab=vocab)
 
 # %% ../nbs/01_losses.ipynb #d18c9520
-def _first_off(targ: Tensor, axis: int) -> Tensor:
-    "The first row that holds no probabilities, its sum, its least number, and how many there are."
-    off, sums, least = (o.flatten() for o in _no_probs(targ, axis))
-    row = off.to(torch.uint8).argmax()
-    return torch.stack([o.double() for o in (row, sums.take(row), least.take(row), off.sum())])
-
 @patch
 def _check_probs(self: XentLoss, targ, axis) -> None:
     "Warn, once, if the rows of `targ` hold no probabilities."
@@ -376,7 +370,7 @@ def _check_probs(self: XentLoss, targ, axis) -> None:
 @patch
 def _tell_off(self: XentLoss, shape, axis, found: list) -> None:
     "Warn of the first row that holds no probabilities."
-    row, total, least, n = found
+    n, row, total, least = found
     if self._told or not n: return
     vars(self)['_told'] = True
     rows = [s for i, s in enumerate(shape) if i != axis]

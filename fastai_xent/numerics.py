@@ -172,21 +172,23 @@ def _raise_bad_targ(targ: Tensor, c: int, ignore_index: int) -> None:
         "check the vocab against the model's number of outputs")
 
 # %% ../nbs/00_numerics.ipynb #12386d12
-_SLACK = .05
+_SLACK = .02 # by which the probabilities of a row may miss 1
 
-def _no_probs(targ: Tensor, axis: int) -> tuple:
-    """Which rows of `targ` hold no probabilities that add up to 1; all rows' sums, and their least numbers.
+def _first_off(p: Tensor, axis: int) -> Tensor: # Their number; of the first its place, its sum, its least number
+    "Which rows of `p` hold no probabilities that add up to 1?"
+    sums = p.sum(axis, dtype=torch.float64 if p.is_cpu else torch.float32).flatten()
+    least = p.amin(axis).flatten()
+    off = ~((sums - 1).abs() <= _SLACK) | (least < -_SLACK)
+    row = off.to(torch.uint8).argmax()
+    # `take`, since an index would wait for `row`
+    return torch.stack([off.sum(), row, sums.take(row), least.take(row)])
 
-    Each is `n d…`."""
-    sums, least = targ.sum(axis), targ.amin(axis)
-    return ~((sums - 1).abs() <= _SLACK) | (least < -_SLACK), sums, least
-
-def _all_probs(targ: Tensor, axis: int, slack: float = _SLACK, least: float = -_SLACK) -> bool:
-    "Does every row of `targ` hold probabilities that add up to 1? This waits for the device."
-    if not targ.numel(): return True
-    low, high = targ.sum(axis).aminmax()
-    add_up = low.item() >= 1 - slack and high.item() <= 1 + slack
-    return add_up and targ.amin().item() >= least
+def _all_probs(p: Tensor, axis: int) -> bool:
+    "Does every row of `p` hold probabilities that add up to 1? This waits for the device."
+    if not p.numel(): return True
+    low, high = p.sum(axis, dtype=_wide_dtype(p.dtype)).aminmax()
+    add_up = low.item() >= 1 - _SLACK and high.item() <= 1 + _SLACK
+    return add_up and p.amin().item() >= -_SLACK
 
 # %% ../nbs/00_numerics.ipynb #07dd7d6c
 def _check_weight(weight: Tensor, c: int|None = None) -> None:

@@ -19,13 +19,14 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 from fastai.tabular.core import Tabular
-from fastai.torch_core import display_df, no_random, show_image, to_device
+from fastai.torch_core import display_df, show_image, to_device
 from fastcore.basics import getcallable
 from fasttransform import Pipeline
 from matplotlib.colors import ListedColormap
 from PIL import Image
 from torch import Tensor, from_numpy
 
+from .asking import same_draws
 from .drawing import ORANGE, shades
 from .dense import checksum, spread
 from .dynamics import RANK_BY
@@ -58,7 +59,7 @@ def read_item(
     "Item `i` without augmentation, and without a trace in the random states."
     ds = dl.dataset
     if isinstance(ds, Tabular): return Sample((ds.new(ds.items.iloc[[i]]).decode().items[list(ds.x_names)].iloc[0],))
-    with no_random(), _as_valid(dl):
+    with same_draws(), _as_valid(dl):
         raw = ds[i]
         if not isinstance(raw, (tuple, list)): return Sample((_decoded(dl, raw),))
         n = getattr(ds, 'n_inp', max(1, len(raw) - 1))

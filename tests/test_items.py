@@ -16,6 +16,7 @@ from fastai.data.core import Datasets, TfmdLists
 from fastai.data.transforms import Categorize, RandomSplitter, RegexLabeller, Transform, parent_label
 from fastai.tabular.core import TabularPandas
 from fastai.tabular.data import TabularDataLoaders
+from fastai.torch_core import no_random
 from fastcore.foundation import L
 from helpers import rng_state, same_bits
 from hypothesis import given, settings
@@ -508,3 +509,18 @@ def test_lists_of_one_length_are_recorded(kind):
         learn.fit(1)
     df = learn.xent_recorder.record.to_df()
     assert len(df) == 48 and not df[df.split == 'valid'].duplicated(['epoch', 'item']).any()
+
+
+# -- random numbers
+
+def test_what_is_read_draws_as_it_did_and_no_device_is_seeded(monkeypatch):
+    "fastai's `no_random` seeds every device, and puts back the states of CUDA's alone."
+    def drawn(o): return f'{o} {torch.rand(1).item()} {np.random.rand()} {random.random()}'
+    with no_random(): want = [drawn(o) for o in 'abc']
+    def seeds(*_): raise AssertionError("a device is seeded")
+    for where, name in ((torch, 'manual_seed'), (torch.cuda, 'manual_seed_all'), (torch.cuda, 'get_rng_state_all')): monkeypatch.setattr(where, name, seeds)
+    state = rng_state()
+    assert item_names(Listed(list('abc')), drawn) == want == item_names(Listed(list('abc')), drawn)
+    ds = Datasets(['x', 'y', 'x'], [[], [Categorize(vocab=['x', 'y'])]])
+    assert labels_of(ds, 3).tolist() == [0, 1, 0]
+    same_bits(rng_state(), state)

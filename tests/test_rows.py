@@ -1,6 +1,8 @@
 "The rows of a pass: what is read and refused, their memory, their shape, and whether anyone waits for a device."
 import tracemalloc
+import warnings
 from collections import OrderedDict
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,9 +17,12 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fastai_xent import losses, rowloss, rows as rows_module
 from fastai_xent.losses import XentLoss, XentLossFlat
-from fastai_xent.numerics import XentStats, xent_stats
-from fastai_xent.batch import Batch, NotRecordable, _sums, read_batch
+from fastai_xent.numerics import XentStats, _first_off, xent_stats
+from fastai_xent.batch import Batch, NotRecordable, read_batch
 from fastai_xent.rows import RowBuffer, _may_wait, _Room
+from fastai_xent.writer import XentWriter
+
+nan = float('nan')
 
 LOSSES = {'ours': XentLoss(), 'stock': nn.CrossEntropyLoss()}
 
@@ -148,8 +153,8 @@ def test_what_a_device_finds_is_told_at_the_end():
     "Targets that are no probabilities: that epoch has no rows."
     z, soft = torch.zeros(3, 4), torch.tensor([[1., 0, 0, 0], [0, 1, 1, 0], [.5, .5, .5, .5]])
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.float64):
-        good = Batch(z, torch.full((3, 4), .25), nn.CrossEntropyLoss(), 1, doubts=((_sums(torch.full((3, 4), .25, dtype=dtype), 1), 'rows'),))
-        bad = Batch(z, soft, nn.CrossEntropyLoss(), 1, doubts=((_sums(soft.to(dtype), 1), 'rows of targets'),))
+        good = Batch(z, torch.full((3, 4), .25), nn.CrossEntropyLoss(), 1, doubts=((_first_off(torch.full((3, 4), .25, dtype=dtype), 1), 'rows'),))
+        bad = Batch(z, soft, nn.CrossEntropyLoss(), 1, doubts=((_first_off(soft.to(dtype), 1), 'rows of targets'),))
         rows = RowBuffer(9)
         rows.add(0, good)
         assert len(rows.cols()['loss']) == 3
@@ -309,3 +314,122 @@ def test_a_loss_is_tried_once(monkeypatch):
     for i in 1, 2: rows.add(i, Batch(z, y, focal, 1), i)
     focal.reduction = 'none'
     assert_close(torch.from_numpy(rows.cols()['loss']), focal(z, y).repeat(3), rtol=1e-5, atol=1e-6)
+
+
+# -- one bound for probabilities, told by the loss, the recorder and the writer
+
+def told_of(z, soft):
+    "Who says that these are no probabilities: the loss, the recorder, and the writer of a loop of one's own?"
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter('always')
+        loss = XentLossFlat()(z, soft)
+    who = ['loss' for o in said if 'hold no probabilities' in str(o.message)]
+    try: read_batch(SimpleNamespace(pred=z, yb=(soft,), loss_func=nn.CrossEntropyLoss(), loss=loss))
+    except NotRecordable: who.append('recorder')
+    try: XentWriter(items=len(z)).add(split='train', epoch=0, item=range(len(z)), pred=z, targ=soft)
+    except NotRecordable: who.append('writer')
+    return who
+
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('off, told', [(0, False), (.015, False), (-.015, False), (.03, True), (-.03, True), (1, True), (nan, True)])
+def test_loss_recorder_and_writer_have_one_bound(off, told, dtype):
+    soft = torch.tensor([[.5, .25, .25], [.5 + off, .25, .25]])
+    z = torch.zeros(2, 3, dtype=dtype).add(soft)
+    assert told_of(z.to(dtype), soft.to(dtype)) == ['loss', 'recorder', 'writer'] * told
+
+
+@pytest.mark.parametrize('least, told', [(-.01, False), (-.03, True)])
+def test_one_bound_for_what_is_below_zero(least, told):
+    assert told_of(torch.zeros(1, 3), torch.tensor([[.5, .5 - least, least]])) == ['loss', 'recorder', 'writer'] * told
+
+
+@pytest.mark.parametrize('dtype', [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize('c', [2, 10, 1000, 32000])
+def test_a_teacher_in_half_precision_is_within_the_bound(c, dtype):
+    z = torch.randn(4, c, generator=torch.Generator().manual_seed(0)) * 3
+    assert not told_of(z, z.softmax(1).to(dtype).float())
+
+
+# -- a loss that is called again on the same logits
+
+def with_weights(): return XentLossFlat(torch.tensor([1., 2., 3., 4.]))
+
+@contextmanager
+def set_to(loss_func, **new):
+    "Other settings for a while."
+    old = {k: getattr(loss_func, k) for k in new}
+    for k, v in new.items(): setattr(loss_func, k, v)
+    yield
+    for k, v in old.items(): setattr(loss_func, k, v)
+
+@contextmanager
+def edited(loss_func):
+    "Other numbers in the same weights."
+    loss_func.weight.mul_(2)[0] = 5
+    yield
+    loss_func.weight.copy_(torch.tensor([1., 2., 3., 4.]))
+
+OTHER = {'ignore_index': (XentLossFlat, lambda f: set_to(f, ignore_index=1)), 'smoothing': (XentLossFlat, lambda f: set_to(f, label_smoothing=.3)),
+         'weight': (with_weights, lambda f: set_to(f, weight=torch.ones(4))), 'no weight': (with_weights, lambda f: set_to(f, weight=None)),
+         'weights for none': (XentLossFlat, lambda f: set_to(f, weight=torch.ones(4) * 2)), 'edited weight': (with_weights, edited)}
+
+def trained(loss_func, grad=True):
+    z = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_(grad)
+    learn = SimpleNamespace(pred=z, yb=(torch.tensor([0, 1, 2, 3, 1, 0]),), loss_func=loss_func)
+    return learn
+
+def call(learn):
+    "As a Learner does."
+    learn.loss_grad = learn.loss_func(learn.pred, *learn.yb)
+    learn.loss = learn.loss_grad.clone()
+
+def rows_of(learn):
+    rows = RowBuffer(6)
+    rows.add(0, read_batch(learn))
+    return rows.cols(), rows.balance()
+
+@pytest.mark.parametrize('way', [None, 'torch'])
+@pytest.mark.parametrize('name', OTHER)
+def test_a_loss_that_was_called_again_with_other_settings_is_not_recorded(name, way, monkeypatch):
+    monkeypatch.setattr(losses, 'WAY', way)
+    make, other = OTHER[name]
+    learn = trained(make())
+    call(learn)
+    with other(learn.loss_func): learn.loss_func(learn.pred, *learn.yb)
+    with pytest.raises(NotRecordable, match='the loss was called again on this batch.s logits, with other settings or weights'): read_batch(learn)
+    learn.loss_func(learn.pred, *learn.yb)                # nor is it known after a third call
+    with pytest.raises(NotRecordable, match='called again'): read_batch(learn)
+
+@pytest.mark.parametrize('way', [None, 'torch'])
+@pytest.mark.parametrize('name', OTHER)
+def test_what_was_called_before_the_training_is_no_matter(name, way, monkeypatch):
+    monkeypatch.setattr(losses, 'WAY', way)
+    make, other = OTHER[name]
+    alone, learn = trained(make()), trained(make())
+    call(alone)
+    with other(learn.loss_func): learn.loss_func(learn.pred, *learn.yb)
+    call(learn)
+    (got, balance), (want, _) = rows_of(learn), rows_of(alone)
+    assert not balance.differ.any() and got.keys() == want.keys()
+    for k in want: np.testing.assert_array_equal(got[k], want[k])
+
+def plainly(learn): learn.loss_func(learn.pred, *learn.yb)
+def row_by_row(learn): learn.loss_func(learn.pred, *learn.yb, reduction='none')
+def on_others(learn):
+    with set_to(learn.loss_func, label_smoothing=.3): learn.loss_func(learn.pred.detach().clone(), *learn.yb)
+def for_the_next(learn): learn.loss_func.label_smoothing = .3
+def with_other_targets(learn): learn.loss_func(learn.pred, (learn.yb[0] + 1) % 4)
+
+@pytest.mark.parametrize('way', [None, 'torch'])
+@pytest.mark.parametrize('then', [plainly, row_by_row, for_the_next, with_other_targets, on_others])
+@pytest.mark.parametrize('make', [XentLossFlat, with_weights])
+def test_what_a_callback_may_do_with_the_loss(make, then, way, monkeypatch):
+    "Call it again as it is, or with other tensors; change it for later batches."
+    monkeypatch.setattr(losses, 'WAY', way)
+    alone, learn = trained(make()), trained(make())
+    for o in (alone, learn): call(o)
+    then(learn)
+    (got, balance), (want, _) = rows_of(learn), rows_of(alone)
+    assert not balance.differ.any()
+    for k in want: np.testing.assert_allclose(got[k], want[k], rtol=1e-6)
