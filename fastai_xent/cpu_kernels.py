@@ -257,6 +257,7 @@ class _Rows(_Pass):
         klass = where(zy > m, k, where(zy == m, smaller(k, first), first))
         def seek(): return self.code.loop(0, self.c, 1, partial(self.seek, z, k), klass, m)
         klass, m = self.code.when((S != S) | (zy != zy), seek, lambda: (klass, m))
+        S = where(zy == math.inf, math.nan, S)                               # not certain, as it would seem
         self.keep(q, *(o.astype(np.float64) for o in (zy, m, S, Q, X, self.weigh(k), self.part(i))), klass)
 
     def seek(self, z, k, j, klass, m):
@@ -318,6 +319,7 @@ class _Planes(_Pass):
             return where(z != z, k, klass), where((z != z) & (y != k), math.nan, m)
         klass, m = self.code.when(((S != S) | (zy != zy)).any(), lambda: self.code.loop(0, self.c, 1, seek, klass, m),
                                   lambda: (klass, m))
+        S = where(zy == math.inf, math.nan, S)
         known = [o.astype(np.float64) for o in (zy, m, S, Q, X)]
         nothing = (0., 0., 1., 1., 0.)
         self.keep(i, *(where(counts, a, b) for a, b in zip(known, nothing)))
