@@ -41,7 +41,8 @@ class FusedLoss(torch.autograd.Function):
         loss, grad = done.loss, done.grad
         done.loss = done.grad = None         # from here on they belong to autograd
         ctx.save_for_backward(grad)
-        ctx.pred, ctx.call, ctx.versions = pred, call, _versions(pred, y, call[1])   # watched, not saved: they may be edited
+        ctx.pred, ctx.call = pred, call      # watched, not saved: they may be edited
+        ctx.versions = _versions(pred, y, call[1])
         return _rows_loss(done, _rows(pred, call[2])) if loss is None else loss
 
     @staticmethod
