@@ -413,6 +413,7 @@ def _layout(z: Tensor, axis: int) -> tuple:
     "`z` as rows, `n c`, or planes, `n c d`; and whether its classes were moved to the end for that"
     shape, solid = z.shape, z.is_contiguous()
     if z.ndim == 2 and axis == 1 and solid: return z, False
+    z = z.detach()
     n, c, d = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1:])
     if solid and (d == 1 or d >= _FEW): return z.reshape((n, c) if d == 1 else (n, c, d)), False
     last = z.movedim(axis, -1)
@@ -451,7 +452,7 @@ def fused_pass(
     scale: Tensor|None = None, # For 'none': the gradient of each row is multiplied by this, `n d…`
 ) -> FusedPass|None: # None where there is no compiler
     "Loss, gradient and facts of every row, in one pass."
-    flat, moved = _layout(z.detach() if z.requires_grad else z, axis)
+    flat, moved = _layout(z, axis)
     planes, dtype = flat.ndim == 3, _dtype(z)
     kernel = _kernel(dtype, planes)
     if kernel is None: return None
