@@ -18,9 +18,10 @@ from fastai.callback.mixup import MixHandler
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from .calls import XentSettings
 from .cpu_kernels import FusedPass
 from .linear import Features
-from .losses import XentLoss, XentSettings
+from .losses import XentLoss
 from .numerics import XentStats, _all_probs, _first_off, _plain, _rows
 from .rowloss import own_loss, xent_settings
 

@@ -16,9 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from .calls import XentSettings, _Call
 from .cpu_kernels import fused_pass, usable
 from .losses import (
-    _REDUCTIONS, XentLossFlat, _Call, _divisor, _first_bad, _read_first, _reduce, _tell_bad_targ)
+    _REDUCTIONS, XentLossFlat, _divisor, _first_bad, _read_first, _reduce, _tell_bad_targ)
 from .numerics import (
     XentStats, _argmax, _bad_targ, _check_smoothing, _check_targ, _check_weight, _may_reuse, _plain,
     _plain_targ, _raise_bad_targ, _rest_entropy, _rest_grad, _rest_loss, _rest_norm, _soft_grad,
@@ -296,7 +297,7 @@ class LinearXentLossFlat(XentLossFlat):
             h, inp.head.weight, targ, inp.head.bias, weight=weight,
             ignore_index=self.ignore_index, label_smoothing=self.label_smoothing,
             reduction=reduction, chunk=self.chunk, with_stats=True)
-        func._last = _Call(h.detach(), targ.detach(), weight, {}, stats)
+        func._last = _Call(h.detach(), targ.detach(), weight, XentSettings(h.ndim - 1, weight), stats)
         loss = loss.float()
         return self._as_fastai(loss) if self.compat and loss.ndim else loss
 

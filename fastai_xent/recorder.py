@@ -59,8 +59,7 @@ class _Life:
 
     def hears(self, event: str) -> bool:
         "Is there something to do at this event of a batch?"
-        if self.now is None: return False
-        if event == 'before_batch': return self.now.hears_begin
+        if self.now is None or event == 'before_batch': return self.now is not None and self.now.hears_begin
         return event == 'after_loss' or self.strange
 
 _NUMBER = re.compile(r'[-+]?\d[\d.,e+-]*')
@@ -198,16 +197,13 @@ def __call__(self: XentRecorder, event_name):
     if self._elsewhere or (life.stopped and event_name not in ('before_fit', 'after_fit')): return
     start = time.perf_counter()
     try:
-        if self.run and (not in_batch or self._hears_batch): getattr(self, f'_{event_name}')()
+        heard = not in_batch or (self.run_train if self.learn.training else self.run_valid)
+        if self.run and heard: getattr(self, f'_{event_name}')()
     except (NoItemIdentity, NotRecordable) as e: self._leave(life.split, e)
     except (OtherItems, RecordReplaced) as e: self._refuse(e)
     except Exception: self._stop(f'`{event_name}`')
     if event_name == 'after_fit': self.run = True         # as fastai has it
     life.seconds += time.perf_counter() - start
-
-@patch(as_prop=True)
-def _hears_batch(self: XentRecorder) -> bool:
-    return self.run_train if self.learn.training else self.run_valid
 
 # %% ../nbs/06c_recorder.ipynb #b94e0e0a
 @patch

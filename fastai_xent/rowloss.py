@@ -16,8 +16,9 @@ from fastai.losses import BaseLoss, FocalLoss, LabelSmoothingCrossEntropy
 from torch import Tensor, nn
 
 from .asking import Asked, _compiled_from
+from .calls import XentSettings
 from .linear import LinearXentLossFlat
-from .losses import XentLoss, XentLossFlat, XentSettings
+from .losses import XentLoss, XentLossFlat
 from .numerics import XentStats
 from .smoothing import fused_stats
 

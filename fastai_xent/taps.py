@@ -271,14 +271,10 @@ class _FastaiTap(RowTap):
             yield p.last
 
     def do_item(self, s):
-        res = (self.read or self._reader())(s)
+        if self.read is None: self.read = self._original('do_item')  # looked up once
+        res = self.read(s)
         if res is None and s is not None: self._skipped(s)
         return res
-
-    def _reader(self):
-        "The loader's own way to an item, looked up once."
-        self.read = self._original('do_item')
-        return self.read
 
     def __getstate__(self):
         return {**vars(self), 'passes': self.passes[-1:], 'started': None, 'error': None, 'read': None}
