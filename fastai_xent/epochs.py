@@ -244,12 +244,17 @@ _AT_ONCE = 2**20 # Rows, or a little more
 
 @patch
 def pack(self: Epochs,
-    split: str,
-    n: int, # Number of items
+    n: dict, # split → number of items
     executor: Executor|None = None, # Who reads them; None: this process
 ) -> None:
-    "Put all epochs of a split into one file."
+    "Put all epochs of each split into one file."
     check_executor(executor)
+    if not n: return                                      # perhaps there is no directory yet
+    with self.place.lock(alone=True) or nullcontext():
+        for split in n: self._pack(split, n[split], executor)
+
+@patch
+def _pack(self: Epochs, split, n, executor):
     found, before = {k: o for k, o in self.found().items() if k[1] == split}, self.compact().get(split)
     if any(not isinstance(o, Compact) for o in found.values()):
         name = self.layout.compact.format(split=split, number=1 + (before.number if before else 0))

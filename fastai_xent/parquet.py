@@ -184,7 +184,7 @@ def read_items(
     "The rows of items `lo` to `hi`; other row groups are not read."
     with naming(source), pq.ParquetFile(source, filesystem=filesystem) as f:
         meta = f.metadata
-        at, there = meta.schema.names.index('item'), held(meta)
+        at, there = meta.schema.names.index('item'), {'item', *held(meta)}
         groups = [g for g in range(f.num_row_groups) if _holds(meta.row_group(g), at, lo, hi)]
         t = f.read_row_groups(groups, columns=[o for o in columns if o in there], use_threads=False)
     t = between(t, lo, hi)
@@ -199,8 +199,14 @@ def between(t: pa.Table, lo: int, hi: int) -> pa.Table:
 # %% ../nbs/05a_parquet.ipynb #1bc4f856
 _AT_ONCE = 2**16 # Rows
 
+def _fitting(item, lists) -> tuple: # Items, lists
+    "The lists that half precision holds: one that is not a number would leave none to those that share with it."
+    ok = np.maximum(lists.max(1), -lists.min(1)) <= np.finfo(np.float16).max
+    return (item, lists) if ok.all() else (item[ok], lists[ok])
+
 def _in_bytes(rows: np.ndarray) -> tuple: # Whole numbers `r k`; scales `r`; mean and spread, lists of `k`
     "Numbers of one byte that, times scale and spread and plus the mean, are about `rows`."
+    if not len(rows): return rows.astype(np.int8), np.empty(0), [0.] * rows.shape[1], [1.] * rows.shape[1]
     blocks = [slice(at, at + _AT_ONCE) for at in range(0, len(rows), _AT_ONCE)]
     first = rows[:1].astype(np.float32)                   # near the mean: squares do not cancel
     sums = [(o.sum(0, dtype=np.float64), np.square(o).sum(0, dtype=np.float64))
@@ -227,7 +233,8 @@ def write_lists(
     facts: dict|None = None, # Kept in the file's metadata, as JSON
     shared: bool = False, # One byte a number, with shared mean and spread? Or half precision
 ) -> None:
-    "Write a Parquet file with a list of numbers an item, in item order."
+    "Write a Parquet file with a list of numbers an item, in item order. Shared, numbers must fit into half precision."
+    if shared: item, lists = _fitting(item, lists)
     item, back = np.unique(item[::-1], return_index=True)
     rows, facts, k = lists[len(lists) - 1 - back], facts or {}, lists.shape[1]
     if shared:
@@ -277,7 +284,8 @@ def lists_of(
 def _numbers(t, name) -> np.ndarray: # `r k`
     "The lists of a table."
     lists = t[name].combine_chunks()
-    if pa.types.is_fixed_size_list(lists.type): return lists.flatten().to_numpy().reshape(len(t), -1)
-    q = np.frombuffer(lists.buffers()[1], np.int8).reshape(len(t), -1)
+    if pa.types.is_fixed_size_list(lists.type):
+        return lists.flatten().to_numpy().reshape(len(t), lists.type.list_size)
+    q = np.frombuffer(lists.buffers()[1] or b'', np.int8).reshape(len(t), lists.type.byte_width)
     mean, spread = (np.array(facts_of(t, name)[o], dtype=np.float32) for o in ('mean', 'spread'))
     return q * t['scale'].to_numpy()[:, None] * spread + mean

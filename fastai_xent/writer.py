@@ -311,7 +311,7 @@ def _write_newest(self: XentWriter, kind, key, rank, item, lists, facts):
     if not facts['every'] or (key[2] + 1) % facts['every']: self._passing[kind, key[1]] = key
 
 # %% ../nbs/05i_writer.ipynb #5bf3cbfb
-_SHARE = .0025 # of the time, that the running scores of a split may take while it trains
+_SHARE = .001 # of the time, that the running scores of a split may take while it trains
 _WAITING = 2**18 # rows that may wait for the thread; a larger epoch waits alone
 
 @patch

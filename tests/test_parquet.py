@@ -68,6 +68,10 @@ def test_nothing_is_read_of_a_column_that_holds_nothing(tmp_path, monkeypatch):
         assert t.schema.equals(pa.schema([ALL.field(o) for o in t.column_names]))
     assert asked == [['item', 'targ']] * 2
 
+def test_no_rows_are_read_as_none(tmp_path):
+    with open(tmp_path / 'x', 'wb') as f: write_rows(f, [])
+    assert read_items(tmp_path / 'x', 0, 9, ['item', 'loss', 'split']).to_pydict() == dict(item=[], loss=[], split=[])
+
 # -- few digits
 
 @settings(max_examples=200)
