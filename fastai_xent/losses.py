@@ -23,7 +23,7 @@ from fastcore.basics import patch
 from torch import Tensor, nn
 
 from .backward import FusedLoss, _rows_loss, _versions
-from .cpu_kernels import fused_pass, in_memory, is_large, traced
+from .cpu_kernels import fused_pass, in_memory, traced
 from fastai_xent.numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
     _class_axis, _no_probs, _plain, _plain_targ, _raise_bad_targ, _rows, _soft_loss, _soft_targ, _wide, _wide_dtype,
@@ -32,17 +32,16 @@ from .smoothing import smoothable, smoothed_pass
 from .weights import _some, in_order, named_weights
 
 # %% ../nbs/01_losses.ipynb #9f527e19
-WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; 'numba'; or 'triton'
+WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; or 'triton'
 
 def _way(pred: Tensor, probs: bool, plain: bool = True) -> str:
-    "Who computes this batch? `plain`: are targets classes without smoothing, or rows such as `smoothed_pass` takes?"
+    "Who computes this batch? `plain`: are targets classes, or probabilities that `smoothed_pass` takes?"
     if WAY == 'torch' or traced(pred): return 'torch'
     if WAY == 'triton' or pred.is_cuda:
         if probs: return 'torch'
         from fastai_xent import gpu_kernels
         return 'triton' if gpu_kernels.usable(pred, WAY == 'triton') else 'torch'
-    if not plain or not in_memory(pred): return 'torch'
-    return 'fused' if WAY == 'numba' or is_large(pred) else 'torch'
+    return 'fused' if plain and in_memory(pred) else 'torch'
 
 # %% ../nbs/01_losses.ipynb #89ebc440
 class _Call:
@@ -128,8 +127,9 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
     z = call.pred
     if z.dtype is not torch.float32 and z.dtype is not torch.float64: z = z.float()
-    if eps or y.is_floating_point(): done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad)
-    else: done = fused_pass(z, y, call.weight, ignore_index, axis, reduction, needs_grad)
+    weight, plain = call.weight, not (eps or y.is_floating_point())
+    if plain: done = fused_pass(z, y, weight, ignore_index, axis, reduction, needs_grad)
+    else: done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad, weight, axis)
     call.done = done
     if done is None: return None
     if needs_grad:
@@ -262,8 +262,7 @@ def forward(self: XentLoss,
     if probs and not self._told: self._check_probs(targ.detach(), axis)
     settings = self.ignore_index, eps, axis
     call = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, settings)
-    plain = not (eps or probs) or smoothable(pred, targ, weight, axis)
-    way, loss = _way(pred, probs, plain), None
+    way, loss = _way(pred, probs, not probs or smoothable(targ)), None
     if way == 'fused': loss = _by_fused(pred, y, call, reduction)
     elif way == 'triton': loss = _by_triton(pred, y, call, reduction, self._late)
     if loss is None: loss = _by_torch(pred, y, call, reduction, self._late)

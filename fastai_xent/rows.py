@@ -15,10 +15,11 @@ from fastcore.basics import patch
 from .asking import Asked, _add_up_to_one
 from .backward import _versions
 from .batch import Batch, NotRecordable, check_sums
-from .cpu_kernels import FusedPass, is_large
+from .cpu_kernels import FusedPass
 from .ledger import Balance, Ledger
-from .numerics import XentStats, _rows, xent_stats
+from .numerics import XentStats, _rows
 from .rowloss import focused, row_stats
+from .smoothing import fused_stats
 
 # %% ../nbs/02d_rows.ipynb #4c96727f
 def per_item(
@@ -80,7 +81,7 @@ class _Room:
         return {k: v[:self.n] for k, v in cols.items()}
 
 # %% ../nbs/02d_rows.ipynb #798668e6
-_HOST, _DEVICE = 2**17, 2**20 # logits that are kept until their statistics are computed
+_HOST, _DEVICE = 2**15, 2**20 # logits that are kept until their statistics are computed
 
 def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Tensors by name
     "The columns of a batch whose first row is row `at`."
@@ -95,7 +96,7 @@ def _columns(b: Batch, stats: XentStats, at: int, positions=None) -> dict: # Ten
 def _may_wait(b: Batch) -> bool:
     "A small batch, whose statistics nobody has."
     if b.came is not None or b.settings is None or b.axis != 1 or b.dense: return False
-    return not is_large(b.pred) if b.pred.is_cpu else b.pred.numel() <= _DEVICE // 4
+    return b.pred.numel() <= (_HOST // 8 if b.pred.is_cpu else _DEVICE // 4)
 
 _BY_NUMPY = {torch.float32, torch.float64, torch.float16, torch.int64}
 
@@ -136,7 +137,7 @@ class _Late:
     def columns(self) -> tuple: # Tensors by name, and the rows' place
         "What the rows have."
         s, (z, y, *mix) = self.settings, [o[:self.n] for o in self.cols]
-        try: stats = xent_stats(z, y, self.weight, s.ignore_index, s.label_smoothing, mix=tuple(mix) or None)
+        try: stats = fused_stats(z, y, self.weight, s.ignore_index, s.label_smoothing, mix=tuple(mix) or None)
         except IndexError as e:                           # no class, and a loss that does not mind
             raise NotRecordable(str(e)) from None
         targ = y.argmax(1) if y.is_floating_point() else y

@@ -14,167 +14,172 @@ from functools import cache
 
 import numpy as np
 import torch
+from fastcore.basics import patch
 from torch import Tensor
 
 from .cpu_kernels import (
-    _LOOSE, _SHARE, _STRICT, FusedPass, _fill, _in_threads, _kernels, _log, _teach, fused_pass, traced, usable)
+    FusedPass, _address, _as, _dtype, _in_threads, _Kernel, _log, _pointer, _threads, fused_pass, usable)
 from .numerics import (XentStats, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
-                                  _plain_targ, _rows, _wide, xent_stats)
-
-# %% ../nbs/00ba_smoothing.ipynb #729ae849
-def _spread(z, g, top, per, part, even):
-    "Take `even` off the probabilities in `g`, which is in units of `part`; how far logits are from `top`, and squares."
-    far = square = top - top
-    for j in range(len(z)):
-        d = g[j] * per - even
-        far += top - z[j]
-        square += d * d
-        g[j] = d * part
-    return far, square
-
-def _spread_all(z, g, top, per, part, even):
-    "`_spread` of any length: sums of at most 2,048 numbers, so that they stay exact."
-    far = square = 0.
-    for a in range(0, len(z), 2048):
-        f, s = _spread(z[a:a + 2048], g[a:a + 2048], top, per, part, even)
-        far, square = far + f, square + s
-    return far, square
-
-def _smooth_kernel(z, targ, klass, eps, even, per, part, g, out, first, last):
-    """Rows `first` to `last` of `z`, n × c, whose facts are in `out` and whose gradient is in `g`.
-
-    `even` is `eps` / c, `part` what the gradient is multiplied by, and `per` what undoes that."""
-    c = z.shape[1]
-    for i in range(first, last):
-        k = targ[i]
-        if klass[i] < 0: continue
-        zi, gi, loss = z[i], g[i], out[0][i]
-        top = zi[klass[i]]
-        far, square = _spread_all(zi[:k], gi[:k], top, per, part, even)
-        f, s = _spread_all(zi[k + 1:], gi[k + 1:], top, per, part, even)
-        h = loss + zi[k] - top
-        label = gi[k] * per - even + eps
-        gi[k] = label * part
-        out[1][i] = math.sqrt(square + s + label * label)
-        if loss < np.inf or loss != loss:                 # ∞ − ∞ would be nan
-            out[0][i] = (1 - eps) * loss + even * (far + f + top - zi[k] + c * (h if h > 0 or h != h else 0.))
+                                  _plain_targ, _raise_bad_targ, _rows, _wide, xent_stats)
+from .vectors import Numbers, build, sqrt, where
 
 # %% ../nbs/00ba_smoothing.ipynb #26ed02cc
-def _part(t, keep, even):
-    "The sum of some shares."
-    total = even - even
-    for j in range(len(t)): total += t[j] * keep + even
-    return total
+_ARGS = 'z targ weight other lam numbers g out ints n c ignore first last'.split()
 
-def _total_of(t, keep, even):
-    "`_part` of any length."
-    total = even - even
-    for a in range(0, len(t), 2048): total += _part(t[a:a + 2048], keep, even)
-    return total
+class _Shares(_Kernel):
+    """Writes a kernel for rows `first` to `last` of `z`, n × c; facts of their labels are in `out` and `ints`.
 
-def _share(z, g, t, top, h, total, per, part, keep, even):
-    "Write T p − t over p in `g`, which is in units of `part`; what these classes add to the loss, and squares."
-    loss = square = top - top
-    for j in range(len(z)):
-        share = t[j] * keep + even
-        d = total * (g[j] * per) - share
-        far = share * (h + (top - z[j]))
-        loss += far if share != 0 else top - top
-        square += d * d
-        g[j] = d * part
-    return loss, square
+    The gradient p − y is in `g`. The shares are those in `targ` if they are `given`, else they come from the label,
+    and from `other` labels unless that is 0; the label's part is `lam`. The `numbers` are: what shares are multiplied
+    by, what is added to each, and the gradient's unit."""
+    def __init__(self, dtype, given: bool, weighted: bool):
+        super().__init__(dtype, *_ARGS)
+        arg, self.given, self.weighted = self.code.__getitem__, given, weighted
+        self.n, self.c = arg('n'), arg('c')
+        self.z, self.g, self.out, self.targ, self.weight, self.lam, numbers = (
+            Numbers(arg(o), dtype) for o in ('z', 'g', 'out', 'targ', 'weight', 'lam', 'numbers'))
+        self.ints, self.other = (Numbers(arg(o), np.int64) for o in ('ints', 'other'))
+        self.keep, self.even, self.unit = (numbers[i] for i in range(3))
+        def row(i): self.code.when(self.ints[i] >= 0, lambda: self.row(i, self.ints[self.n + i], self.ints[i]))
+        self.code.loop(arg('first'), arg('last'), 1, row)
 
-def _share_all(z, g, t, top, h, total, per, part, keep, even):
-    "`_share` of any length."
-    loss = square = top - top
-    for a in range(0, len(z), 2048):
-        b = a + 2048
-        far, s = _share(z[a:b], g[a:b], t[a:b], top, h, total, per, part, keep, even)
-        loss, square = loss + far, square + s
-    return loss, square
+    def parts(self, i, k) -> tuple:
+        "The label's part of row `i`, another label, and its part, which is 0 if it is ignored."
+        one, none = (self.code.number(o, self.dtype) for o in (1, 0))
+        def mixed():
+            lam, other = self.lam[i], self.other[i]
+            return lam, other, where(other == self.code['ignore'], none, 1 - lam)
+        return self.code.when(self.other.address != 0, mixed, lambda: (one, k, none))
 
-def _share_kernel(z, t, targ, klass, keep, even, per, part, g, out, first, last):
-    """Rows `first` to `last` of `z`, n × c, with the shares `t` · `keep` + `even`.
+    def shares(self, i, k) -> tuple:
+        "What gives a vector of the row's shares, and the label's share."
+        L, t = self.L, self.targ.at(i * self.c)
+        if self.given:
+            def share(j, at, there): return t.get(j, L, there) * self.keep + self.even
+            own = t[k] * self.keep + self.even
+        else:
+            lam, other, rest = self.parts(i, k)
+            even = self.even * (lam + rest)
+            both = [(o.astype(self.int).spread(L), (part * self.keep).spread(L))
+                    for o, part in ((k, lam), (other, rest))]
+            def share(j, at, there): return sum((where(at == o, part, self.none) for o, part in both), even)
+            own = (lam + where(other == k, rest, 0.)) * self.keep + even
+        if not self.weighted: return share, own
+        return lambda j, at, there: share(j, at, there) * self.weight.get(j, L, there), own * self.weight[k]
 
-    Their facts for the class `targ` are in `out`, the gradient of its loss in `g`; the rest is as in
-    `_smooth_kernel`."""
-    for i in range(first, last):
-        k, j = targ[i], klass[i]
-        zi, gi, ti, top = z[i], g[i], t[i], z[i][j]
-        h = out[0][i] if j == k else z.dtype.type(_log(1 / (gi[j] * per)))
-        others = _total_of(ti[:k], keep, even) + _total_of(ti[k + 1:], keep, even)
-        own = ti[k] * keep + even
-        total = others + own
-        loss, square = _share_all(zi[:k], gi[:k], ti[:k], top, h, total, per, part, keep, even)
-        far, s = _share_all(zi[k + 1:], gi[k + 1:], ti[k + 1:], top, h, total, per, part, keep, even)
-        label = total * (gi[k] * per) + others if out[3][i] >= .5 else total * out[3][i] - own
-        gi[k] = label * part
-        out[1][i] = math.sqrt(square + s + label * label)
-        out[0][i] = loss + far + (own * (h + (top - zi[k])) if own != 0 else top - top)
-        if out[0][i] != out[0][i]: _fill(gi, out[0][i])   # a loss of nan has no gradient
+# %% ../nbs/00ba_smoothing.ipynb #51ba96d5
+@patch
+def row(self: _Shares, i, k, klass):
+    z, g, L = self.z.at(i * self.c), self.g.at(i * self.c), self.L
+    share, own = self.shares(i, k)
+    own, peak, zk, gk, loss, p, unit = (o.astype(np.float64) for o in (
+        own, z[klass], z[k], g[k], self.out[i], self.out[self.n * 3 + i], self.unit))
+    y = k.astype(self.int).spread(L)
+    def counts(at, there): return at != y if there is None else (at != y) & there
+    others, = self.sums(self.c, 1, lambda j, at, there: where(counts(at, there), share(j, at, there), self.none))
+    T = others + own
+    h = where(klass == k, loss, _log(1 / g[klass].astype(np.float64)))
+    narrow = [o.astype(self.dtype).spread(L) for o in (T, h, peak)]
+    def change(j, at, there):
+        total, up, top = narrow
+        t, p = share(j, at, there), g.get(j, L, there)
+        d, far = total * p - t, t * (up + (top - z.get(j, L, there)))
+        g.put(d * self.unit, j, there)
+        here = counts(at, there)
+        return where(here & (t != 0), far, self.none), where(here, d * d, self.none)
+    far, square = self.sums(self.c, 2, change)
+    label = where(p >= .5, T * gk + others, T * p - own)
+    g[k] = label * unit
+    self.out[self.n + i] = sqrt(square + label * label)
+    self.out[i] = loss = far + where(own != 0, own * (h + (peak - zk)), 0.)
+    nan = self.vector(math.nan)
+    def no_gradient(): self.each(self.c, lambda j, at, there: g.put(nan, j, there) or ())
+    self.code.when(loss != loss, no_gradient)
 
 # %% ../nbs/00ba_smoothing.ipynb #f8084540
-def _compiled(shares: bool, keep: bool):
-    import numba
-    from numba.extending import register_jitable
-    _teach()                                              # `_log` and `_fill`
-    for f in (_spread, _part, _share): register_jitable(**_LOOSE, forceinline=True)(f)
-    for f in (_spread_all, _total_of, _share_all): register_jitable(**_STRICT)(f)
-    return numba.njit(nogil=True, cache=keep, **_STRICT)(_share_kernel if shares else _smooth_kernel)
+def _try(kernel, dtype, given: bool) -> None:
+    "Two equal logits, of which the first has the share ¾."
+    z, g, out, ints = np.zeros((1, 2), dtype), np.array([[-.5, .5]], dtype), np.zeros(6, dtype), np.zeros(2, np.int64)
+    out[0], out[3] = math.log(2), .5                          # of the label: the loss, the probability
+    numbers, t, w = [1, 0, 1] if given else [.5, .25, 1], np.array([[.75, .25]], dtype), np.ones(2, dtype)
+    numbers = np.array(numbers, dtype)
+    kernel(*map(_address, (z, t, w)), 0, 0, *map(_address, (numbers, g, out, ints)), 1, 2, -100, 0, 1)
+    got = [float(o) for o in (*g[0], *out[:2])]
+    if np.allclose(got, [-.25, .25, math.log(2), math.sqrt(.125)]): return
+    raise ArithmeticError(f"two equal logits give {got}")
 
 @cache
-def _kernel(dtype, shares: bool = False):
+def _kernel(dtype, given: bool, weighted: bool):
     "The kernel, if it works for logits of `dtype`; None, with a warning, if not."
-    for keep in (True, False):
-        try:
-            kernel, one, zero = _compiled(shares, keep), dtype.type(1), np.zeros(1, np.int64)
-            g, out = np.array([[-.5, .5]], dtype), np.zeros((6, 1), dtype)
-            out[0], out[3] = math.log(2), .5              # of the label: the loss, the probability
-            how = zero, zero, one / 2, one / 4
-            if shares: how = np.array([[.75, .25]], dtype), zero, zero, one, one - one
-            kernel(np.zeros((1, 2), dtype), *how, one, one, g, out, 0, 1)
-            if np.allclose([*g[0], *out[:2, 0]], [-.25, .25, math.log(2), math.sqrt(.125)]): return kernel
-            raise ArithmeticError(f"two equal logits give {[*g[0], *out[:2, 0]]}")
-        except Exception as e:
-            why = e  # whatever an import or a compiler may raise
-    what = 'loss of probabilities' if shares else 'label smoothing'
-    warnings.warn(f"numba does not compile the {what} of fastai_xent, so such losses on the CPU are slower: "
-                  f"{type(why).__name__}: {why}", RuntimeWarning, stacklevel=4)
+    try:
+        kernel, = build(_Shares(dtype, given, weighted).code)
+        _try(kernel, dtype, given)
+        return kernel
+    except Exception as e:                                    # whatever an import or a compiler may raise
+        what = 'loss of probabilities' if given else 'label smoothing'
+        warnings.warn(f"llvmlite does not make the {what} of fastai_xent, so such losses on the CPU are slower: "
+                      f"{type(e).__name__}: {e}", RuntimeWarning, stacklevel=4)
 
 # %% ../nbs/00ba_smoothing.ipynb #52983da8
-def smoothable(pred: Tensor, targ: Tensor, weight: Tensor|None, axis: int) -> bool:
-    "Can `smoothed_pass` take rows like these?"
-    odd = targ.requires_grad or targ.is_neg() or traced(targ) or not targ.is_contiguous()
-    if targ.is_floating_point() and odd: return False
-    return weight is None and pred.ndim == 2 and axis == 1 and pred.is_contiguous()
+def smoothable(targ: Tensor) -> bool:
+    "Can `smoothed_pass` take these targets? Not probabilities that want a gradient, or are no plain numbers."
+    return not targ.is_floating_point() or (usable(targ) and not targ.requires_grad)
+
+def _as_rows(x: Tensor, axis: int) -> Tensor:
+    "`x` as rows `n c`, and a copy where these do not lie in memory like that."
+    if x.ndim != 2 or axis != 1: x = x.movedim(axis, -1).reshape(-1, x.shape[axis])
+    return x.contiguous()
+
+def _weighed(y: Tensor, weight: Tensor, ignore_index: int) -> float:
+    "The weight of the labels that count; ∞ if none does: smoothing gives a row a loss even then."
+    w = weight.double().numpy()[y.numpy()[y.numpy() != ignore_index]]
+    return w.sum() if w.any() else math.inf
 
 def smoothed_pass(
-    z: Tensor, # Logits, `n c`, contiguous, float32 or float64, on a CPU
-    y: Tensor, # Classes, `n`, int64; or shares of the classes, `n c`, contiguous
+    z: Tensor, # Logits, `n c d…`, float32 or float64, on a CPU
+    y: Tensor, # Classes, `n d…`, int64; or shares of the classes, `n c d…`
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     ignore_index: int = -100, # Rows with this target do not count; shares all count
     reduction: str = 'none', # 'mean', 'sum' or 'none'
     want_grad: bool = True, # Keep the gradient?
+    weight: Tensor|None = None, # A weight for each class, `c`
+    axis: int = 1, # The class axis, from 0
+    mix: tuple|None = None, # For MixUp: the other items' classes, `n`, and the own items' shares, `n`
 ) -> FusedPass|None: # None where there is no compiler
-    "Loss, gradient and facts of every row, with label smoothing or shares, and without class weights."
-    x, eps, shares = z.detach().numpy(), label_smoothing, ()
-    if y.is_floating_point():
-        shares = y.detach().to(z.dtype).numpy(),
-        y, ignore_index = torch.from_numpy(shares[0].argmax(1)), -1
-    kernel = _kernel(x.dtype, bool(shares))
-    done = None if kernel is None else fused_pass(z, y, None, ignore_index, 1, reduction)
+    "Loss, gradient and facts of every row, with label smoothing, shares, or mixed labels."
+    eps, dtype, given = label_smoothing, _dtype(z), y.is_floating_point()
+    kernel = _kernel(dtype, given, weight is not None)
+    if kernel is None: return None
+    flat, shares, whole = _as_rows(z.detach(), axis), None, y
+    if given:
+        shares = _as_rows(y.detach().to(z.dtype), axis)
+        y, ignore_index = torch.from_numpy(shares.numpy().argmax(1)), -1
+    else: y = y.reshape(-1)
+    n, c = flat.shape
+    try: done = fused_pass(flat, y, None, ignore_index)
+    except IndexError:
+        _raise_bad_targ(whole, c, ignore_index)               # by its place in the targets as they came
+        raise
     if done is None: return None
-    g, (n, c), kind = done.grad.numpy(), x.shape, x.dtype.type
-    part = 1 / done.divisor if reduction == 'mean' else 1.
-    numbers = [kind(o) for o in (1 - eps if shares else eps, eps / c, 1 / part, part)]
-    threads = 1 if x.size < 2 * _SHARE else min(torch.get_num_threads(), n, x.size // _SHARE)
-    _in_threads(kernel, (x, *shares, done.ints[1], done.ints[0], *numbers, g, done.facts), n, threads)
-    if reduction != 'none':
-        total = _kernels(x.dtype, False).total(done.facts[0], done.ints[0])
-        done.loss = torch.tensor(total * part, dtype=z.dtype)
+    if weight is not None:
+        weight = weight.detach().to(z.dtype).contiguous()
+        done.divisor = max(n, 1.) if given else _weighed(y, weight, ignore_index)
+    unit = 1.
+    if reduction == 'mean': unit = 1 / done.divisor if done.divisor else math.inf
+    numbers = np.array([1 - eps, eps / c, unit], dtype)
+    other, lam = (None, None) if mix is None else (mix[0].contiguous(), mix[1].to(z.dtype).contiguous())
+    args = (*map(_pointer, (flat, shares, weight, other, lam)), _address(numbers), done.grad.data_ptr(),
+            _address(done.facts), _address(done.ints), n, c, ignore_index)
+    _in_threads(lambda first, last: kernel(*args, first, last), n, _threads(n * c, n))
+    if reduction != 'none': done.loss = torch.from_numpy(np.array(_sum(done) * unit, dtype))
     if not want_grad: done.grad = None
+    elif axis != 1 or z.ndim != 2: done.grad = _as(done.grad, z.shape, axis)
     done.label_smoothing = eps
     return done
+
+def _sum(done: FusedPass) -> float:
+    "Of the losses that count, in their order."
+    return np.where(done.ints[0] < 0, 0, done.facts[0]).sum(dtype=np.float64)
 
 # %% ../nbs/00ba_smoothing.ipynb #db0ab368
 def fused_stats(
@@ -188,13 +193,21 @@ def fused_stats(
 ) -> XentStats:
     "`xent_stats`, by a kernel where there is one."
     pred, targ, eps, done = _plain(pred), _plain_targ(targ), label_smoothing, None
-    if mix is None and usable(pred):
+    if usable(pred) and smoothable(targ) and (mix is None or _mixable(pred, targ, axis, ignore_index, mix)):
         axis = _class_axis(pred, axis)
         shares = _check_targ(pred, targ, axis)
         _check_smoothing(eps)
         if weight is not None: _check_weight(weight, pred.shape[axis])
         z, y = _wide(pred), targ if shares else targ.long()
-        if not (eps or shares): done = fused_pass(z, y, weight, ignore_index, axis, want_grad=False)
-        elif smoothable(pred, y, weight, axis): done = smoothed_pass(z, y, eps, ignore_index, want_grad=False)
+        if not (eps or shares or mix): done = fused_pass(z, y, weight, ignore_index, axis, want_grad=False)
+        else: done = smoothed_pass(z, y, eps, ignore_index, 'none', False, weight, axis, mix)
     if done is not None: return done.stats(_rows(pred, axis))
     return xent_stats(pred, targ, weight, ignore_index, eps, axis, mix)
+
+def _mixable(pred: Tensor, targ: Tensor, axis: int, ignore_index: int, mix: tuple) -> bool:
+    "Can the kernel take such mixed rows? A row's label must count; torch knows the others."
+    other, lam = mix
+    rows = pred.ndim == 2 and axis in (1, -1) and targ.dtype is other.dtype is torch.int64
+    if not (rows and usable(other) and usable(lam)) or (targ == ignore_index).any(): return False
+    _raise_bad_targ(other, pred.shape[1], ignore_index)
+    return True

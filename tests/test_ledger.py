@@ -152,7 +152,6 @@ def test_a_broken_row(monkeypatch):
         real(self, *args, **kw)
         self.facts[0, 0] += .01
     monkeypatch.setattr(cpu_kernels.FusedPass, '__init__', broken)
-    monkeypatch.setattr(cpu_kernels, 'LARGE', 0)
     rec = XentRecorder()
     with warned() as said: learner([rec]).fit(1)
     assert len(said) == 2 and '5 of 5 batches' in said[0]

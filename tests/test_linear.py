@@ -26,7 +26,7 @@ from torch.testing import assert_close
 from torch.utils._python_dispatch import TorchDispatchMode
 from torchvision.models import resnet18
 
-from fastai_xent import cpu_kernels, linear
+from fastai_xent import linear
 from fastai_xent.linear import Features, HeadInLoss, LinearXentLossFlat, head_in_loss, linear_xent
 from fastai_xent.losses import XentLossFlat
 from fastai_xent.numerics import xent_stats
@@ -42,11 +42,6 @@ OPTIONS = {
     'negative weight': dict(weight='negative'), 'negative weight, smooth': dict(weight='negative', ignore_index=1, label_smoothing=.3),
 }
 each_option = pytest.mark.parametrize('option', OPTIONS.values(), ids=OPTIONS.keys())
-@pytest.fixture(autouse=True)
-def small_chunks_too(monkeypatch):
-    "Else a kernel sees large chunks alone."
-    monkeypatch.setattr(cpu_kernels, 'LARGE', 0)
-
 each_reduction = pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
 
 

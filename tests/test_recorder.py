@@ -117,7 +117,7 @@ SAME = {
     'label smoothing': dict(loss_func=LabelSmoothingCrossEntropyFlat), 'dropout': dict(model=lambda: Net(dropout=.5)), 'mixup': dict(cbs=lambda: [MixUp()]), "mixup, fastai's loss": dict(cbs=lambda: [MixUp()], loss_func=CrossEntropyLossFlat),
     'accumulate': dict(cbs=lambda: [GradientAccumulation(20)]), "accumulate, fastai's loss": dict(cbs=lambda: [GradientAccumulation(20)], loss_func=CrossEntropyLossFlat),
     'one cycle': dict(train=train_one_cycle), 'fine tune': dict(train=train_fine_tune), 'start epoch': dict(train=train_start), 'twice': dict(train=train_twice), 'looking': dict(train=train_looking, model=lambda: Net(dropout=.5)),
-    'the kernel': dict(way='numba'), "torch's way": dict(way='torch'), "torch's way, fastai's loss": dict(way='torch', loss_func=CrossEntropyLossFlat), "torch's way, accumulate": dict(way='torch', cbs=lambda: [GradientAccumulation(20)]), "torch's way, mixup": dict(way='torch', cbs=lambda: [MixUp()]),
+    'the kernel': dict(way=None), "torch's way": dict(way='torch'), "torch's way, fastai's loss": dict(way='torch', loss_func=CrossEntropyLossFlat), "torch's way, accumulate": dict(way='torch', cbs=lambda: [GradientAccumulation(20)]), "torch's way, mixup": dict(way='torch', cbs=lambda: [MixUp()]),
     'all': dict(workers=2, model=lambda: Net(dropout=.5), cbs=lambda: [MixUp(), GradientAccumulation(20)], train=train_one_cycle),
 }
 
@@ -173,7 +173,7 @@ VALUES = {
 }
 del VALUES['axis']
 
-@pytest.mark.parametrize('way', ['numba', 'torch'])
+@pytest.mark.parametrize('way', [None, 'torch'])
 @pytest.mark.parametrize('name', VALUES)
 def test_values(name, way, monkeypatch):
     "Every row of every epoch, train and valid, against float64 and autograd on the predictions of the very model state."
@@ -815,7 +815,7 @@ def test_no_waiting_for_the_device(monkeypatch):
                 calls.append((name, frame.f_code.co_name, frame.f_lineno))
             return real(self, *args, **kw)
         monkeypatch.setattr(torch.Tensor, name, counted)
-    for loss, way, cbs in ((XentLossFlat, 'numba', []), (XentLossFlat, 'torch', []), (CrossEntropyLossFlat, None, []), (CrossEntropyLossFlat, 'torch', []), (FocalLossFlat, None, []), (lambda: FocalLossFlat(gamma=.5), None, []), (lambda: XentLossFlat(W, label_smoothing=.1), None, []),
+    for loss, way, cbs in ((XentLossFlat, None, []), (XentLossFlat, 'torch', []), (CrossEntropyLossFlat, None, []), (CrossEntropyLossFlat, 'torch', []), (FocalLossFlat, None, []), (lambda: FocalLossFlat(gamma=.5), None, []), (lambda: XentLossFlat(W, label_smoothing=.1), None, []),
                            (XentLossFlat, None, [MixUp()])):  # with gamma below 1 the focal loss is asked
         monkeypatch.setattr(losses, 'WAY', way)
         rec = XentRecorder()

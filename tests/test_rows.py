@@ -17,7 +17,6 @@ from fastai_xent import losses, rowloss, rows as rows_module
 from fastai_xent.losses import XentLoss, XentLossFlat
 from fastai_xent.numerics import XentStats, xent_stats
 from fastai_xent.batch import Batch, NotRecordable, _sums, read_batch
-from fastai_xent.cpu_kernels import LARGE
 from fastai_xent.rows import RowBuffer, _may_wait, _Room
 
 LOSSES = {'ours': XentLoss(), 'stock': nn.CrossEntropyLoss()}
@@ -223,7 +222,7 @@ def test_rows_that_stay_on_a_device_are_the_same(monkeypatch, waits):
 def test_mixed_batches_wait_too(option, capacity, monkeypatch):
     "Small ones, plain ones between them; the statistics are those that each batch has alone."
     gen, times = torch.Generator().manual_seed(0), []
-    monkeypatch.setattr(rows_module, 'xent_stats', lambda *args, **kw: times.append(len(args[0])) or xent_stats(*args, **kw))
+    monkeypatch.setattr(rows_module, 'fused_stats', lambda *args, **kw: times.append(len(args[0])) or xent_stats(*args, **kw))
     rows, loss_func, want, partner, lam = RowBuffer(capacity), nn.CrossEntropyLoss(**option), [], [], []
     kw = {'label_smoothing': 0., 'ignore_index': -100, 'weight': None, **option}
     for i, n in enumerate([8, 8, 8, 5, 8, 8, 3]):
@@ -272,9 +271,9 @@ def test_room_grows_by_half_so_that_few_rows_are_copied():
 
 # -- what waits, and what is asked
 
-@pytest.mark.parametrize('device, most', [('cpu', LARGE - 1), ('meta', rows_module._DEVICE // 4)])
+@pytest.mark.parametrize('device, most', [('cpu', rows_module._HOST // 8), ('meta', rows_module._DEVICE // 4)])
 def test_small_batches_wait_for_their_statistics(device, most):
-    "Small is what a kernel of the processor would not take, or what a device has room for several times."
+    "Small is what there is room for several times."
     def waits(c): return _may_wait(Batch(torch.empty(1, c, device=device), torch.zeros(1, dtype=torch.long, device=device), nn.CrossEntropyLoss(), 1))
     assert waits(most) and not waits(most + 1)
 

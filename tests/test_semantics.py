@@ -123,7 +123,7 @@ OPTIONS = {'plain': {}, 'weight': dict(weight=W), 'smooth': dict(label_smoothing
 
 def item_of(x): return x[:, -1].round().long()
 
-@pytest.mark.parametrize('way', ['numba', 'torch'])
+@pytest.mark.parametrize('way', [None, 'torch'])
 @pytest.mark.parametrize('Loss', [XentLossFlat, CrossEntropyLossFlat, nn.CrossEntropyLoss])
 @pytest.mark.parametrize('option', OPTIONS)
 def test_options(option, Loss, way, monkeypatch):
@@ -207,7 +207,7 @@ def unmix(kind, raw, x):
 
 MIXED = {**{f'XentLossFlat, {k}': functools.partial(XentLossFlat, **kw) for k, kw in OPTIONS.items()}, **{f'CrossEntropyLossFlat, {k}': functools.partial(CrossEntropyLossFlat, **kw) for k, kw in OPTIONS.items()}}
 
-@pytest.mark.parametrize('way', ['numba', 'torch'])
+@pytest.mark.parametrize('way', [None, 'torch'])
 @pytest.mark.parametrize('name', MIXED)
 @pytest.mark.parametrize('kind', ['mixup', 'cutmix'])
 def test_mixed(kind, name, way, monkeypatch):
@@ -430,7 +430,7 @@ def item_means(want, kind) -> tuple:
     ok = want['ok'].flatten(1)
     return {k: (v.flatten(1).nan_to_num(nan=0.) * ok).sum(1) / ok.sum(1) for k, v in want.items() if k != 'ok'}, ok.sum(1)
 
-@pytest.mark.parametrize('way', ['numba', 'torch'])
+@pytest.mark.parametrize('way', [None, 'torch'])
 @pytest.mark.parametrize('option', DENSE_OPTIONS)
 @pytest.mark.parametrize('kind, Loss', [(k, o) for k, v in DENSE_LOSSES.items() for o in v])
 def test_dense(kind, Loss, option, way, monkeypatch):

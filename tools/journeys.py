@@ -2,7 +2,7 @@
 
 A batch's loss: from `loss_func(pred, targ)` to the Parquet file of its epoch, without the scores that follow.
 A question: `record.top(20)` of a record that was just opened. A new score: `register_score`.
-Nested functions belong to the function around them; what numba has compiled is not seen.
+Nested functions belong to the function around them.
 """
 import sys, tempfile, threading
 from pathlib import Path

@@ -188,7 +188,7 @@ class Chosen(Plugin):
 
 
 HEAVY = ('torch', 'torch.utils.data', 'fastai.vision.all', 'fastai.text.all', 'fastai.tabular.all', 'pandas', 'pyarrow.parquet',
-         'duckdb', 'sklearn', 'numba', 'hypothesis', 'pytest', '_pytest.assertion.rewrite')
+         'duckdb', 'sklearn', 'llvmlite', 'hypothesis', 'pytest', '_pytest.assertion.rewrite')
 
 
 def warm(names):
