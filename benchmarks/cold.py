@@ -1,10 +1,9 @@
 """What the first epoch of a fresh process costs: `python benchmarks/cold.py [turns]`.
 
 Every figure is a process of its own: 2,000 rows, 10 classes, batches of 64, one epoch, with `XentLossFlat` and a recorder on a disk
-("ours"), or with `CrossEntropyLossFlat` alone ("plain"). They take turns, with a compiler's cache that is empty each time and with one
-that is filled. CPU seconds of the whole process, all threads, count beside those of the clock, since neighbours disturb them less.
-"Large" is a training that the compiled kernel is for, 1,000 classes in batches of 256: its compiler is in the first figure and its
-import in the second."""
+("ours"), or with `CrossEntropyLossFlat` alone ("plain"). They take turns. CPU seconds of the whole process, all threads, count beside
+those of the clock, since neighbours disturb them less. "Large" has 1,000 classes in batches of 256. The kernels are made anew in each
+process, nothing is kept on the disk."""
 import json
 import os
 import statistics
@@ -43,35 +42,29 @@ def child(kind, who, where):
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     lap()
     laps = [[b - a for a, b in zip(s, t)] for s, t in zip(times, times[1:])]
-    print(json.dumps(dict(imports=laps[0], epoch=laps[1], compiler='numba' in sys.modules)))
+    print(json.dumps(dict(imports=laps[0], epoch=laps[1])))
 
 
-def run(kind, who, cache):
+def run(kind, who):
     "What a fresh process says."
     with tempfile.TemporaryDirectory() as where:
-        env = {**os.environ, 'NUMBA_CACHE_DIR': cache or f'{where}/numba', 'OMP_NUM_THREADS': '1'}
         cmd = [sys.executable, __file__, '--child', kind, who, f'{where}/run']
+        env = {**os.environ, 'OMP_NUM_THREADS': '1'}
         return json.loads(subprocess.run(cmd, env=env, check=True, capture_output=True, text=True).stdout)
 
 
 def main(turns=5):
     print(f"load {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
-    print("| first epoch of a process | compiler's cache | plain, s (CPU) | ours, s (CPU) | more, s (CPU) | goal | import of ours, s (CPU) | "
-          "imports a compiler |\n|---|---|---|---|---|---|---|---|")
-    for kind in KINDS:
-        with tempfile.TemporaryDirectory() as warm:
-            run(kind, 'ours', warm)
-            for cache in (None, warm):
-                got = {who: [] for who in ('plain', 'ours')}
-                for _ in range(turns):
-                    for who, o in got.items(): o.append(run(kind, who, cache))
-                def mid(who, what, k): return statistics.median(o[what][k] for o in got[who])
-                def both(f): return f"{f(0):.2f} ({f(1):.2f})"
-                c, bs = KINDS[kind]
-                more = both(lambda k: mid('ours', 'epoch', k) - mid('plain', 'epoch', k))
-                print(f"| {c} classes, batches of {bs} | {'filled' if cache else 'empty'} | {both(lambda k: mid('plain', 'epoch', k))} | "
-                      f"{both(lambda k: mid('ours', 'epoch', k))} | {more} | {'≤ 0.3' if kind == 'small' else ''} | "
-                      f"{both(lambda k: mid('ours', 'imports', k))} | {'yes' if got['ours'][0]['compiler'] else 'no'} |", flush=True)
+    print("| first epoch of a process | plain, s (CPU) | ours, s (CPU) | more, s (CPU) | goal | import of ours, s (CPU) |\n|---|---|---|---|---|---|")
+    for kind, (c, bs) in KINDS.items():
+        got = {who: [] for who in ('plain', 'ours')}
+        for _ in range(turns):
+            for who, o in got.items(): o.append(run(kind, who))
+        def mid(who, what, k): return statistics.median(o[what][k] for o in got[who])
+        def both(f): return f"{f(0):.2f} ({f(1):.2f})"
+        more = both(lambda k: mid('ours', 'epoch', k) - mid('plain', 'epoch', k))
+        print(f"| {c} classes, batches of {bs} | {both(lambda k: mid('plain', 'epoch', k))} | {both(lambda k: mid('ours', 'epoch', k))} | "
+              f"{more} | ≤ 0.3 | {both(lambda k: mid('ours', 'imports', k))} |", flush=True)
 
 
 if __name__ == '__main__':

@@ -40,13 +40,14 @@ class FusedLoss(torch.autograd.Function):
         y, done = call[0], call[-1]
         loss, grad = done.loss, done.grad
         done.loss = done.grad = None         # from here on they belong to autograd
-        ctx.save_for_backward(pred, grad)    # to save takes a while, so the rest is watched instead
-        ctx.call, ctx.versions = call, _versions(y, call[1])
+        ctx.save_for_backward(grad)
+        ctx.pred, ctx.call = pred, call      # watched, not saved: they may be edited
+        ctx.versions = _versions(pred, y, call[1])
         return _rows_loss(done, _rows(pred, call[2])) if loss is None else loss
 
     @staticmethod
     def backward(ctx, up):
-        pred, grad = ctx.saved_tensors
+        (grad,), pred = ctx.saved_tensors, ctx.pred
         if torch.is_grad_enabled():
             res = _again(pred, up, ctx.call, ctx.versions)  # create_graph
         else: res = _handed_over(grad, up, *ctx.call[2:])
@@ -67,8 +68,8 @@ def _handed_over(grad, up, axis, reduction, done) -> Tensor:
 def _again(pred, up, call, versions) -> Tensor:
     "The gradient times `up`, by operations that have a derivative."
     y, weight, axis, reduction, done = call
-    if versions != _versions(y, weight):
-        raise RuntimeError("the targets or weights were changed in place after the loss was called: "
+    if versions != _versions(pred, y, weight):
+        raise RuntimeError("the logits, targets or weights were changed in place after the loss was called: "
                            "the gradient has no derivative any more")
     ignored = _ignored(done, pred, axis).squeeze(axis)
     if reduction == 'none': up = up.unsqueeze(axis)

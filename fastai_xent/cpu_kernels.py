@@ -257,6 +257,7 @@ class _Rows(_Pass):
         klass = where(zy > m, k, where(zy == m, smaller(k, first), first))
         def seek(): return self.code.loop(0, self.c, 1, partial(self.seek, z, k), klass, m)
         klass, m = self.code.when((S != S) | (zy != zy), seek, lambda: (klass, m))
+        S = where(zy == math.inf, math.nan, S)                               # not certain, as it would seem
         self.keep(q, *(o.astype(np.float64) for o in (zy, m, S, Q, X, self.weigh(k), self.part(i))), klass)
 
     def seek(self, z, k, j, klass, m):
@@ -318,6 +319,7 @@ class _Planes(_Pass):
             return where(z != z, k, klass), where((z != z) & (y != k), math.nan, m)
         klass, m = self.code.when(((S != S) | (zy != zy)).any(), lambda: self.code.loop(0, self.c, 1, seek, klass, m),
                                   lambda: (klass, m))
+        S = where(zy == math.inf, math.nan, S)
         known = [o.astype(np.float64) for o in (zy, m, S, Q, X)]
         nothing = (0., 0., 1., 1., 0.)
         self.keep(i, *(where(counts, a, b) for a, b in zip(known, nothing)))
@@ -411,6 +413,7 @@ def _layout(z: Tensor, axis: int) -> tuple:
     "`z` as rows, `n c`, or planes, `n c d`; and whether its classes were moved to the end for that"
     shape, solid = z.shape, z.is_contiguous()
     if z.ndim == 2 and axis == 1 and solid: return z, False
+    z = z.detach()
     n, c, d = math.prod(shape[:axis]), shape[axis], math.prod(shape[axis + 1:])
     if solid and (d == 1 or d >= _FEW): return z.reshape((n, c) if d == 1 else (n, c, d)), False
     last = z.movedim(axis, -1)
@@ -449,7 +452,7 @@ def fused_pass(
     scale: Tensor|None = None, # For 'none': the gradient of each row is multiplied by this, `n d…`
 ) -> FusedPass|None: # None where there is no compiler
     "Loss, gradient and facts of every row, in one pass."
-    flat, moved = _layout(z.detach() if z.requires_grad else z, axis)
+    flat, moved = _layout(z, axis)
     planes, dtype = flat.ndim == 3, _dtype(z)
     kernel = _kernel(dtype, planes)
     if kernel is None: return None

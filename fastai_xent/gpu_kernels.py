@@ -147,7 +147,7 @@ def _xent_kernel(
         m = tl.where(S == 0., -inf, m)
         if SMOOTH: A, W = tl.reduce(As, 1, _SUM), tl.reduce(Ws, 0, _SUM)
     margin = zy - m
-    d = margin - tl.log(S)
+    d = tl.where(zy == inf, nan, margin - tl.log(S))         # not certain, as it would seem
 
     # what follows from d: softplus(−d) by a series that keeps its digits, σ(d) and σ(−d)
     t = tl.exp2(-tl.abs(d) * log2e)

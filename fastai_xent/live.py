@@ -15,7 +15,6 @@ import numpy as np
 from fastai.callback.core import Callback
 from fastcore.foundation import L
 from fastprogress import fastprogress
-from IPython.display import Image, display
 
 from .dynamics import row_weight
 from .issues import gap_confidence
@@ -113,6 +112,7 @@ class XentGraph(XentLive):
         if not self._watched: return
         file = BytesIO()
         save_picture(self.plot(self.xent.record), file)
+        from IPython.display import Image, display        # a script need not wait for it
         picture = Image(file.getvalue())
         if self.shown is None: self.shown = display(picture, display_id=True)
         else: self.shown.update(picture)

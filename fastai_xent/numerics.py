@@ -39,12 +39,13 @@ def _versus_rest(z: Tensor, y: Tensor, axis: int, room: Tensor|None = None) -> _
     y = y.unsqueeze(axis)
     x = z.scatter(axis, y, -math.inf)
     m = x.amax(axis, keepdim=True)
-    margin = z.gather(axis, y) - m
+    own = z.gather(axis, y)
+    margin = own - m
     least = torch.finfo(z.dtype).min              # −inf − −inf would be nan
     x.sub_(m.clamp_min(least)).mul_(_LOG2E)
     e = torch.exp2(x.clamp_min_(-2000), out=room) # 0, and 0 · −inf would be nan
     S, X = e.sum(axis, keepdim=True), x.mul_(e).sum(axis, keepdim=True) / _LOG2E
-    return _Rest(e, S, X, margin, margin - S.log())
+    return _Rest(e, S, X, margin, margin - S.log() + 0 * own.clamp_min(0))   # nan, not certain, if it is +∞
 
 def _positive(S: Tensor) -> Tensor:
     "`S`, but not 0, to divide by."

@@ -8,14 +8,12 @@ Docs: https://fastai-xent.github.io/fastai_xent/sql.html.md"""
 __all__ = ['sql']
 
 # %% ../nbs/05e_sql.ipynb #e3462386
-import duckdb
 import pandas as pd
 import pyarrow as pa
 
 # %% ../nbs/05e_sql.ipynb #24c4b74b
 _TABLES = ('record', 'items', 'classes')
-_UNREADABLE = (duckdb.IOException, duckdb.InvalidInputException, duckdb.InternalException,
-               duckdb.SerializationException)
+_UNREADABLE = 'IOException', 'InvalidInputException', 'InternalException', 'SerializationException'
 
 def sql(record, /,
     query: str, # Of the tables `record` (rows), `items` (split, segment, item, name, source), `classes` (class, name)
@@ -23,6 +21,7 @@ def sql(record, /,
     **frames, # Data frames of your own, by the names that `query` calls them
 ) -> pd.DataFrame:
     "Ask in SQL, answered by DuckDB. Variables of Python are not seen."
+    import duckdb                                         # who asks no SQL need not wait for it
     _check_names(frames)
     with duckdb.connect() as con:
         con.execute('set enable_progress_bar = false; set python_enable_replacements = false')
@@ -33,7 +32,7 @@ def sql(record, /,
             _view_rows(record, con, names)
             answer = con.execute(query)
             if answer is not None: return answer.df()
-        except _UNREADABLE:
+        except tuple(getattr(duckdb, o) for o in _UNREADABLE):
             record._epochs.try_reading(record._found())
             raise
     raise ValueError(f"the query {query!r} asks nothing, expected SQL: `select …`")

@@ -10,6 +10,7 @@ __all__ = ['Value', 'where', 'sqrt', 'larger', 'smaller', 'Numbers', 'Code', 'bu
 # %% ../nbs/00ab_vectors.ipynb #5d124df1
 import ctypes
 import struct
+from array import array
 from collections.abc import Callable
 
 import numpy as np
@@ -213,8 +214,10 @@ class Code:
     def _go(self, label: str) -> None: self.line(f"br label %{label}")
 
     def __str__(self):
-        args = ', '.join(f"i64 %{o}" for o in self.args)
-        return '\n'.join([f"define void @{self.name}({args}) {{", 'entry:', *self.rooms, *self.lines, 'ret void', '}'])
+        at = [f"%at{i} = getelementptr i64, ptr %args, i64 {i}" for i in range(len(self.args))]
+        args = [f"%{o} = load i64, ptr %at{i}, align 8" for i, o in enumerate(self.args)]
+        body = '\n'.join(['entry:', *self.rooms, *at, *args, *self.lines, 'ret void'])
+        return f"define void @{self.name}(ptr %args) {{\n{body}\n}}"
 
 # %% ../nbs/00ab_vectors.ipynb #f27de93b
 @patch
@@ -277,7 +280,11 @@ def build(
     engine = llvm.create_mcjit_compiler(module, _machine(llvm))
     engine.finalize_object()
     def function(code):
-        f = ctypes.CFUNCTYPE(None, *[ctypes.c_int64] * len(code.args))(engine.get_function_address(code.name))
+        call, n = ctypes.CFUNCTYPE(None, ctypes.c_int64)(engine.get_function_address(code.name)), len(code.args)
+        def f(*args):
+            if len(args) != n: raise TypeError(f"expected {n} whole numbers, {', '.join(code.args)}; {len(args)} came")
+            block = array('q', args)                      # to hand over one address is faster than many numbers
+            call(block.buffer_info()[0])
         f.engine = engine                                 # the code lives as long as this
         return f
     return [function(o) for o in codes]

@@ -1,8 +1,10 @@
 "The kernels for CPUs: layouts, precision, extremes, threads, and what happens without a compiler."
 import os
+import platform
 import subprocess
 import sys
 import warnings
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch.testing import assert_close
 
-from fastai_xent import cpu_kernels, losses
+from fastai_xent import cpu_kernels, losses, vectors
 from fastai_xent.cpu_kernels import fused_pass
 from fastai_xent.losses import XentLoss
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
@@ -186,14 +188,56 @@ def test_an_infinite_factor_does_not_reach_ignored_rows_of_a_graph_that_is_kept(
     XentLoss()(leaf, y).backward(torch.tensor(inf), retain_graph=True)
     assert leaf.grad[0].isinf().all() and not leaf.grad[1].any()
 
-@pytest.mark.parametrize('what', ['targets', 'weights'])
+@pytest.mark.parametrize('what', ['logits', 'targets', 'weights'])
 def test_a_second_derivative_after_an_edit_is_refused(what):
     leaf, y, w = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1]), torch.ones(3)
-    loss = XentLoss(w)(leaf, y)
+    logits = leaf * 1
+    loss = XentLoss(w)(logits, y)
     want = torch.autograd.grad(loss, leaf, retain_graph=True)[0]
-    (y if what == 'targets' else w).add_(1)
+    dict(logits=logits, targets=y, weights=w)[what].add_(1)
     assert torch.equal(torch.autograd.grad(loss, leaf, retain_graph=True)[0], want)      # the gradient itself was there before
-    with pytest.raises(RuntimeError, match='the targets or weights were changed in place after the loss was called'): torch.autograd.grad(loss, leaf, create_graph=True)
+    with pytest.raises(RuntimeError, match='the logits, targets or weights were changed in place after the loss was called'): torch.autograd.grad(loss, leaf, create_graph=True)
+
+@pytest.mark.parametrize('kw', [{}, dict(label_smoothing=.1)], ids=['plain', 'smooth'])
+def test_logits_may_be_edited_before_the_backward_pass(kw):
+    "As with torch's loss: its gradient is that of the logits that the loss has seen."
+    grads = []
+    for loss_func in (XentLoss(**kw), torch.nn.CrossEntropyLoss(**kw)):
+        leaf = torch.randn(6, 4, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        logits = leaf * 2
+        loss = loss_func(logits, torch.tensor([0, 1, 2, 3, 0, 1]))
+        logits.clamp_(-1, 1)
+        with torch.no_grad(): logits.zero_()
+        loss.backward()
+        grads.append(leaf.grad)
+    assert_close(*grads)
+
+def test_a_second_backward_pass_needs_the_graph():
+    leaf = torch.zeros(2, 3, requires_grad=True)
+    loss = XentLoss()(leaf, torch.tensor([0, 1]))
+    loss.backward()
+    with pytest.raises(RuntimeError, match='a second time'): loss.backward()
+
+@pytest.fixture
+def other_processor(monkeypatch, not_made):
+    "Makes kernels for a processor by its name."
+    def machine(name, llvm):
+        llvm.initialize_native_target()
+        llvm.initialize_native_asmprinter()
+        return llvm.Target.from_default_triple().create_target_machine(cpu=name, features='', opt=3)
+    return lambda name: monkeypatch.setattr(vectors, '_machine', partial(machine, name))
+
+@pytest.mark.skipif(platform.machine() not in ('x86_64', 'AMD64'), reason='these are processors of another kind')
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('name', ['x86-64', 'haswell'])
+def test_other_processors(name, dtype, other_processor):
+    "Of 2003 and of 2013: vectors of 16 logits are taken apart, and masks are branches."
+    other_processor(name)
+    for shape, axis in SHAPES.values():
+        z, y = problem(shape, axis, dtype)
+        got = fused_pass(z, y, None, -100, axis)
+        for a, b in zip(got.stats(y.shape), xent_stats(z, y, axis=axis)): assert_close(a, b, rtol=1e-5, atol=1e-6, equal_nan=True)
+        assert_close(got.grad, xent_grad(z, y, axis=axis), rtol=1e-5, atol=1e-6)
 
 def test_a_target_that_is_no_class_is_named():
     with pytest.raises(IndexError, match=r'targ\[1, 2\] is 5, expected a class from 0 to 4'): fused_pass(torch.zeros(2, 5, 40), torch.zeros(2, 40, dtype=torch.long).index_put((torch.tensor(1), torch.tensor(2)), torch.tensor(5)))

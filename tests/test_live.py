@@ -86,7 +86,7 @@ def notebook(monkeypatch):
     def display(picture, display_id):
         shown.append(('new', picture.data))
         return SimpleNamespace(update=lambda picture: shown.append(('in place', picture.data)))
-    monkeypatch.setattr(live, 'display', display)
+    monkeypatch.setattr('IPython.display.display', display)
     monkeypatch.setattr(fastprogress, 'IN_NOTEBOOK', True)
     return shown
 

@@ -415,6 +415,21 @@ def test_a_row_counts_by_the_weight_of_its_label_alone(monkeypatch, name):
     assert_close(XentLoss(**kw, reduction='sum')(Z, targ), F.cross_entropy(Z, targ, **kw, reduction='sum'), **F32)
 
 
+@pytest.mark.parametrize('name', [None, 'torch', 'triton'])
+@pytest.mark.parametrize('kw', [{}, dict(label_smoothing=.1), dict(weight=torch.tensor([1., 2., 3.]))], ids=['plain', 'smooth', 'weights'])
+@pytest.mark.parametrize('at', [0, 1])
+def test_a_logit_that_is_infinite_has_no_loss_as_in_torch(monkeypatch, at, kw, name):
+    "Of the label too: it would seem certain, and a training that diverges would go on with a loss of 0."
+    if name == 'triton': pytest.importorskip('triton')
+    monkeypatch.setattr(losses, 'WAY', name)
+    pred = torch.tensor([[0., 1., 2.], [0., 1., 2.]])
+    pred[0, at] = inf
+    targ, loss_func = torch.tensor([0, 1]), XentLoss(reduction='none', **kw)
+    assert_same(run(loss_func, pred, targ), run(partial(F.cross_entropy, reduction='none', **kw), pred, targ), **F32)
+    assert all(o[0].isnan() for k, o in loss_func.stats._asdict().items() if k not in ('margin', 'pred'))
+    assert loss_func.stats.pred[0] == at and not loss_func.stats.loss[1].isnan()
+
+
 def test_rows_that_cancel_and_are_lost_have_no_mean_as_in_torch(way):
     pred, targ, weight = torch.zeros(2, 3), torch.tensor([0, 1]), torch.tensor([1., -1., 0.])
     assert F.cross_entropy(pred, targ, weight=weight).isnan() and XentLoss(weight)(pred, targ).isnan()

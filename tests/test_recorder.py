@@ -946,10 +946,19 @@ class InPlace(Callback):
         else: self.learn.loss_func.weight.mul_(torch.tensor([1., 3., 1.]))
 
 @pytest.mark.parametrize('what', ['targets', 'weights'])
-def test_targets_or_weights_changed_in_place_are_refused(what):
-    "The numbers would be those of other arguments than the loss had."
-    loss_func = XentLossFlat(weight=torch.tensor([1., 2., 3.]))
-    learn = learner([rec := XentRecorder(), InPlace(what)], loss_func)
-    with warned() as said: learn.fit(1)
+@pytest.mark.parametrize('way', [None, 'torch'])
+def test_targets_or_weights_changed_in_place(way, what, monkeypatch):
+    "What came with the loss is recorded as it was; torch's would be the numbers of other arguments than the loss had."
+    monkeypatch.setattr(losses, 'WAY', way)
+    recs = []
+    for cbs in ([], [InPlace(what)]):
+        learn = learner([rec := XentRecorder(), *cbs], XentLossFlat(weight=torch.tensor([1., 2., 3.])))
+        with warned() as said: learn.fit(1)
+        recs.append(rec.record)
+    plain, edited = recs
+    if way is None:
+        first = slice(learn.dls.valid.bs)                     # later batches have other weights from the start
+        assert not said and edited.to_df('valid')[first].equals(plain.to_df('valid')[first])
+        return
     assert any("records nothing of 'valid': the logits, targets or weights were changed in place after the loss was called" in o for o in said), said
-    assert 'train' in rec.record.splits and 'valid' not in rec.record.splits
+    assert 'train' in edited.splits and 'valid' not in edited.splits

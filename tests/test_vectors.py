@@ -165,3 +165,8 @@ def test_code_lives_as_long_as_a_function():
     del f
     gc.collect()
     assert engine() is None
+
+def test_a_call_has_all_arguments():
+    f, = build(Code('f', 'x', 'y'))
+    with pytest.raises(TypeError, match='expected 2 whole numbers, x, y; 1 came'): f(1)
+    with pytest.raises(TypeError): f(1, .5)
