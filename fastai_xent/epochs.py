@@ -13,7 +13,7 @@ import re
 from concurrent.futures import Executor
 from contextlib import nullcontext
 from dataclasses import dataclass
-from functools import partial, reduce
+from functools import cache, partial, reduce
 from operator import or_
 from pathlib import Path
 
@@ -27,10 +27,16 @@ from fastcore.basics import patch
 from .bars import Bar
 from .chunks import check_executor, in_order
 from .files import Place
-from .parquet import ALL, GROUP, KEY, ROWS, naming, read_items, with_key, write_rows
+from .parquet import ALL, GROUP, KEY, ROWS, held, naming, read_items, with_key, write_rows
 
 # %% ../nbs/05b_epochs.ipynb #5c9b560a
 FORMAT = 3
+
+@cache
+def _pattern(template: str) -> re.Pattern:
+    "What the names look like that are made from a template."
+    field = lambda m: f'(?P<{m[1]}>[^/]+)' if m[1] == 'split' else f'(?P<{m[1]}>[0-9]+)'
+    return re.compile(re.sub(r'\\{(\w+)(:03d)?\\}', field, re.escape(template)))
 
 @dataclass(frozen=True)
 class Layout:
@@ -50,8 +56,7 @@ class Layout:
 
     def read(self, kind: str, name: str) -> dict|None: # field → text; None: the name of something else
         "The fields of a file's name."
-        field = lambda m: f'(?P<{m[1]}>[^/]+)' if m[1] == 'split' else f'(?P<{m[1]}>[0-9]+)'
-        m = re.fullmatch(re.sub(r'\\{(\w+)(:03d)?\\}', field, re.escape(getattr(self, kind))), name)
+        m = _pattern(getattr(self, kind)).fullmatch(name)
         return m and m.groupdict()
     def folders(self) -> list: # Of names
         "The directories and files that a training writes. What people decided stays when it is replaced."
@@ -67,8 +72,6 @@ def layout_of(place: Place) -> Layout:
     return _OLD if place.exists(_OLD.meta) and not place.exists(Layout.meta) else Layout()
 
 # %% ../nbs/05b_epochs.ipynb #9ed01cbe
-_ALL_NAMES = json.dumps(ALL.names) # an older file does not say
-
 class Compact:
     "A file with many epochs."
     def __init__(self, place: Place, name: str, number: int):
@@ -127,8 +130,7 @@ class Epochs:
         hold = set()
         for name in (*single, *packed):
             with naming(self.place.at(name)), pq.ParquetFile(**self.place.parquet(name)) as f:
-                facts = f.metadata.metadata
-            hold |= {*json.loads(facts.get(b'columns', _ALL_NAMES))}
+                hold |= {*held(f.metadata)}
         return [o for o in ALL.names if o in hold]
 
     def marks(self, found: dict) -> list:
@@ -242,12 +244,17 @@ _AT_ONCE = 2**20 # Rows, or a little more
 
 @patch
 def pack(self: Epochs,
-    split: str,
-    n: int, # Number of items
+    n: dict, # split → number of items
     executor: Executor|None = None, # Who reads them; None: this process
 ) -> None:
-    "Put all epochs of a split into one file."
+    "Put all epochs of each split into one file."
     check_executor(executor)
+    if not n: return                                      # perhaps there is no directory yet
+    with self.place.lock(alone=True) or nullcontext():
+        for split in n: self._pack(split, n[split], executor)
+
+@patch
+def _pack(self: Epochs, split, n, executor):
     found, before = {k: o for k, o in self.found().items() if k[1] == split}, self.compact().get(split)
     if any(not isinstance(o, Compact) for o in found.values()):
         name = self.layout.compact.format(split=split, number=1 + (before.number if before else 0))

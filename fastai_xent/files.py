@@ -112,7 +112,7 @@ def write(self: Place,
 
 @patch
 def _write_local(self: Place, path, fill, lasting):
-    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.parent.is_dir(): path.parent.mkdir(parents=True, exist_ok=True)
     if not lasting: _sweep(path)
     tmp = path.with_name(f'.{path.name}.{os.getpid()}-{threading.get_ident()}.tmp')
     try:
@@ -121,7 +121,9 @@ def _write_local(self: Place, path, fill, lasting):
             f.flush()
             if lasting: os.fsync(f.fileno())
         os.replace(tmp, path)
-    finally: tmp.unlink(missing_ok=True)
+    except BaseException:
+        tmp.unlink(missing_ok=True)
+        raise
     if lasting and os.name == 'posix': _sync(path.parent)
 
 def _sync(directory: Path) -> None:

@@ -12,7 +12,6 @@ import json
 import os
 from collections import namedtuple
 from concurrent.futures import Executor, ThreadPoolExecutor
-from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -444,7 +443,6 @@ def map(self: XentRecord,
 def compact(self: XentRecord,
     executor: Executor|None = None, # Who reads the epochs, such as `ProcessPoolExecutor()`; None: this process
 ) -> None:
-    "Put all epochs of a split into one file, in which the rows of an item stand together, and remove the single ones."
-    with self._place.lock(alone=True) or nullcontext():
-        for split, d in self.meta['splits'].items():
-            self._epochs.pack(split, max(o['n'] for o in d['segments']), executor)
+    "Put all epochs of a split, if there are any, into one file in which the rows of an item stand together."
+    n = {split: max(o['n'] for o in d['segments']) for split, d in self.meta['splits'].items()}
+    self._epochs.pack(n, executor)

@@ -69,7 +69,7 @@ class XentWriter:
         "The state that belongs to this process."
         self._name = uuid.uuid4().hex                     # to notice when somebody else writes
         self._said = None                                 # by which name the record knows that we write now
-        self._pool = self._lock = self._pass = None
+        self._pool = self._lock = self._pass = self._packed = None
         self._fit, self._step, self._closed = self._record._n_fits, 0, set()
         self._in_loop = self._stopped = False
         self._jobs = []                                   # writing, with its number of rows
@@ -266,7 +266,7 @@ def _do(self: XentWriter, job, *args):
     job(*args)
 
 @patch
-def _take_lock(self: XentWriter): self._lock = self._record._place.lock()
+def _take_lock(self: XentWriter): self._lock, self._packed = self._record._place.lock(), None
 
 @patch
 def _file(self: XentWriter, kind, key, rank) -> str:
@@ -276,7 +276,9 @@ def _file(self: XentWriter, kind, key, rank) -> str:
 @patch
 def _write_rows(self: XentWriter, key, cols, rank):
     r, (fit, split, epoch) = self._record, key
-    packed = r._epochs.compact().get(split)
+    if self._packed is None or self._lock is None:        # nobody makes one while we hold the lock
+        self._packed = r._epochs.compact()
+    packed = self._packed.get(split)
     if packed and (fit, epoch) in packed.marks:
         raise ValueError(f"epoch {epoch} of {split!r} in fit {fit} lies in {packed.name}, and what was compacted "
                          "is not replaced")
@@ -309,7 +311,7 @@ def _write_newest(self: XentWriter, kind, key, rank, item, lists, facts):
     if not facts['every'] or (key[2] + 1) % facts['every']: self._passing[kind, key[1]] = key
 
 # %% ../nbs/05i_writer.ipynb #5bf3cbfb
-_SHARE = .0025 # of the time, that the running scores of a split may take while it trains
+_SHARE = .001 # of the time, that the running scores of a split may take while it trains
 _WAITING = 2**18 # rows that may wait for the thread; a larger epoch waits alone
 
 @patch

@@ -86,6 +86,18 @@ def test_the_same_bits_as_alone(pool, small, tmp_path):
     pd.testing.assert_frame_equal(by.to_df(), alone.to_df())
     assert answers(XentRecord(by.path)) == answers(alone)
 
+@pytest.mark.parametrize('where', ['memory', 'disk'])
+@pytest.mark.parametrize('listed', [False, True])
+def test_compact_of_nothing(where, listed, tmp_path):
+    "Nothing is done, in a place where nothing was ever written too; what is no executor is refused all the same."
+    writer = XentWriter(None if where == 'memory' else tmp_path / 'r')
+    if listed: writer.set_items('train', frame(3), 'f')
+    before = writer.record._place.files()
+    for executor in (None, Alone()): writer.record.compact(executor)
+    for bad in (4, 'two', Alone):
+        with pytest.raises(TypeError, match='expected a `concurrent.futures.Executor`'): writer.record.compact(bad)
+    assert [o for o in writer.record._place.files() if o != '.lock'] == before
+
 def test_only_new_epochs_are_read(small, tmp_path, monkeypatch):
     "States that are there go on, to the very file that one process writes."
     long_run(tmp_path / 'alone').scores()

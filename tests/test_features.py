@@ -1,9 +1,11 @@
 "What the last layer got, item by item, against the same product in float64; and what is asked of it."
+import io
 import pickle
 
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
+import pyarrow.parquet as pq
 import pytest
 import torch
 from fastai.callback.core import Callback
@@ -15,9 +17,11 @@ from helpers import CpuAutocast, Net, Points, ended, learner, same_bits, warned
 from runs import put
 from torch import nn
 
+from fastai_xent.export import read_lists
 from fastai_xent.features import _space
 from fastai_xent.linear import head_in_loss
 from fastai_xent.losses import XentLossFlat
+from fastai_xent.parquet import lists_of, write_lists
 from fastai_xent.record import XentRecord
 from fastai_xent.recorder import XentRecorder
 from fastai_xent.records import XentRecords
@@ -468,3 +472,29 @@ def test_a_look_at_an_earlier_model_is_not_compared_with_valid(look, of):
 
 def test_features_of_different_models_are_refused():
     with pytest.raises(ValueError, match=r'different epochs \(train 1, valid 2\)'): two_looks(1, None, 2).duplicates()
+
+
+# -- handed to a writer
+
+@pytest.mark.parametrize('kind', ['features', 'inputs'])
+@pytest.mark.parametrize('bad', [np.nan, np.inf, -np.inf, 1e6, -1e30])
+def test_one_bad_row_spoils_no_other(kind, bad):
+    "It has no numbers, the others those that they have without it; of a repeated item the last good row counts."
+    writer, lists = XentWriter(), cloud(30).astype(np.float32)
+    item, wrong = np.arange(30), lists.copy()
+    item[9] = 8
+    wrong[4, 2] = wrong[9, 0] = wrong[29, 19] = bad
+    ok = np.isin(np.arange(30), [4, 9, 29], invert=True)
+    writer.set_items('train', pd.DataFrame(dict(item=range(30), name=None, source=range(30))), 't')
+    for e, (i, rows) in enumerate(((item[ok], lists[ok]), (item, wrong))):
+        cols = dict(item=np.arange(30), pred=np.arange(30) % 3, targ=np.arange(30) % 3)
+        put(writer, 0, e, 'train', cols, **{kind: (i, rows, dict(every=1))})
+    want, got = (read_lists(writer.record, kind, 'train', e, '', '')[0] for e in range(2))
+    assert np.isnan(got).all(1).tolist() == [i in (4, 9, 29) for i in range(30)]
+    np.testing.assert_array_equal(got, want)
+
+def test_lists_of_bad_rows_alone():
+    "Nothing is left, and can be read as nothing."
+    write_lists(f := io.BytesIO(), np.arange(3), np.full((3, 5), np.nan), 'x', shared=True)
+    got = lists_of([pq.read_table(f)], 'x', 3)
+    assert got.shape == (3, 5) and np.isnan(got).all()

@@ -2,6 +2,7 @@
 import json
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from helpers import FLOATS, learner
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from runs import RUN, fill, frame, put
 
-from fastai_xent.parquet import shorten
+from fastai_xent.parquet import ALL, read_items, row_tables, shorten, write_rows
 from fastai_xent.record import XentRecord
 from fastai_xent.recorder import XentRecorder
 from fastai_xent.writer import XentWriter
@@ -45,6 +46,31 @@ def test_encodings_that_older_readers_know(tmp_path):
         for g in range(m.num_row_groups):
             columns = [m.row_group(g).column(j) for j in range(m.num_columns)]
             assert [c.path_in_schema for c in columns if 'BYTE_STREAM_SPLIT' in c.encodings and c.physical_type not in ('FLOAT', 'DOUBLE')] == []
+
+def test_a_column_that_begins_with_nothing(tmp_path):
+    "The first rows decide how a column is compressed, not what it may hold."
+    cols = dict(item=np.arange(6), lam=np.array([np.nan] * 4 + [.25, .5]), partner=np.array([-1] * 4 + [0, 1]), pred=np.ones(6, int), targ=np.ones(6, int))
+    with open(tmp_path / 'x', 'wb') as f: write_rows(f, row_tables(cols, (0, 'train', 0), rows=2))
+    t = read_items(tmp_path / 'x', 0, 6, ['lam', 'item', 'partner', 'grand'])
+    assert t.schema.equals(pa.schema([ALL.field(o) for o in ('lam', 'item', 'partner', 'grand')]))
+    assert t.to_pydict() == dict(lam=[None] * 4 + [.25, .5], item=[*range(6)], partner=[None] * 4 + [0, 1], grand=[None] * 6)
+
+def test_nothing_is_read_of_a_column_that_holds_nothing(tmp_path, monkeypatch):
+    "Nor of one that an older file does not have."
+    asked, read = [], pq.ParquetFile.read_row_groups
+    monkeypatch.setattr(pq.ParquetFile, 'read_row_groups', lambda *a, columns, **kw: asked.append(columns) or read(*a, columns=columns, **kw))
+    cols = dict(item=np.arange(6), pred=np.ones(6, int), targ=np.ones(6, int))
+    with open(tmp_path / 'x', 'wb') as f: write_rows(f, row_tables(cols, (0, 'train', 0)))
+    pq.write_table(pa.table({'item': pa.array(range(6), pa.int32()), 'targ': pa.array([1] * 6, pa.int32())}), tmp_path / 'older')
+    for name in ('x', 'older'):
+        t = read_items(tmp_path / name, 2, 4, ['item', 'worst', 'targ', 'loss'])
+        assert t.to_pydict() == dict(item=[2, 3], worst=[None] * 2, targ=[1, 1], loss=[None] * 2)
+        assert t.schema.equals(pa.schema([ALL.field(o) for o in t.column_names]))
+    assert asked == [['item', 'targ']] * 2
+
+def test_no_rows_are_read_as_none(tmp_path):
+    with open(tmp_path / 'x', 'wb') as f: write_rows(f, [])
+    assert read_items(tmp_path / 'x', 0, 9, ['item', 'loss', 'split']).to_pydict() == dict(item=[], loss=[], split=[])
 
 # -- few digits
 

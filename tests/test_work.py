@@ -2,7 +2,7 @@
 from collections import Counter
 
 import pytest
-from runs import RUN, fill
+from runs import RUN, fill, frame, put, rows
 
 from fastai_xent import cache, epochs, running
 from fastai_xent.files import Place
@@ -51,6 +51,14 @@ def test_a_question(ask, want, record, counted):
     ask(record)
     assert counted == want
 
+def test_an_epoch_is_written_without_a_look_at_the_others(tmp_path, counted):
+    "While a writer holds the lock nobody compacts: one look before the first epoch is enough."
+    with XentWriter(tmp_path / 'r') as writer:
+        writer.set_items('train', frame(5), 'f')
+        counted.clear()
+        for e in range(4): put(writer, 0, e, 'train', rows(range(5), seed=e))
+        assert counted == dict(walks=1)
+
 def test_a_first_question_folds_once(tmp_path, counted):
     "All scores of a split in one fold, each epoch read once."
     record = fill(tmp_path / 'r', RUN)
@@ -72,7 +80,6 @@ def test_the_verdict_reads_five_columns_once(record, monkeypatch):
     assert len(named) <= 2 * (4 + 1)                       # four classes and none, of the labels and of the likely ones
 
 def test_many_items_are_named_only_where_they_are_shown(tmp_path, counted):
-    from runs import frame, put, rows
     writer = XentWriter(tmp_path / 'r')
     writer.set_items('train', frame(10000), 'f')
     put(writer, 0, 0, 'train', rows(range(10000)))
