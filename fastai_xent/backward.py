@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from .cpu_kernels import FusedPass
-from .numerics import _derivable_grad, _may_reuse, _rows
+from .numerics import _derivable_grad, _keeps_graph, _may_reuse, _rows
 
 # %% ../nbs/00e_backward.ipynb #bcd649b5
 def _versions(*xs: Tensor|None) -> list:
@@ -50,7 +50,9 @@ class FusedLoss(torch.autograd.Function):
         (grad,), pred = ctx.saved_tensors, ctx.pred
         if torch.is_grad_enabled():
             res = _again(pred, up, ctx.call, ctx.versions)  # create_graph
-        else: res = _handed_over(grad, up, *ctx.call[2:])
+        else:
+            res = _handed_over(grad, up, *ctx.call[2:])
+            if not _keeps_graph(): ctx.pred = None          # a loss that is kept need not keep its logits
         return res if res.dtype is pred.dtype else res.to(pred.dtype), None
 
 def _handed_over(grad, up, axis, reduction, done) -> Tensor:

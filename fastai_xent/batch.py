@@ -80,6 +80,13 @@ class Batch:
     stats: XentStats|None = None # The rows' statistics, where `pred` holds features instead of logits
     loss: Tensor|None = None     # The batch's loss, as the Learner has it
     doubts: tuple = ()           # What is to be looked at when the device has come to it: see `_look_at_sums`
+    edited: bool = False         # Were logits, targets or weights changed in place since the loss was called?
+
+    def check(self) -> None:
+        "Refuse to compute anything from logits that were edited."
+        if not self.edited: return
+        raise NotRecordable("the logits, targets or weights were changed in place after the loss was called, by a "
+                            "callback perhaps; let it change a copy")
 
     @property
     def dense(self) -> bool: return self.pred.ndim > 2
@@ -227,9 +234,8 @@ def _called_batch(last, loss_func, func, loss) -> Batch:
     batch = Batch(last.pred, last.targ, loss_func, settings.axis, loss=loss)
     batch.settings = settings if settings.reduction == now else settings._replace(reduction=now)
     batch.came = last.stats if last.done is None else last.done
-    if batch.came is None and last.versions != last.edits():
-        raise NotRecordable("the logits, targets or weights were changed in place after the loss was called, by a "
-                            "callback perhaps; let it change a copy")
+    batch.edited = last.versions != last.edits()
+    if batch.came is None: batch.check()
     if last.targ.is_floating_point(): _look_at_sums(batch)
     return batch
 

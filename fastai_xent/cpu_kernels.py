@@ -12,7 +12,7 @@ import ctypes
 import math
 import os
 import warnings
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass
 from functools import cache, partial
 from typing import NamedTuple
@@ -120,12 +120,10 @@ class _Kernel:
     def each(self, n: Value, f, *carried: Value):
         "`f(i, at, there, *carried)` for each vector of `n` numbers: its place, its lanes' places, and a mask or None."
         whole, code = n & -self.L, self.code
-        def end():
-            at = self.lanes + whole.astype(self.int)
-            return f(whole, at, at < n.astype(self.int), *carried)
-        carried = _tuple(code.when(whole < n, end, lambda: carried))
         def step(i, at, *carried): return at + self.L, *_tuple(f(i, at, None, *carried))
-        return code.loop(0, whole, self.L, step, self.lanes, *carried)[1:]
+        at, *found = code.loop(0, whole, self.L, step, self.lanes, *carried)
+        def end(): return f(whole, at, at < n.astype(self.int), *found)
+        return _tuple(code.when(whole < n, end, lambda: tuple(found)))
 
     def sums(self, n: Value, count: int, f) -> list:
         "The sums of the `count` vectors that `f(i, at, there)` gives for each vector of `n` numbers."
@@ -399,10 +397,20 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 def _in_threads(some, blocks: int, threads: int) -> None:
     "Let `some(first, last)` do all blocks, some in each thread."
-    at = [blocks * i // threads for i in range(threads + 1)]
-    others = [_pool(threads - 1).submit(some, *o) for o in zip(at[1:], at[2:])]
-    some(*at[:2])
+    at, others = [blocks * i // threads for i in range(threads + 1)], []
+    try:
+        for o in zip(at[1:], at[2:]): others.append(_submit(threads - 1, some, *o))
+        some(*at[:2])
+    finally: wait(others)                # else they would go on writing after a keyboard interrupt
     for o in others: o.result()
+
+def _submit(threads: int, some, *blocks: int) -> Future:
+    "Work for another thread; done at once where Python is about to end and starts none."
+    try: return _pool(threads).submit(some, *blocks)
+    except RuntimeError:
+        done = Future()
+        done.set_result(some(*blocks))
+        return done
 
 def _threads(logits: int, blocks: int) -> int:
     "Threads for so many logits."
@@ -430,10 +438,12 @@ def _dtype(z: Tensor): return np.float32 if z.dtype is torch.float32 else np.flo
 
 def _pointer(x: Tensor|None) -> int: return 0 if x is None else x.data_ptr()
 
-def _run(kernel, args: tuple, blocks: int, spare: int, to: np.ndarray, threads: int, dtype) -> None:
-    "All of a batch: in one call, or with blocks in many threads, each with a spare room of its own."
+def _run(kernel, args: tuple, blocks: int, spare: int, to: np.ndarray, threads: int, dtype, *alive) -> None:
+    """All of a batch: in one call, or with blocks in many threads, each with a spare room of its own.
+
+    Whoever works holds `alive`, what the addresses in `args` belong to."""
     at = _address(to)
-    def some(first, last, parts=_WALK):
+    def some(first, last, parts=_WALK, alive=(to, *alive)):
         room = np.empty(spare, dtype)
         kernel(*args, first, last, _address(room), at, parts)
     if threads < 2: return some(0, blocks, _COUNT | _WALK | _TOTAL)
@@ -466,19 +476,21 @@ def fused_pass(
     if want_grad: grad = torch.from_numpy(np.empty(flat.shape, dtype))
     args = (flat.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(scale), ignore_index, reduction == 'mean',
             _pointer(grad), _address(facts), _address(ints), n, c, d, per)
-    _run(kernel, args, blocks, spare, to, _threads(rows * c, blocks), dtype)
+    _run(kernel, args, blocks, spare, to, _threads(rows * c, blocks), dtype, flat, y, weight, scale, grad, facts, ints)
     divisor, good, _, loss = to.tolist()
     if not good: _raise_bad_targ(y, c, ignore_index)
     loss = None if reduction == 'none' else torch.from_numpy(np.array(loss, dtype))
-    if want_grad and (moved or planes or z.ndim != 2): grad = _as(grad, z.shape, axis if moved else None)
+    if want_grad and (moved or flat.shape != z.shape): grad = _as(grad, z.shape, axis if moved else None)
     return FusedPass(loss, grad, facts, ints, divisor)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #0b106c81
 _dispatchers, _is_compiling = torch._C._len_torch_dispatch_stack, torch.compiler.is_compiling
+_tracing = torch._C._get_tracing_state                    # of torch.jit
 
 def traced(x: Tensor) -> bool:
     "Is somebody tracing or transforming what happens to `x`?"
-    return _is_wrapped(x) or _dispatchers() > 0 or _is_compiling() or forward_ad._current_level >= 0
+    return (_is_wrapped(x) or _dispatchers() > 0 or _is_compiling() or forward_ad._current_level >= 0
+            or _tracing() is not None)
 
 def in_memory(x: Tensor) -> bool:
     "Is `x` made of numbers in the memory of a CPU?"

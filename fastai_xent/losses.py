@@ -26,18 +26,17 @@ from torch import Tensor, nn
 from .backward import FusedLoss, _rows_loss
 from .calls import XentSettings, _Call
 from .cpu_kernels import fused_pass, in_memory, traced
-from fastai_xent.numerics import (
+from .numerics import (
     _SLACK, XentStats, _all_probs, _bad_targ, _check_smoothing, _check_targ, _check_weight,
-    _class_axis, _first_off, _plain, _plain_targ, _raise_bad_targ, _rows, _soft_loss, _soft_targ, _wide, _wide_dtype,
-    xent_stats)
-from .smoothing import smoothable, smoothed_pass
+    _class_axis, _first_off, _plain, _plain_targ, _raise_bad_targ, _rows, _soft_loss, _soft_targ, _wide, _wide_dtype)
+from .smoothing import fused_stats, readable, smoothed_pass
 from .weights import _some, in_order, named_weights
 
 # %% ../nbs/01_losses.ipynb #9f527e19
 WAY = os.environ.get('XENT_WAY') # None, as above; 'torch', torch's own kernels; or 'triton'
 
 def _way(pred: Tensor, probs: bool, plain: bool = True) -> str:
-    "Who computes this batch? `plain`: are targets classes, or probabilities that `smoothed_pass` takes?"
+    "Who computes this batch? `plain`: is it one for a kernel of the processor?"
     if WAY == 'torch' or traced(pred): return 'torch'
     if WAY == 'triton' or pred.is_cuda:
         if probs: return 'torch'
@@ -110,6 +109,7 @@ def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
     else: done = smoothed_pass(z, y, eps, ignore_index, reduction, needs_grad, weight, axis)
     call.done = done
     if done is None: return None
+    call.watch()
     if needs_grad:
         return FusedLoss.apply(pred, (y, call.weight, axis, reduction, done))
     return _rows_loss(done, _rows(pred, axis)) if done.loss is None else done.loss
@@ -238,7 +238,8 @@ def forward(self: XentLoss,
     y = targ if probs or targ.dtype is torch.int64 else targ.long()
     if probs and not self._told: self._check_probs(targ.detach(), axis)
     call = own['_last'] = _Call(pred.detach(), targ.detach() if probs else targ, weight, settings)
-    way, loss = _way(pred, probs, not probs or smoothable(targ)), None
+    plain = readable(targ, weight) and not (pred.ndim > 2 and (probs or settings.label_smoothing))
+    way, loss = _way(pred, probs, plain), None
     if way == 'fused': loss = _by_fused(pred, y, call, reduction)
     elif way == 'triton': loss = _by_triton(pred, y, call, reduction, self._late)
     if loss is None: loss = _by_torch(pred, y, call, reduction, self._late)
@@ -266,6 +267,7 @@ def _check(self: XentLoss, pred, targ, weight):
                          f"expected one of {', '.join(_REDUCTIONS)}")
     axis = _class_axis(pred, self.axis)
     probs = _check_targ(pred, targ, axis)
+    _check_smoothing(self.label_smoothing)
     return probs, XentSettings(axis, weight, self.ignore_index, self.label_smoothing, self.reduction)
 
 @patch
@@ -296,7 +298,7 @@ def _late_stats(call: _Call) -> XentStats|None:
     if call.versions is None: return None
     call.check()
     s = call.settings
-    return xent_stats(call.pred, call.targ, call.weight, s.ignore_index, s.label_smoothing, s.axis)
+    return fused_stats(call.pred, call.targ, call.weight, s.ignore_index, s.label_smoothing, s.axis)
 
 # %% ../nbs/01_losses.ipynb #be664538
 @patch

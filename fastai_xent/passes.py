@@ -143,6 +143,7 @@ class KeptMaps:
         items = seen.tap.rows([i], [len(batch.pred)])
         chosen = [j for j, item in enumerate(items) if int(item) in self.items]
         if not chosen: return
+        batch.check()
         mix = None if batch.mix is None else (batch.mix[0][chosen], batch.mix[1][chosen])
         stats = row_stats(batch.loss_func, batch.pred[chosen], batch.targ[chosen], mix)
         for j, *cols in zip(chosen, *stats): self.found.append((int(items[j]), cols))
@@ -174,6 +175,7 @@ class KeptProbs:
         "Keep the probabilities of this batch, if there is room for all."
         if not seen.rows.at: self.probs = self._room(batch, seen)
         if self.probs is None: return
+        batch.check()
         self.probs.add(batch.pred.softmax(1, dtype=torch.float32))
 
     def _room(self, batch, seen) -> Stack|None:

@@ -1,9 +1,12 @@
 "The kernels for CPUs: layouts, precision, extremes, threads, and what happens without a compiler."
+import gc
 import os
 import platform
 import subprocess
 import sys
+import time
 import warnings
+import weakref
 from functools import partial
 from pathlib import Path
 
@@ -273,3 +276,86 @@ def test_half_precision_is_widened():
     loss.backward()
     assert loss.dtype == torch.float32 and leaf.grad.dtype == torch.bfloat16 and losses._way(z, False) == 'fused'
     assert_close(func.stats, xent_stats(z, y), equal_nan=True, rtol=1e-5, atol=1e-6)
+
+
+# -- what a hostile reader found
+
+@pytest.mark.parametrize('dtype', [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize('c', [2, 9, 17, 20, 33, 37, 100, 2049])
+def test_of_equals_the_first_is_predicted(c, dtype):
+    "Wherever they stand, and whatever the label is."
+    gen = torch.Generator().manual_seed(c)
+    z = torch.randint(0, 3, (200, c), generator=gen).to(dtype)
+    z[:40], z[40:80, 0], z[40:80, -1] = 0, 5, 5
+    y = torch.randint(0, c, (200,), generator=gen)
+    assert fused_pass(z, y).ints[0].tolist() == z.argmax(1).tolist()
+    plane = z.T[None].contiguous()
+    assert fused_pass(plane, y[None]).ints[0].tolist() == z.argmax(1).tolist()
+
+def test_threads_have_ended_when_an_interrupt_comes_through():
+    "Else they would write into memory that belongs to others by then."
+    done, before = [], torch.get_num_threads()
+    def some(first, last):
+        if not first: raise KeyboardInterrupt
+        time.sleep(.2)
+        done.append(first)
+    with pytest.raises(KeyboardInterrupt): cpu_kernels._in_threads(some, 4, 4)
+    assert sorted(done) == [1, 2, 3] and torch.get_num_threads() == before
+
+AT_THE_END = """
+import threading, torch
+from fastai_xent.losses import XentLoss
+torch.set_num_threads(2)
+def train():
+    for i in range(60): XentLoss()(torch.zeros(500, 1000), torch.zeros(500).long())
+    print('trained')
+threading.Thread(target=train).start()
+"""
+
+def test_a_thread_that_nobody_waits_for_trains_to_the_end():
+    "Python shuts pools of threads down before it waits for such a thread."
+    res = subprocess.run([sys.executable, '-W', 'ignore', '-c', AT_THE_END], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert res.stdout == 'trained\n', res.stderr
+
+@pytest.mark.parametrize('kw', [{}, dict(label_smoothing=.1)], ids=['plain', 'smooth'])
+def test_targets_on_another_device_are_refused_by_torch(kw):
+    with pytest.raises((RuntimeError, NotImplementedError)): XentLoss(**kw)(torch.randn(8, 5), torch.zeros(8, dtype=torch.long, device='meta'))
+
+@pytest.mark.parametrize('reduction', ['mean', 'sum', 'none'])
+@pytest.mark.parametrize('kw', [{}, dict(label_smoothing=.1)], ids=['plain', 'smooth'])
+def test_one_row_with_its_classes_in_axis_0(kw, reduction):
+    leaf = torch.randn(7, 1, generator=torch.Generator().manual_seed(0)).requires_grad_()
+    other, y = leaf.detach().clone().requires_grad_(), torch.tensor([2])
+    XentLoss(axis=0, reduction=reduction, **kw)(leaf, y).sum().backward()
+    F.cross_entropy(other.T, y, reduction=reduction, **kw).sum().backward()
+    assert_close(leaf.grad, other.grad)
+
+def test_smoothing_that_is_set_later_is_looked_at():
+    loss_func = XentLoss()
+    loss_func.label_smoothing = 1.5
+    with pytest.raises(ValueError, match='label_smoothing is 1.5, expected a number from 0 to 1'): loss_func(torch.zeros(2, 3), torch.tensor([0, 1]))
+
+def test_class_weights_that_are_learned_are_torchs():
+    z, t, w = torch.randn(5, 3), torch.rand(5, 3).softmax(1), torch.ones(3, requires_grad=True)
+    loss_func = XentLoss()
+    loss_func.weight = w
+    grads = [torch.autograd.grad(f(z, t), w)[0] for f in (loss_func, lambda z, t: F.cross_entropy(z, t, w))]
+    assert_close(*grads)
+
+def test_a_traced_loss_knows_other_numbers():
+    z, y = torch.randn(4, 3), torch.tensor([0, 1, 2, 0])
+    with warnings.catch_warnings():
+        warnings.simplefilter('ignore')
+        traced = torch.jit.trace(lambda z, y: XentLoss()(z, y), (z, y), check_trace=False)
+    assert_close(traced(3 * z, y), F.cross_entropy(3 * z, y))
+
+def test_a_loss_that_is_kept_does_not_keep_its_logits():
+    leaf = torch.zeros(2, 3, requires_grad=True)
+    logits = leaf * 2
+    loss_func, loss, seen = XentLoss(), None, weakref.ref(logits)
+    loss = loss_func(logits, torch.tensor([0, 1]))
+    del logits
+    loss.backward()
+    loss_func(torch.zeros(2, 3), torch.tensor([0, 1]))        # the loss function remembers its last call alone
+    gc.collect()
+    assert seen() is None and loss.grad_fn is not None

@@ -108,7 +108,7 @@ def test_of_repeated_items_the_last_row_counts(seed):
         np.testing.assert_allclose(rec.record.probs('train', epoch), want, **HALF)
     assert rec.record.to_df('train')['occurrence'].max() > 0
 
-def batch(pred): return SimpleNamespace(pred=pred, stats=None, dense=False, n_classes=pred.shape[1])
+def batch(pred): return SimpleNamespace(pred=pred, stats=None, dense=False, n_classes=pred.shape[1], check=lambda: None)
 
 def taken(*preds, room) -> KeptProbs:
     "What is kept of these logits."
@@ -299,6 +299,21 @@ def test_the_limit_of_2_gb():
 @pytest.mark.parametrize('bad', [0, -1, 'all', None, [1]])
 def test_bad_settings(bad):
     with pytest.raises(ValueError, match="expected True, False, 'any size' or a number of bytes"): XentRecorder(keep_probs=bad)
+
+class Zeros(Callback):
+    "Changes the logits in place, after the loss and before the recorder."
+    order = 30
+    def after_loss(self):
+        with torch.no_grad(): self.pred.detach().mul_(0)
+
+def test_probabilities_of_edited_logits_are_refused():
+    "The loss knew others."
+    rec = XentRecorder(keep_probs=True)
+    with warned() as said: learner([rec, Zeros()]).fit(1)
+    assert any('the logits, targets or weights were changed in place after the loss was called' in o for o in said), said
+    plain = XentRecorder()
+    with warned() as said: learner([plain, Zeros()]).fit(1)
+    assert not said and plain.record.to_df('train')['loss'].notna().all()      # what came with the loss is right
 
 def test_not_asked():
     rec = XentRecorder()

@@ -125,7 +125,7 @@ def test_every_layout_and_weights(reduction, shape, axis, kind, weight, dtype):
     leaf, true = z.clone().requires_grad_(), z.double().requires_grad_()
     func = XentLoss(w, axis=axis, reduction=reduction, **kw)
     loss = func(leaf, y)
-    assert func._last.done is not None                        # by the kernel
+    assert (func._last.done is None) == (z.ndim > 2)          # by the kernel; where torch is faster, that has the statistics alone
     wide = y.double() if y.is_floating_point() else y
     at = (lambda t: t.movedim(axis, 1) if t.ndim > 1 else t)
     want = F.cross_entropy(at(true), at(wide) if y.is_floating_point() else wide, None if w is None else w.double(), reduction=reduction, **kw)
@@ -135,6 +135,7 @@ def test_every_layout_and_weights(reduction, shape, axis, kind, weight, dtype):
     if reduction != 'none' and z.numel():
         loss.backward(), want.backward()
         assert_close(leaf.grad.double(), true.grad, **tol)
+    if z.ndim > 2: assert_close(smoothed_pass(z, y, kw.get('label_smoothing', 0.), weight=w, axis=axis).grad.double(), xent_grad(z.double(), wide, w, axis=axis, **kw), **tol)
     exact = xent_stats(z.double(), wide, w, axis=axis, **kw)
     for name, a, b in zip(exact._fields, func.stats, exact): assert_close(a.to(b.dtype), b, equal_nan=True, msg=lambda m: f'{name}: {m}', **tol)
 
