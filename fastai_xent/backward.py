@@ -27,11 +27,12 @@ def _rows_loss(done: FusedPass, shape: list) -> Tensor:
     return torch.from_numpy(np.where(done.ints[0] < 0, 0, done.facts[0]).reshape(shape))
 
 def _ignored(done: FusedPass, pred: Tensor, axis: int) -> Tensor:
-    "Which rows of `pred` are ignored? Of one class in `axis`."
+    "Which rows of `pred` are ignored? With an axis of length 1 in the place of the classes."
     return torch.from_numpy(done.ints[0] < 0).view(_rows(pred, axis)).unsqueeze(axis)
 
+# %% ../nbs/00e_backward.ipynb #fad863c5
 class FusedLoss(torch.autograd.Function):
-    "The loss that `fused_pass` has computed for `pred`: its gradient is there already."
+    "The loss that a pass has computed for `pred`, a scalar or one number a row: its gradient is there already."
     @staticmethod
     def forward(ctx,
         pred, # Logits
@@ -39,6 +40,7 @@ class FusedLoss(torch.autograd.Function):
     ):
         y, done = call[0], call[-1]
         loss, grad = done.loss, done.grad
+        if grad is None: raise RuntimeError("this pass has no gradient, or has handed it over already")
         done.loss = done.grad = None         # from here on they belong to autograd
         ctx.save_for_backward(grad)
         ctx.pred, ctx.call = pred, call      # watched, not saved: they may be edited
@@ -55,6 +57,7 @@ class FusedLoss(torch.autograd.Function):
             if not _keeps_graph(): ctx.pred = None          # a loss that is kept need not keep its logits
         return res if res.dtype is pred.dtype else res.to(pred.dtype), None
 
+# %% ../nbs/00e_backward.ipynb #57b556eb
 def _handed_over(grad, up, axis, reduction, done) -> Tensor:
     "The finished gradient times `up`, in the buffer if that may be; 0 in ignored rows, whatever `up` is."
     if reduction == 'none':

@@ -25,7 +25,7 @@ class XentSettings(NamedTuple):
     label_smoothing: float = 0. # Share of the target that is spread evenly over the classes
     reduction: str = 'mean'     # 'mean', 'sum' or 'none'
     log_probs: bool = False     # Must predictions be log-probabilities, as for `nll_loss`?
-    over_all: bool = False      # Has a row that does not count a part in the batch's loss?
+    over_all: bool = False      # Is the mean over all rows, ignored ones too?
     gamma: float = 0.           # Of the focal loss, (1 − p)^gamma times cross-entropy
 
 # %% ../nbs/00h_calls.ipynb #5f036d45
@@ -45,7 +45,7 @@ class _Call:
     def watch(self): self.versions = self.edits()
 
     def differs(self, before: '_Call|None') -> bool:
-        "Did `before` get the same logits, and other settings or weights; or did one before it?"
+        "Did `before`, or one before it, get the same logits, and other weights or settings that change a row's loss?"
         if torch.compiler.is_compiling() or before is None: return False
         a, b = self.settings, before.settings
         if a is b and self.edition == before.edition and before.gave is None: return False
@@ -54,7 +54,7 @@ class _Call:
         return self.pred.data_ptr() == before.pred.data_ptr()
 
     def check(self):
-        "Refuse to speak of arguments that were edited since."
+        "Refuse to speak of arguments that were edited since `watch`."
         for name, now, then in zip(('logits', 'targets', 'weights'), self.edits(), self.versions):
             if now == then: continue
             raise RuntimeError(f"the {name} were changed in place after the loss was called; "

@@ -24,7 +24,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .numerics import XentStats, _is_wrapped, _raise_bad_targ
-from .vectors import Code, Numbers, Value, build, larger, smaller, sqrt, where
+from .vectors import Code, Numbers, Value, _listed, build, larger, smaller, sqrt, where
 
 # %% ../nbs/00b_cpu_kernels.ipynb #f0bd6d9e
 _LN2 = math.log(2)
@@ -35,7 +35,7 @@ class _Kind(NamedTuple):
     int: type      # A whole number of as many bits
     lanes: int     # Logits that are handled at once
     coef: list     # Of the polynomial, the constant first
-    low: float     # Below this, eˣ counts as 0
+    low: float     # From here on down, eˣ counts as 0
     hi: float      # ln 2 in two parts: n times the first is exact
     lo: float
     digits: int    # Bits behind the leading one
@@ -92,7 +92,7 @@ _TINY, _HUGE = 2.**-1022, 2.**1000
 def _facts(zy, m, S, Q, X, w, share):
     """The six facts of rows, from the label's logit, the largest other, three sums, weight, and share in the loss.
 
-    And what the gradient of the rest, and that of the label, is multiplied by. All are float64."""
+    Also: the factor that makes e_j the gradient, and the label's gradient itself. All are float64."""
     lnS, S = _log(S), where(S > _TINY, S, _TINY)
     d = zy - m - lnS
     far = where(d < 0, -d, d)
@@ -120,27 +120,26 @@ class _Kernel:
     def each(self, n: Value, f, *carried: Value):
         "`f(i, at, there, *carried)` for each vector of `n` numbers: its place, its lanes' places, and a mask or None."
         whole, code = n & -self.L, self.code
-        def step(i, at, *carried): return at + self.L, *_tuple(f(i, at, None, *carried))
+        def step(i, at, *carried): return at + self.L, *_listed(f(i, at, None, *carried))
         at, *found = code.loop(0, whole, self.L, step, self.lanes, *carried)
         def end(): return f(whole, at, at < n.astype(self.int), *found)
-        return _tuple(code.when(whole < n, end, lambda: tuple(found)))
+        return _listed(code.when(whole < n, end, lambda: tuple(found)))
 
     def sums(self, n: Value, count: int, f) -> list:
         "The sums of the `count` vectors that `f(i, at, there)` gives for each vector of `n` numbers."
         whole, code, none = n & -self.L, self.code, [self.none] * count
         def end():
             at = self.lanes + whole.astype(self.int)
-            return _tuple(f(whole, at, at < n.astype(self.int)))
-        def step(i, at, *sums): return at + self.L, *(a + b for a, b in zip(sums, _tuple(f(i, at, None))))
+            return _listed(f(whole, at, at < n.astype(self.int)))
+        def step(i, at, *sums): return at + self.L, *(a + b for a, b in zip(sums, _listed(f(i, at, None))))
         def strip(i, at, *sums):
             at, *part = code.loop(i, smaller(whole, i + 2048), self.L, step, at, *sums[count:])
             part = [o.fold(lambda a, b: a + b).astype(np.float64) for o in part]
             return at, *(a + b for a, b in zip(sums, part)), *none
-        first = _tuple(code.when(whole < n, end, lambda: tuple(none)))
+        first = _listed(code.when(whole < n, end, lambda: tuple(none)))
         totals = [code.number(0., np.float64)] * count
+        # one turn at least, which adds the end of a short row
         return code.loop(0, larger(whole, 1), 2048, strip, self.lanes, *totals, *first)[1:count + 1]
-
-def _tuple(x) -> tuple: return x if isinstance(x, tuple) else (x,)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #1b9b54fb
 _LINES = range(10)
@@ -148,7 +147,7 @@ _ZY, _M, _S, _Q, _X, _W, _PART, _KLASS, _REST, _LABEL = _LINES
 _ARGS = 'z targ weight scale ignore mean g out ints n c d per first last spare to parts'.split()
 _COUNT, _WALK, _TOTAL = 1, 2, 4        # parts of the work; small batches do all in one call
 _DIVISOR, _GOOD, _FACTOR, _LOSS = range(4)  # what goes to `to`
-_MOST = 512                            # rows in a block
+_MOST = 512                            # rows or positions in a block, at most
 
 class _Pass(_Kernel):
     """Writes a kernel: facts to `out` and `ints`, gradient to `g`. An address of 0: no `g`, `weight` or `scale`.
@@ -165,7 +164,7 @@ class _Pass(_Kernel):
         self.rows, does = self.n * self.d, lambda part: (arg('parts') & part) != 0
         code.when(does(_COUNT), self.count)
         walk = partial(code.loop, arg('first'), arg('last'), 1, self.block)
-        code.when(does(_WALK) & (self.to[_GOOD] != 0), lambda: walk() and None)
+        code.when(does(_WALK) & (self.to[_GOOD] != 0), walk)
         code.when(does(_TOTAL), self.total)
 
     def count(self):
@@ -270,7 +269,6 @@ class _Rows(_Pass):
         counts = (self.line[_KLASS][q] >= 0).spread(self.L)
         def scale(j, at, there):
             g.put(where(counts, g.get(j, self.L, there) * rest, self.none), j, there)
-            return ()
         self.each(self.c, scale)
         def own(): g[self.targ[i]] = label
         self.code.when(self.line[_KLASS][q] >= 0, own)
@@ -344,7 +342,7 @@ def _address(x: np.ndarray) -> int:
 
 def _try(kernel, dtype, planes: bool) -> None:
     "Two equal logits have the loss ln 2 and the gradient (−½, ½); the first row is ignored."
-    n, d = 20, 20 if planes else 1
+    n, d = 20, (20 if planes else 1)
     z, y, to, spare = np.zeros((n, 2, d), dtype), np.zeros(n * d, np.int64), np.empty(4), np.empty((2, 512), dtype)
     g, out, ints = np.empty_like(z), np.empty((6, n * d), dtype), np.empty((2, n * d), np.int64)
     y[0] = -100
@@ -356,26 +354,31 @@ def _try(kernel, dtype, planes: bool) -> None:
     if np.allclose(got, want, rtol=1e-6, atol=1e-6): return
     raise ArithmeticError(f"two equal logits give {[float(o) for o in got]}, expected {want}")
 
-@cache
-def _kernel(dtype, planes: bool):
-    "The kernel for logits of `dtype` in this layout, if it works; None, with a warning, if not."
+def _made(kind, trial, what: str):
+    "The kernel that `kind()` writes, if it passes its trial; None, with a warning, if not."
     try:
-        kernel, = build((_Planes if planes else _Rows)(dtype).code)
-        _try(kernel, dtype, planes)
+        kernel = build(kind().code)
+        trial(kernel)
         return kernel
     except Exception as e:                                # whatever an import or a compiler may raise
-        warnings.warn("llvmlite does not make the loss of fastai_xent, so losses on the CPU are slower: "
-                      f"{type(e).__name__}: {e}", RuntimeWarning, stacklevel=4)
+        warnings.warn(f"llvmlite does not make the {what} of fastai_xent, so such losses on the CPU are slower: "
+                      f"{type(e).__name__}: {e}", RuntimeWarning, stacklevel=8)
+
+@cache
+def _kernel(dtype, planes: bool):
+    "The kernel for logits of `dtype` in this layout; None if it cannot be had."
+    kind = _Planes if planes else _Rows
+    return _made(partial(kind, dtype), partial(_try, dtype=dtype, planes=planes), 'loss')
 
 # %% ../nbs/00b_cpu_kernels.ipynb #aa37f21c
 @dataclass(slots=True)
 class FusedPass:
     "What one pass over the logits leaves behind."
     loss: Tensor|None   # The weighted mean or the sum, a scalar; None for 'none'
-    grad: Tensor|None   # The gradient of that scalar in the logits (for 'none': of the rows' sum), shape of the logits
-    facts: np.ndarray   # loss, grad_norm, el2n, p_targ, margin, entropy, `6 n`; nan where ignored
-    ints: np.ndarray    # Predicted class, −1 where ignored, and the target as it was given, `2 n`
-    divisor: float      # What a mean is divided by: the weight of the rows that count, 1 if none does
+    grad: Tensor|None   # Of that scalar (for 'none': of the rows' sum), in the logits' shape; None if not wanted
+    facts: np.ndarray   # loss, grad_norm, el2n, p_targ, margin, entropy of the n rows, `6 n`; nan where ignored
+    ints: np.ndarray    # Predicted class, −1 where ignored, and the target (of shares the class with most), `2 n`
+    divisor: float      # What a mean is divided by: the weight of the rows that count; if none does, 1 or ∞
     label_smoothing: float = 0.
 
     def stats(self, shape) -> XentStats:
@@ -384,7 +387,7 @@ class FusedPass:
         return XentStats(*(o.view(shape) for o in (*facts, klass)))
 
 _SHARE = 2**16 # logits that are worth a thread of their own
-_FEW = 32      # positions that are worth to be handled at once
+_FEW = 32      # positions that a plane has at least
 _pools = {}    # by process: a pool does not survive a fork
 
 def _pool(threads: int) -> ThreadPoolExecutor:
@@ -434,14 +437,20 @@ def _as(g: Tensor, shape, moved: int|None) -> Tensor:
     return g.view([*shape[:moved], *shape[moved + 1:], shape[moved]]).movedim(-1, moved)
 
 # %% ../nbs/00b_cpu_kernels.ipynb #795b3cfc
-def _dtype(z: Tensor): return np.float32 if z.dtype is torch.float32 else np.float64
+_DTYPES = {torch.float32: np.float32, torch.float64: np.float64}
+
+def _dtype(z: Tensor):
+    "numpy's name of a kernel's precision."
+    if z.dtype in _DTYPES: return _DTYPES[z.dtype]
+    raise TypeError(f"pred has dtype {z.dtype}, expected float32 or float64; use `pred.float()`")
 
 def _pointer(x: Tensor|None) -> int: return 0 if x is None else x.data_ptr()
 
 def _run(kernel, args: tuple, blocks: int, spare: int, to: np.ndarray, threads: int, dtype, *alive) -> None:
     """All of a batch: in one call, or with blocks in many threads, each with a spare room of its own.
 
-    Whoever works holds `alive`, what the addresses in `args` belong to."""
+    `alive` are the arrays that the addresses in `args` belong to: a thread holds them as long as it works, even if
+    this call was interrupted."""
     at = _address(to)
     def some(first, last, parts=_WALK, alive=(to, *alive)):
         room = np.empty(spare, dtype)
@@ -453,15 +462,16 @@ def _run(kernel, args: tuple, blocks: int, spare: int, to: np.ndarray, threads: 
 
 def fused_pass(
     z: Tensor, # Logits, `n c d…`, float32 or float64, on a CPU
-    y: Tensor, # Classes, `n d…`, int64
+    y: Tensor, # Classes, `n d…`, int64, on a CPU; IndexError if one is out of range
     weight: Tensor|None = None, # A weight for each class, `c`
     ignore_index: int = -100, # Rows with this target do not count
     axis: int = 1, # The class axis, from 0
     reduction: str = 'none', # 'mean', 'sum' or 'none'
     want_grad: bool = True, # Write the gradient?
     scale: Tensor|None = None, # For 'none': the gradient of each row is multiplied by this, `n d…`
-) -> FusedPass|None: # None where there is no compiler
+) -> FusedPass|None: # None where the kernel cannot be made
     "Loss, gradient and facts of every row, in one pass."
+    if y.dtype is not torch.int64: raise TypeError(f"targ has dtype {y.dtype}, expected int64; use `targ.long()`")
     flat, moved = _layout(z, axis)
     planes, dtype = flat.ndim == 3, _dtype(z)
     kernel = _kernel(dtype, planes)
@@ -472,8 +482,8 @@ def fused_pass(
     y, facts, ints, to = y.contiguous(), np.empty((6, rows), dtype), np.empty((2, rows), np.int64), np.empty(4)
     if weight is not None: weight = weight.detach().double().contiguous()
     if scale is not None: scale = scale.detach().double().contiguous()
-    grad = None                                           # its memory is numpy's: that asks for large pages
-    if want_grad: grad = torch.from_numpy(np.empty(flat.shape, dtype))
+    grad = None
+    if want_grad: grad = torch.from_numpy(np.empty(flat.shape, dtype))   # numpy asks for large pages, torch does not
     args = (flat.data_ptr(), y.data_ptr(), _pointer(weight), _pointer(scale), ignore_index, reduction == 'mean',
             _pointer(grad), _address(facts), _address(ints), n, c, d, per)
     _run(kernel, args, blocks, spare, to, _threads(rows * c, blocks), dtype, flat, y, weight, scale, grad, facts, ints)

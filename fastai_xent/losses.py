@@ -99,7 +99,7 @@ def _reduce(rows: Tensor, counts: Tensor, reduction: str) -> Tensor:
 
 # %% ../nbs/01_losses.ipynb #02ff020c
 def _by_fused(pred, y, call: _Call, reduction: str) -> Tensor|None:
-    "Loss and statistics by `fused_pass`; None if there is no compiler."
+    "Loss and statistics by `fused_pass`; None if its kernel cannot be made."
     axis, _, ignore_index, eps = call.settings[:4]
     needs_grad = pred.requires_grad and torch.is_grad_enabled()
     z = call.pred
@@ -247,6 +247,7 @@ def forward(self: XentLoss,
     if self.keep_stats: self.stats
     return loss
 
+# %% ../nbs/01_losses.ipynb #582867be
 @patch
 def _settings_for(self: XentLoss, pred, targ) -> tuple:
     "Are targets probabilities? And the settings, the same object as long as nothing changes; or an error."

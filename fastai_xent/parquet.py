@@ -154,8 +154,8 @@ def held(
     meta: pq.FileMetaData, # Of a file of rows
 ) -> list: # Of names
     "The columns that hold something; an older file does not say, and may not have every column."
-    said = (meta.metadata or {}).get(b'columns')
-    return json.loads(said) if said else meta.schema.names
+    said, names = (meta.metadata or {}).get(b'columns'), meta.schema.names
+    return [o for o in json.loads(said) if o in names] if said else names    # another tool may have taken one out
 
 def _holds(group, at, lo, hi) -> bool:
     "May a row group hold items from `lo` to `hi`?"

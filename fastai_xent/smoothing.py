@@ -1,4 +1,4 @@
-"""Targets that are shares, on a CPU: a second walk over rows whose plain cross-entropy is known
+"""Targets that are shares, on a CPU: two more walks over rows whose plain cross-entropy is known
 
 Docs: https://fastai-xent.github.io/fastai_xent/smoothing.html.md"""
 
@@ -9,8 +9,7 @@ __all__ = ['readable', 'smoothed_pass', 'fused_stats']
 
 # %% ../nbs/00ba_smoothing.ipynb #1493478b
 import math
-import warnings
-from functools import cache
+from functools import cache, partial
 
 import numpy as np
 import torch
@@ -18,10 +17,10 @@ from fastcore.basics import patch
 from torch import Tensor
 
 from .cpu_kernels import (
-    FusedPass, _address, _as, _dtype, _in_threads, _Kernel, _log, _pointer, _threads, fused_pass, usable)
+    FusedPass, _address, _as, _dtype, _in_threads, _Kernel, _log, _made, _pointer, _threads, fused_pass, usable)
 from .numerics import (XentStats, _check_smoothing, _check_targ, _check_weight, _class_axis, _plain,
                                   _plain_targ, _raise_bad_targ, _rows, _wide, xent_stats)
-from .vectors import Numbers, build, sqrt, where
+from .vectors import Numbers, sqrt, where
 
 # %% ../nbs/00ba_smoothing.ipynb #26ed02cc
 _ARGS = 'z targ weight other lam numbers g out ints n c ignore first last'.split()
@@ -93,7 +92,7 @@ def row(self: _Shares, i, k, klass):
     self.out[self.n + i] = sqrt(square + label * label)
     self.out[i] = loss = far + where(own != 0, own * (h + (peak - zk)), 0.)
     nan = self.vector(math.nan)
-    def no_gradient(): self.each(self.c, lambda j, at, there: g.put(nan, j, there) or ())
+    def no_gradient(): self.each(self.c, lambda j, at, there: g.put(nan, j, there))
     self.code.when(loss != loss, no_gradient)
 
 # %% ../nbs/00ba_smoothing.ipynb #f8084540
@@ -110,15 +109,9 @@ def _try(kernel, dtype, given: bool) -> None:
 
 @cache
 def _kernel(dtype, given: bool, weighted: bool):
-    "The kernel, if it works for logits of `dtype`; None, with a warning, if not."
-    try:
-        kernel, = build(_Shares(dtype, given, weighted).code)
-        _try(kernel, dtype, given)
-        return kernel
-    except Exception as e:                                    # whatever an import or a compiler may raise
-        what = 'loss of probabilities' if given else 'label smoothing'
-        warnings.warn(f"llvmlite does not make the {what} of fastai_xent, so such losses on the CPU are slower: "
-                      f"{type(e).__name__}: {e}", RuntimeWarning, stacklevel=4)
+    "The kernel for logits of `dtype`; None if it cannot be had."
+    what = 'loss of probabilities' if given else 'label smoothing'
+    return _made(partial(_Shares, dtype, given, weighted), partial(_try, dtype=dtype, given=given), what)
 
 # %% ../nbs/00ba_smoothing.ipynb #52983da8
 def readable(targ: Tensor, weight: Tensor|None = None) -> bool:
@@ -131,21 +124,22 @@ def _as_rows(x: Tensor, axis: int) -> Tensor:
     return x.contiguous()
 
 def _weighed(y: Tensor, weight: Tensor, ignore_index: int) -> float:
-    "The weight of the labels that count; ∞ if none does: smoothing gives a row a loss even then."
+    "The weight of the labels that count; ∞ if there is none: the mean is 0 then, though smoothed rows have a loss."
     w = weight.double().numpy()[y.numpy()[y.numpy() != ignore_index]]
     return w.sum() if w.any() else math.inf
 
+# %% ../nbs/00ba_smoothing.ipynb #ca6b0867
 def smoothed_pass(
     z: Tensor, # Logits, `n c d…`, float32 or float64, on a CPU
-    y: Tensor, # Classes, `n d…`, int64; or shares of the classes, `n c d…`
+    y: Tensor, # Classes, `n d…`, int64 (IndexError if one is out of range); or shares of the classes, `n c d…`
     label_smoothing: float = 0., # Share of the target that is spread evenly over the classes
     ignore_index: int = -100, # Rows with this target do not count; shares all count
     reduction: str = 'none', # 'mean', 'sum' or 'none'
     want_grad: bool = True, # Keep the gradient?
     weight: Tensor|None = None, # A weight for each class, `c`
     axis: int = 1, # The class axis, from 0
-    mix: tuple|None = None, # For MixUp: the other items' classes, `n`, and the own items' shares, `n`
-) -> FusedPass|None: # None where there is no compiler
+    mix: tuple|None = None, # For MixUp, if no own label is ignored: the others' classes, `n`, and one's own parts, `n`
+) -> FusedPass|None: # None where the kernel cannot be made
     "Loss, gradient and facts of every row, with label smoothing, shares, or mixed labels."
     eps, dtype, given = label_smoothing, _dtype(z), y.is_floating_point()
     kernel = _kernel(dtype, given, weight is not None)
@@ -163,7 +157,7 @@ def smoothed_pass(
     if done is None: return None
     if weight is not None:
         weight = weight.detach().to(z.dtype).contiguous()
-        done.divisor = max(n, 1.) if given else _weighed(y, weight, ignore_index)
+        if not given: done.divisor = _weighed(y, weight, ignore_index)
     unit = 1.
     if reduction == 'mean': unit = 1 / done.divisor if done.divisor else math.inf
     numbers = np.array([1 - eps, eps / c, unit], dtype)
@@ -180,7 +174,7 @@ def smoothed_pass(
     return done
 
 def _sum(done: FusedPass) -> float:
-    "Of the losses that count, in their order."
+    "Of the losses that count; the number of threads does not matter."
     return np.where(done.ints[0] < 0, 0, done.facts[0]).sum(dtype=np.float64)
 
 # %% ../nbs/00ba_smoothing.ipynb #db0ab368
@@ -193,9 +187,9 @@ def fused_stats(
     axis: int = 1,
     mix: tuple|None = None,
 ) -> XentStats:
-    "`xent_stats`, by a kernel where there is one."
+    "`xent_stats`, by the CPU's kernel where that can be used; the errors are the same."
     pred, targ, eps, done = _plain(pred), _plain_targ(targ), label_smoothing, None
-    if usable(pred) and readable(targ) and (mix is None or _mixable(pred, targ, axis, ignore_index, mix)):
+    if usable(pred) and readable(targ, weight) and (mix is None or _mixable(pred, targ, axis, ignore_index, mix)):
         axis = _class_axis(pred, axis)
         shares = _check_targ(pred, targ, axis)
         _check_smoothing(eps)
@@ -207,7 +201,7 @@ def fused_stats(
     return xent_stats(pred, targ, weight, ignore_index, eps, axis, mix)
 
 def _mixable(pred: Tensor, targ: Tensor, axis: int, ignore_index: int, mix: tuple) -> bool:
-    "Can the kernel take such mixed rows? A row's label must count; torch knows the others."
+    "Can the kernel take such mixed rows? A row's label must count; torch knows the others. IndexError: no class."
     other, lam = mix
     rows = pred.ndim == 2 and axis in (1, -1) and targ.dtype is other.dtype is torch.int64
     if not (rows and usable(other) and usable(lam)) or (targ == ignore_index).any(): return False

@@ -28,7 +28,9 @@ def _type(dtype, lanes: int = 0) -> str:
     return f"<{lanes} x {_NAMES[dtype]}>" if lanes else _NAMES[dtype]
 
 def _literal(x, dtype) -> str:
-    if not _is_float(dtype): return str(int(x))
+    if not _is_float(dtype):
+        if int(x) != x: raise TypeError(f"{x} is no whole number, and meets one of {_NAMES[dtype]}")
+        return str(int(x))
     return f"0x{struct.unpack('<Q', struct.pack('<d', dtype(x)))[0]:016X}"
 
 def _pair(a, b) -> tuple:
@@ -55,12 +57,12 @@ class Value:
 # %% ../nbs/00ab_vectors.ipynb #04cc489f
 @patch
 def view(self: Value, dtype):
-    "The same bits as another kind of number."
+    "The same bits as another kind of number, of the same size."
     return self._as('bitcast', dtype)
 
 @patch
 def astype(self: Value, dtype):
-    "The nearest number of another kind; a wider or narrower one, or a float for a whole number."
+    "A wider or narrower number, or a float for a whole number; of a whole number the upper bits are cut off."
     if dtype is self.dtype: return self
     wider = _size(dtype) > _size(self.dtype)
     if not _is_float(dtype): return self._as('sext' if wider else 'trunc', dtype)
@@ -69,14 +71,14 @@ def astype(self: Value, dtype):
 
 @patch
 def spread(self: Value, lanes: int):
-    "A vector with this number in each lane."
+    "A vector with this single number in each lane."
     if lanes == self.lanes: return self
     first = self._new(f"insertelement {_type(self.dtype, lanes)} poison, {self}, i32 0", lanes=lanes)
     return self._new(f"shufflevector {first}, {first}, <{lanes} x i32> zeroinitializer", lanes=lanes)
 
 @patch
 def halves(self: Value) -> tuple:
-    "Two vectors of half the length."
+    "Two vectors of half the length, which is a power of two."
     h = self.lanes // 2
     def cut(at): return ', '.join(f"i32 {i}" for i in range(at, at + h))
     return tuple(self._new(f"shufflevector {self}, {self}, <{h} x i32> <{cut(at)}>", lanes=h) for at in (0, h))
@@ -104,7 +106,9 @@ _TESTS = dict(lt=('olt', 'slt'), le=('ole', 'sle'), gt=('ogt', 'sgt'), ge=('oge'
 def _maths(names: tuple, swap: bool, self, other) -> Value:
     a, b = _pair(*((other, self) if swap else (self, other)))
     floats = _is_float(a.dtype)
-    return a._new(f"{names[not floats]} {'contract ' * floats}{a}, {b.ref}")
+    name = names[not floats]
+    if name is None or a.dtype is not b.dtype: raise TypeError(f"no such operation of {a} and {b}")
+    return a._new(f"{name} {'contract ' * floats}{a}, {b.ref}")
 
 def _test(names: tuple, self, other) -> Value:
     a, b = _pair(self, other)
@@ -117,7 +121,7 @@ for _name, _names in _MATHS.items():
     setattr(Value, f"__{_name.strip('_')}__", _method(_maths, _names, False))
     setattr(Value, f"__r{_name.strip('_')}__", _method(_maths, _names, True))
 for _name, _names in _TESTS.items(): setattr(Value, f"__{_name}__", _method(_test, _names))
-Value.__neg__ = lambda self: self._new(f"fneg {self}")
+Value.__neg__ = lambda self: self._new(f"fneg {self}") if _is_float(self.dtype) else 0 - self
 
 # %% ../nbs/00ab_vectors.ipynb #76fa89e3
 def where(test, a, b):
@@ -140,7 +144,7 @@ def smaller(a, b): return where(a < b, a, b)
 
 # %% ../nbs/00ab_vectors.ipynb #dae07842
 class Numbers:
-    "Numbers that lie in memory one after the other, from an address on."
+    "Numbers that lie in memory one after the other, from an address on; places are counted in numbers."
     def __init__(self, address: Value, dtype): self.address, self.dtype, self.code = address, dtype, address.code
 
     def at(self, i): return Numbers(self.address + i * _size(self.dtype), self.dtype)
@@ -154,7 +158,7 @@ class Numbers:
     def __setitem__(self, i, x: Value): self.put(x, i)
 
     def get(self, i, lanes: int = 0, mask: Value|None = None, other=0) -> Value:
-        "The number, or the `lanes` numbers, from `i` on."
+        "The number, or the `lanes` numbers, from `i` on; a mask needs lanes."
         to, p = _type(self.dtype, lanes), self._place(i).ref
         if mask is None: return self.code.new(f"load {to}, ptr {p}, align {_size(self.dtype)}", self.dtype, lanes)
         name, kind = f"@llvm.masked.load.{self._suffix(lanes)}", f"ptr, i32, <{lanes} x i1>, {to}"
@@ -180,7 +184,9 @@ class Code:
         self.name, self.args, self.lines, self.needs, self.used, self.block = name, args, [], {}, 0, 'entry'
         self.rooms = []
 
-    def __getitem__(self, arg: str) -> Value: return Value(self, np.int64, 0, f"%{arg}")
+    def __getitem__(self, arg: str) -> Value:
+        if arg not in self.args: raise KeyError(f"{arg!r} is no argument; these are {', '.join(self.args)}")
+        return Value(self, np.int64, 0, f"%{arg}")
 
     def line(self, text: str) -> None: self.lines.append(text)
 
@@ -202,7 +208,7 @@ class Code:
         return Value(self, dtype, len(x), f"<{', '.join(f'{_NAMES[dtype]} {_literal(o, dtype)}' for o in x)}>")
 
     def room(self, n: int, dtype) -> Numbers:
-        "Room for `n` numbers, as long as the function runs."
+        "Room for `n` numbers on the stack, as long as the function runs; what is in it is not known."
         ref = f"%v{self._next()}"
         self.rooms.append(f"{ref} = alloca [{n} x {_NAMES[dtype]}], align 64")
         return Numbers(self.new(f"ptrtoint ptr {ref} to i64", np.int64), dtype)
@@ -222,7 +228,7 @@ class Code:
 # %% ../nbs/00ab_vectors.ipynb #f27de93b
 @patch
 def loop(self: Code, start, stop, step: int, body: Callable, *carried: Value):
-    "Do `body(i, *carried)` for each `i`. What it gives is carried to the next, and the last given back, as a tuple."
+    "Do `body(i, *carried)` for each `i`: its result is the next turn's `carried`. The last is returned, as a tuple."
     n, came, known = self._next(), self.block, self.number(0, np.int64)
     (start, _), (stop, _) = _pair(start, known), _pair(stop, known)
     self._go(f"test{n}")
@@ -261,7 +267,7 @@ def _listed(x) -> tuple:
 
 # %% ../nbs/00ab_vectors.ipynb #58b37e2c
 def _machine(llvm):
-    "Whatever this processor can do."
+    "LLVM's target machine for this processor."
     llvm.initialize_native_target()
     llvm.initialize_native_asmprinter()
     try: features = llvm.get_host_cpu_features().flatten()
@@ -270,21 +276,18 @@ def _machine(llvm):
     return target.create_target_machine(cpu=llvm.get_host_cpu_name(), features=features, opt=3)
 
 def build(
-    *codes: Code,
-) -> list: # For each a function of whole numbers; it lets other threads of Python run
-    "Machine code for each of `codes`. Errors are those of importing llvmlite, or RuntimeError."
+    code: Code,
+) -> Callable: # A function of whole numbers, as many as `code` has; while it runs, other threads of Python may
+    "Machine code. Errors are those of importing llvmlite, or RuntimeError; a call with other numbers is a TypeError."
     import llvmlite.binding as llvm
-    needs = {o: True for code in codes for o in code.needs}
-    module = llvm.parse_assembly('\n'.join([*needs, *map(str, codes)]))
+    module = llvm.parse_assembly('\n'.join([*code.needs, str(code)]))
     module.verify()
     engine = llvm.create_mcjit_compiler(module, _machine(llvm))
     engine.finalize_object()
-    def function(code):
-        call, n = ctypes.CFUNCTYPE(None, ctypes.c_int64)(engine.get_function_address(code.name)), len(code.args)
-        def f(*args):
-            if len(args) != n: raise TypeError(f"expected {n} whole numbers, {', '.join(code.args)}; {len(args)} came")
-            block = array('q', args)                      # to hand over one address is faster than many numbers
-            call(block.buffer_info()[0])
-        f.engine = engine                                 # the code lives as long as this
-        return f
-    return [function(o) for o in codes]
+    call, n = ctypes.CFUNCTYPE(None, ctypes.c_int64)(engine.get_function_address(code.name)), len(code.args)
+    def f(*args):
+        if len(args) != n: raise TypeError(f"expected {n} whole numbers, {', '.join(code.args)}; {len(args)} came")
+        block = array('q', args)                          # to hand over one address is faster than many numbers
+        call(block.buffer_info()[0])
+    f.engine = engine                                     # the code lives as long as this
+    return f

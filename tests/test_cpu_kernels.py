@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch.testing import assert_close
 
 from fastai_xent import cpu_kernels, losses, vectors
+from fastai_xent.backward import FusedLoss
 from fastai_xent.cpu_kernels import fused_pass
 from fastai_xent.losses import XentLoss
 from fastai_xent.numerics import XentStats, xent_grad, xent_stats
@@ -359,3 +360,15 @@ def test_a_loss_that_is_kept_does_not_keep_its_logits():
     loss_func(torch.zeros(2, 3), torch.tensor([0, 1]))        # the loss function remembers its last call alone
     gc.collect()
     assert seen() is None and loss.grad_fn is not None
+
+def test_other_precisions_are_refused():
+    z, y = torch.zeros(2, 3), torch.tensor([0, 1])
+    with pytest.raises(TypeError, match='pred has dtype torch.float16, expected float32 or float64'): fused_pass(z.half(), y)
+    with pytest.raises(TypeError, match='targ has dtype torch.int32, expected int64'): fused_pass(z, y.int())
+
+def test_a_pass_is_handed_over_once():
+    z, y = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, 1])
+    done = fused_pass(z, y, reduction='mean')
+    call = y, None, 1, 'mean', done
+    FusedLoss.apply(z, call)
+    with pytest.raises(RuntimeError, match='has handed it over already'): FusedLoss.apply(z, call)

@@ -163,6 +163,11 @@ def test_mixed_rows_without_a_label_are_torchs():
     mix = y.flip(0), lam
     assert_close(fused_stats(z, y, mix=mix), xent_stats(z, y, mix=mix), equal_nan=True)
 
+def test_weights_on_another_device_are_no_kernel_s():
+    z, y, w = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long), torch.ones(3, device='meta')
+    for kw in ({}, dict(label_smoothing=.1)):
+        with pytest.raises((RuntimeError, NotImplementedError)): fused_stats(z, y, w, **kw)
+
 def test_a_mixed_target_that_is_no_class_is_named():
     z, y = torch.zeros(4, 3), torch.zeros(4, dtype=torch.long)
     with pytest.raises(IndexError, match=r'targ\[2\] is 3, expected a class from 0 to 2'): fused_stats(z, y, mix=(torch.tensor([0, 1, 3, 0]), torch.ones(4)))
@@ -182,8 +187,8 @@ def test_any_shape(n, c, eps, seed):
     assert_close(done.grad * n, xent_grad(z, y, label_smoothing=eps), rtol=1e-4, atol=1e-6)
 
 def test_where_it_does_not_compile_torch_does_it(monkeypatch):
-    import fastai_xent.smoothing as smoothing
-    monkeypatch.setattr(smoothing, 'build', lambda code: 1 / 0)
+    from fastai_xent import cpu_kernels, smoothing
+    monkeypatch.setattr(cpu_kernels, 'build', lambda code: 1 / 0)
     smoothing._kernel.cache_clear()
     z, y = problem(64, 100)
     try:
@@ -301,8 +306,8 @@ def test_shares_of_any_shape(n, c, eps, kind, seed):
     assert_close(done.grad * n, xent_grad(z, t, label_smoothing=eps), rtol=1e-4, atol=1e-6)
 
 def test_where_shares_do_not_compile_torch_does_them(monkeypatch):
-    import fastai_xent.smoothing as smoothing
-    monkeypatch.setattr(smoothing, 'build', lambda code: 1 / 0)
+    from fastai_xent import cpu_kernels, smoothing
+    monkeypatch.setattr(cpu_kernels, 'build', lambda code: 1 / 0)
     smoothing._kernel.cache_clear()
     z, t = problem(64, 100)[0], shares(64, 100)
     try:

@@ -17,7 +17,7 @@ def run(f, *xs, to, lanes=8):
     code = Code('f', *(f'x{i}' for i in range(len(xs))), 'out')
     values = [Numbers(code[f'x{i}'], x.dtype.type).get(0, lanes) for i, x in enumerate(xs)]
     Numbers(code['out'], to).put(f(*values), 0)
-    g, = build(code)
+    g = build(code)
     out = np.zeros(lanes, to)
     g(*map(address, xs), address(out))
     return out
@@ -85,7 +85,7 @@ def test_a_mask_touches_nothing_else(n, before, dtype):
         there = lanes + i < code['n']
         out.put(a.get(i, 8, there, 7) + 1, i, there)
     code.loop(0, code['n'], 8, step)
-    f, = build(code)
+    f = build(code)
     x, y = some(dtype, n=before + n + 16), np.full(before + n + 16, 5, dtype)
     f(address(x[before:]), address(y[before:]), n)
     np.testing.assert_array_equal(y[before:before + n], x[before:before + n] + dtype(1))
@@ -101,7 +101,7 @@ def scalar(f, *xs, to=np.int64):
     code = Code('f', *(f'x{i}' for i in range(len(xs))), 'out')
     Numbers(code['out'], to)[0] = f(code, *(code[f'x{i}'] for i in range(len(xs))))
     out = np.zeros(1, to)
-    g, = build(code)
+    g = build(code)
     g(*xs, address(out))
     return out[0]
 
@@ -129,7 +129,7 @@ def test_a_loop_and_a_branch_that_give_nothing():
     to = Numbers(code['out'], np.int64)
     def odd(i): to[i] = i
     assert code.loop(0, 5, 1, lambda i: code.when(i % 2 == 1, lambda: odd(i)) and None) == ()
-    f, = build(code)
+    f = build(code)
     f(address(out))
     assert out.tolist() == [0, 1, 0, 3, 0]
 
@@ -157,7 +157,7 @@ def test_wrong_code_is_an_error():
 def test_code_lives_as_long_as_a_function():
     import gc
     import weakref
-    f, = build(Code('f', 'x'))
+    f = build(Code('f', 'x'))
     engine = weakref.ref(f.engine)
     gc.collect()
     assert engine() is not None
@@ -167,6 +167,14 @@ def test_code_lives_as_long_as_a_function():
     assert engine() is None
 
 def test_a_call_has_all_arguments():
-    f, = build(Code('f', 'x', 'y'))
+    f = build(Code('f', 'x', 'y'))
     with pytest.raises(TypeError, match='expected 2 whole numbers, x, y; 1 came'): f(1)
     with pytest.raises(TypeError): f(1, .5)
+
+def test_what_has_no_meaning_is_refused():
+    code = Code('f', 'n')
+    i, x = code['n'], code.number(1., np.float32)
+    for wrong in (lambda: i * .5, lambda: i / i, lambda: x % x, lambda: x & x, lambda: x + code.number(1., np.float64)):
+        with pytest.raises(TypeError): wrong()
+    with pytest.raises(KeyError, match="'m' is no argument; these are n"): code['m']
+    assert scalar(lambda code, a: -a, 3) == -3
