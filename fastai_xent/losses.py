@@ -150,14 +150,14 @@ def _by_torch(pred, y, call: _Call, reduction: str, late: _LateCheck) -> Tensor:
         if reduction == 'mean': loss = _mean_by_torch(z, y, kw)
         else: loss = F.cross_entropy(z, y, reduction=reduction, **kw)
     except (IndexError, RuntimeError):
-        if not traced(z): _raise_bad_targ(y, pred.shape[axis], ignore_index)
+        if not (traced(z) or traced(y)): _raise_bad_targ(y, pred.shape[axis], ignore_index)
         raise
     if bad is None: return loss
     return loss.masked_fill(bad if reduction == 'none' else bad.any(), math.nan)
 
 def _mean_by_torch(z, y, kw: dict) -> Tensor:
     "The mean of `F.cross_entropy`, but 0 if no row counts."
-    at_once = y.is_cpu and not traced(z)              # elsewhere, to look at the loss is to wait for it
+    at_once = y.is_cpu and not (traced(z) or traced(y))              # elsewhere, to look at the loss is to wait for it
     if at_once:
         loss = F.cross_entropy(z, y, **kw)
         if math.isfinite(loss.item()): return loss

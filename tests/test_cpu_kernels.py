@@ -181,6 +181,8 @@ def test_who_traces_gets_torch_s_operations():
     assert_close(torch.func.vmap(lambda a, b: XentLoss()(a[None], b[None]))(z, y), F.cross_entropy(z, y, reduction='none'))
     assert_close(torch.func.jvp(lambda z: XentLoss(reduction='sum')(z, y), (z,), (torch.ones_like(z),))[1], torch.zeros(()), atol=1e-6, rtol=0)
     assert XentLoss()(z.to('meta'), y.to('meta')).device.type == 'meta'
+    ys = torch.stack([y, y.flip(0)])                           # the targets alone
+    assert_close(torch.func.vmap(lambda o: XentLoss()(z, o))(ys), torch.stack([F.cross_entropy(z, o) for o in ys]))
 
 def test_an_infinite_factor_does_not_reach_ignored_rows():
     leaf, y = torch.zeros(2, 3, requires_grad=True), torch.tensor([0, -100])
