@@ -408,12 +408,18 @@ def _in_threads(some, blocks: int, threads: int) -> None:
     for o in others: o.result()
 
 def _submit(threads: int, some, *blocks: int) -> Future:
-    "Work for another thread; done at once where Python is about to end and starts none."
-    try: return _pool(threads).submit(some, *blocks)
-    except RuntimeError:
-        done = Future()
-        done.set_result(some(*blocks))
-        return done
+    "Work for another thread; done at once where none can be started, as when Python is about to end."
+    job = Future()
+    def work():
+        if not job.set_running_or_notify_cancel(): return
+        try: job.set_result(some(*blocks))
+        except BaseException as e: job.set_exception(e)
+    try: _pool(threads).submit(work)
+    except RuntimeError:                 # the work may wait in the pool's queue all the same: it is done once
+        if job.cancel():
+            job = Future()
+            job.set_result(some(*blocks))
+    return job
 
 def _threads(logits: int, blocks: int) -> int:
     "Threads for so many logits."

@@ -4,6 +4,7 @@ import os
 import platform
 import subprocess
 import sys
+import threading
 import time
 import warnings
 import weakref
@@ -374,3 +375,17 @@ def test_a_pass_is_handed_over_once():
     call = y, None, 1, 'mean', done
     FusedLoss.apply(z, call)
     with pytest.raises(RuntimeError, match='has handed it over already'): FusedLoss.apply(z, call)
+
+def test_work_that_waits_although_no_thread_could_be_started_is_done_once(monkeypatch):
+    "The pool has put it into its queue before it fails, and a thread that is there already may find it later."
+    seen, waiting = [], threading.Event()
+    pool = cpu_kernels._pool(3)
+    busy = pool.submit(waiting.wait)
+    def fails(): raise RuntimeError("can't start new thread")
+    monkeypatch.setattr(pool, '_adjust_thread_count', fails)
+    cpu_kernels._in_threads(lambda first, last: seen.append(first), 4, 4)
+    waiting.set()
+    busy.result()
+    pool.shutdown()
+    cpu_kernels._pools.clear()
+    assert sorted(seen) == [0, 1, 2, 3]
